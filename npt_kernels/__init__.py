@@ -1,0 +1,65 @@
+"""Per-token dynamic weights for transformers: the rank-1 (rank-k) weight change rides inside the matmul, never materialised.
+
+Ops: :func:`npt_linear`, :func:`npt_factored_linear`, :func:`npt_gated_mlp`, :func:`npt_mlp`. Models: :func:`apply_npt` and
+friends. Importing this package never initialises CUDA; model code loads at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .backends import BackendUnavailableError, available_backends
+from .functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
+
+if TYPE_CHECKING:
+    from .config import NPTConfig
+    from .models.checkpoints import load_npt, save_npt
+    from .models.patching import ApplyReport, apply_npt, npt_disabled, npt_parameters, remove_npt
+    from .nn import AdapterTensors, NPComponent
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "AdapterTensors": ".nn",
+    "ApplyReport": ".models.patching",
+    "NPComponent": ".nn",
+    "NPTConfig": ".config",
+    "apply_npt": ".models.patching",
+    "load_npt": ".models.checkpoints",
+    "npt_disabled": ".models.patching",
+    "npt_parameters": ".models.patching",
+    "remove_npt": ".models.patching",
+    "save_npt": ".models.checkpoints",
+}
+
+__all__ = [
+    "AdapterTensors",
+    "ApplyReport",
+    "BackendUnavailableError",
+    "NPComponent",
+    "NPTConfig",
+    "apply_npt",
+    "available_backends",
+    "load_npt",
+    "npt_disabled",
+    "npt_factored_linear",
+    "npt_gated_mlp",
+    "npt_linear",
+    "npt_mlp",
+    "npt_parameters",
+    "remove_npt",
+    "save_npt",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,88 @@
+"""The closed form: NP components that make a converted layer return what the original returned, without training.
+
+For a target fed by the norm, ``W norm(h + a) − W u = W(γ ⊙ a)/ρ_T`` (LayerNorm: of ``a − mean a``), linear in ``a``; the down
+projection must add ``a`` itself. With ``z = a E`` and ``a ≈ z D``:
+
+    w_down = E,   w_b_up[gate, up, c_fc] = D (I − 11ᵀ/d)? diag(γ) Wᵀ,   w_b_up[down, c_proj] = D
+
+(the centring only for LayerNorm). Exact at r = d, where ``E D = I``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import NPTConfig
+from ..models.base import linear_weight
+from ..nn import NPComponent
+from .bases import Basis, make_basis
+from .ranks import allot_ranks
+from .statistics import check_tokens, collect_moments
+
+if TYPE_CHECKING:
+    from ..models.patching import LayerChoice
+
+__all__ = ["closed_form_components", "fill_closed_form"]
+
+
+@torch.no_grad()
+def fill_closed_form(component: NPComponent, choice: LayerChoice, basis: Basis) -> None:
+    """Write the closed form into a ``self_key`` component. The first R directions of the basis are kept."""
+    total = component.total_rank
+    encoder, decoder = basis.encoder[:, :total], basis.decoder[:total]
+    component.w_down.copy_(encoder)
+    shape, layer = choice.plan.shape, choice.layer
+    norm_weight = getattr(shape.norm(layer), "weight", None)
+    for target, value in component.w_b_up.items():
+        if shape.targets[target].slot == "down":
+            value.copy_(decoder)
+            continue
+        rows = decoder - decoder.mean(1, keepdim=True) if choice.plan.norm_kind == "layer" else decoder
+        if norm_weight is not None:
+            rows = rows * norm_weight.to(rows)
+        value.copy_(rows @ linear_weight(shape.linear(layer, target)).to(rows).t())
+
+
+def closed_form_components(
+    model: nn.Module,
+    config: NPTConfig,
+    choices: list[LayerChoice],
+    ranks: list[int] | None,
+    calibration: Tensor,
+    *,
+    progress: bool = False,
+) -> tuple[list[NPComponent], dict[str, Any]]:
+    """Components of the chosen layers, fitted on ``calibration [n, seq]``; the model is read, not changed.
+
+    ``ranks=None`` allots them (``rank="auto:MEAN"``). Returns the components and notes for the report.
+    """
+    from ..models.patching import make_component
+    from ..progress import progress_bar
+
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    tokens = check_tokens(calibration, vocab_size)
+    attention = [choice.plan.shape.attention_module(choice.layer) for choice in choices]
+    with progress_bar("calibrating", tokens.numel(), "tokens", enabled=progress) as advance:
+        moments = collect_moments(
+            model, attention, tokens, fisher=config.basis == "fisher", seed=config.seed, advance=advance
+        )
+    bases = [make_basis(config.basis, entry) for entry in moments]
+    if ranks is None:
+        mean = int(str(config.rank).partition(":")[2])
+        ranks = allot_ranks([basis.worth for basis in bases], mean)
+    components = []
+    for choice, rank, basis in zip(choices, ranks, bases, strict=True):
+        component = make_component(choice, config, rank)
+        fill_closed_form(component, choice, basis)
+        components.append(component)
+    dropped = [float(b.worth[c.total_rank :].sum()) for b, c in zip(bases, components, strict=True)]
+    notes = {
+        "tokens": tokens.numel(),
+        "basis": config.basis,
+        "dropped_worth": dropped,
+        "worth_unit": "nats/token" if config.basis == "fisher" else "energy",
+    }
+    return components, notes

@@ -1,0 +1,169 @@
+""":class:`NPTConfig`: what to convert and how. Checked when it is made; independent of any model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .rules import RULES
+
+__all__ = ["BASES", "INITS", "NPTConfig", "parse_rank", "resolve_layers"]
+
+INITS = ("auto", "closed_form", "small", "published")
+BASES = ("fisher", "pca")
+_RANGES = ("all", "upper_half", "lower_half")
+
+
+@dataclass(frozen=True)
+class NPTConfig:
+    """Conversion settings of :func:`npt_kernels.apply_npt`.
+
+    Attributes:
+        layers: ``"all"``, ``"upper_half"``, ``"lower_half"``, a list of indices (negative ones count from the end) or a
+            slice such as ``"16:20"``.
+        rule: Form of ΔW: ``self_key`` (closed form, the default), ``rank1``, ``diagonal``, ``anchored``.
+        rank: r of one term: a whole number, a fraction of the hidden size (0 < r ≤ 1, rounded to a multiple of 8), a list
+            with one number per converted layer, or ``"auto:128"``: mean rank 128, allotted over layers by the calibration.
+        num_ranks: k, the number of rank-1 terms; R = k·r.
+        targets: Linears that change: ``gate``, ``up``, ``down`` (GPT-2: ``c_fc``, ``c_proj``; ``gate``/``up`` and ``down`` are
+            taken for them).
+        init: ``"auto"`` (closed form if a calibration is given and the rule has one, else small), ``"closed_form"``,
+            ``"small"`` (ΔW = 0 at the start), ``"published"`` (small Gaussians on every factor, as earlier recipes).
+        basis: Directions the closed form keeps: ``"fisher"`` (weighted by what the loss feels) or ``"pca"``.
+        norm_match: Divide by the norm of h + a instead of that of h. ``None``: on for ``self_key``, off for other rules.
+        modulation_scale: Scale of the ``diagonal`` rule.
+        seed: Seed of the random initialisations.
+
+    Raises:
+        ValueError: A value that cannot work; one line that names it and what would.
+    """
+
+    layers: str | Sequence[int] = "upper_half"
+    rule: str = "self_key"
+    rank: int | float | str | Sequence[int] = 128
+    num_ranks: int = 1
+    targets: Sequence[str] = ("gate", "up", "down")
+    init: str = "auto"
+    basis: str = "fisher"
+    norm_match: bool | None = None
+    modulation_scale: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("rule", self.rule, tuple(RULES))
+        _one_of("init", self.init, INITS)
+        _one_of("basis", self.basis, BASES)
+        if not isinstance(self.num_ranks, int) or isinstance(self.num_ranks, bool) or self.num_ranks < 1:
+            raise ValueError(f"num_ranks={self.num_ranks!r} must be a whole number ≥ 1")
+        if isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(t.strip() for t in self.targets.split(",") if t.strip()))
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if not self.targets:
+            raise ValueError("targets is empty; name at least one of gate, up, down (GPT-2: c_fc, c_proj)")
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"targets={list(self.targets)} names one target twice")
+        parse_rank(self.rank)
+        if not isinstance(self.layers, str):
+            object.__setattr__(self, "layers", list(self.layers))
+        resolve_layers(self.layers, None)
+        if self.init == "closed_form" and self.rule != "self_key":
+            raise ValueError(f"init='closed_form' exists for rule='self_key' only, not for rule={self.rule!r}; use init='small'")
+
+    @property
+    def matches_norm(self) -> bool:
+        """``norm_match`` with its default resolved."""
+        return self.rule == "self_key" if self.norm_match is None else self.norm_match
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        data = asdict(self)
+        data["targets"] = list(self.targets)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> NPTConfig:
+        """The inverse of :meth:`to_dict`. Unknown keys raise with a suggestion."""
+        known = [f.name for f in fields(cls)]
+        for key in data:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
+                raise ValueError(f"NPTConfig has no key {key!r}{hint}")
+        return cls(**data)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}{hint}")
+
+
+def parse_rank(rank: int | float | str | Sequence[int]) -> tuple[str, Any]:
+    """``("int", n)``, ``("fraction", x)``, ``("list", [...])`` or ``("auto", mean)``. Raises ``ValueError``."""
+    message = (
+        f"rank={rank!r} must be a whole number ≥ 1, a fraction of the hidden size (0 < r ≤ 1), a list with one number "
+        "per converted layer, or 'auto:MEAN' such as 'auto:128'"
+    )
+    if isinstance(rank, bool) or rank is None:
+        raise ValueError(message)
+    if isinstance(rank, str):
+        prefix, _, number = rank.partition(":")
+        if prefix == "auto" and number.isdigit() and int(number) >= 1:
+            return "auto", int(number)
+        if rank.isdigit() and int(rank) >= 1:
+            return "int", int(rank)
+        raise ValueError(message)
+    if isinstance(rank, int):
+        if rank < 1:
+            raise ValueError(message)
+        return "int", rank
+    if isinstance(rank, float):
+        if not 0 < rank <= 1:
+            raise ValueError(message)
+        return "fraction", rank
+    ranks = list(rank)
+    if not ranks or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
+        raise ValueError(message)
+    return "list", ranks
+
+
+def resolve_layers(layers: str | Sequence[int], num_layers: int | None) -> list[int]:
+    """Indices in ascending order; with ``num_layers=None`` only the form is checked. Raises ``ValueError``."""
+    total = 1 if num_layers is None else num_layers
+    if isinstance(layers, str):
+        if layers in _RANGES:
+            half = total // 2
+            return list({"all": range(total), "upper_half": range(half, total), "lower_half": range(half)}[layers])
+        start, colon, stop = layers.partition(":")
+        try:
+            if colon:
+                bounds = slice(int(start) if start else None, int(stop) if stop else None)
+                chosen = list(range(total))[bounds]
+                if not chosen and num_layers is not None:
+                    raise ValueError(f"layers={layers!r} selects no layer of a model with {num_layers}")
+                return chosen
+            layers = [int(part) for part in layers.split(",")]
+        except ValueError as error:
+            if "selects no layer" in str(error):
+                raise
+            raise ValueError(
+                f"layers={layers!r} is not understood; use {', '.join(map(repr, _RANGES))}, a slice such as '16:20' "
+                "or a list of indices"
+            ) from None
+    indices = list(layers)
+    if not indices:
+        raise ValueError("layers is an empty list; name at least one layer, or use 'all'")
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise ValueError(f"layers contains {index!r}; indices must be whole numbers")
+        if num_layers is not None and not -num_layers <= index < num_layers:
+            raise ValueError(f"layers contains {index}, but the model has {num_layers} layers (0 … {num_layers - 1})")
+    if num_layers is None:
+        return indices
+    resolved = sorted(index % num_layers for index in indices)
+    if len(set(resolved)) != len(resolved):
+        raise ValueError(f"layers={layers!r} names one layer twice")
+    return resolved

@@ -1,0 +1,150 @@
+"""One converted decoder layer: the instance gets a subclass of its own class, whose forward drops the attention residual.
+
+Swapping ``__class__`` on the instance keeps parameters, names, hooks, ``isinstance`` and gradient checkpointing as they
+were, leaves every other instance and the class itself alone, and is undone by putting the class back. (FSDP2 does the same.)
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import npt_gated_mlp, npt_mlp
+from ..norms import NormKind, matched_norm
+from ..nn import NPComponent
+from .base import LayerShape, linear_bias, linear_weight
+
+__all__ = ["LayerPlan", "NPTLayer", "convert_layer", "is_converted", "restore_layer"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a converted layer needs to know, fixed at conversion."""
+
+    index: int
+    shape: LayerShape
+    act: str
+    norm_kind: NormKind
+    norm_match: bool
+    backend: str | None = None
+
+
+class NPTLayer:
+    """Mixin of converted layers. ``forward`` returns ``h + MLP_Δ(norm(h); a)``; inside ``npt_disabled`` the original."""
+
+    npt_original_class: type[nn.Module]
+    npt_plan: LayerPlan
+    np_component: NPComponent
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.np_component.enabled:
+            return self.npt_original_class.forward(self, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+        return self.npt_student(hidden_states, self.npt_attention(hidden_states, *args, **kwargs))
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Reentrant checkpointing gives no gradient to a block none of whose *inputs* needs one, and says so only in a
+        # warning: below a frozen embedding the adapters of the first layer would silently stay untrained.
+        if (
+            getattr(self, "gradient_checkpointing", False)
+            and self.training  # type: ignore[attr-defined]
+            and torch.is_grad_enabled()
+            and not hidden_states.requires_grad
+            and getattr(getattr(self, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", True)
+        ):
+            hidden_states = hidden_states.detach().requires_grad_()
+        return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+    def npt_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention output ``a [..., d]`` for the layer input ``h [..., d]``; other arguments as the layer's forward."""
+        return self.npt_plan.shape.attention(self, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+
+    def npt_teacher(self, hidden_states: Tensor, a: Tensor) -> Tensor:
+        """What the original layer returns: ``h + a + MLP(norm(h + a))``."""
+        shape, layer = self.npt_plan.shape, self
+        total = hidden_states + a
+        return total + shape.mlp(layer)(shape.norm(layer)(total))  # type: ignore[arg-type]
+
+    def npt_mlp_input(self, hidden_states: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``(u [..., d], key_scale [...] or None)``: the normed MLP input and 1/ρ_T."""
+        plan = self.npt_plan
+        norm = plan.shape.norm(self)  # type: ignore[arg-type]
+        if plan.norm_match:
+            return matched_norm(norm, plan.norm_kind, hidden_states, a)
+        return norm(hidden_states), None
+
+    def npt_student(self, hidden_states: Tensor, a: Tensor) -> Tensor:
+        """What the converted layer returns: ``h + MLP_Δ(u; a)``."""
+        plan = self.npt_plan
+        u, key_scale = self.npt_mlp_input(hidden_states, a)
+        weights, biases = {}, {}
+        for target, place in plan.shape.targets.items():
+            linear = plan.shape.linear(self, target)  # type: ignore[arg-type]
+            weights[place.slot], biases[place.slot] = linear_weight(linear), linear_bias(linear)
+        u, a_cast = u.to(weights["up"].dtype), a.to(weights["up"].dtype)
+        if key_scale is not None:
+            key_scale = key_scale.to(u.dtype)
+        if "gate" in weights:
+            out = npt_gated_mlp(
+                u, a_cast, weights["gate"], weights["up"], weights["down"], self.np_component, act=plan.act,
+                key_scale=key_scale, gate_bias=biases["gate"], up_bias=biases["up"], down_bias=biases["down"],
+                backend=plan.backend,
+            )  # fmt: skip
+        else:
+            out = npt_mlp(
+                u, a_cast, weights["up"], weights["down"], self.np_component, act=plan.act, key_scale=key_scale,
+                c_fc_bias=biases["up"], c_proj_bias=biases["down"], backend=plan.backend,
+            )  # fmt: skip
+        return plan.shape.output(self, hidden_states, out.to(hidden_states.dtype))  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The subclass is made at run time, so pickle must rebuild it from the original class.
+        return _rebuild, (self.npt_original_class,), self.__dict__
+
+
+@lru_cache(maxsize=None)
+def _converted_class(original: type[nn.Module]) -> type[nn.Module]:
+    """Subclass with the original's name: accelerate's ``_no_split_modules`` and printed trees go by it."""
+    namespace = {
+        "forward": NPTLayer.forward,
+        "npt_original_class": original,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": f"{original.__name__} converted by npt_kernels.apply_npt.",
+    }
+    return type(original.__name__, (NPTLayer, original), namespace)
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    cls = _converted_class(original)
+    return cls.__new__(cls)
+
+
+def is_converted(layer: nn.Module) -> bool:
+    return isinstance(layer, NPTLayer)
+
+
+def convert_layer(layer: nn.Module, plan: LayerPlan, component: NPComponent) -> None:
+    """Make ``layer`` a converted layer, in place."""
+    layer.np_component = component
+    layer.npt_plan = plan  # type: ignore[assignment]
+    layer.__class__ = _converted_class(type(layer))
+    _rebind_hooked_forward(layer)
+
+
+def restore_layer(layer: nn.Module) -> None:
+    """The original layer back, in place."""
+    assert isinstance(layer, NPTLayer)
+    layer.__class__ = layer.npt_original_class
+    del layer.np_component, layer.npt_plan
+    _rebind_hooked_forward(layer)  # type: ignore[arg-type]
+
+
+def _rebind_hooked_forward(layer: nn.Module) -> None:
+    # accelerate's hooks (device_map) call the forward they found when they were attached; show them the present one.
+    if "_old_forward" in layer.__dict__ and hasattr(layer, "_hf_hook"):
+        layer._old_forward = types.MethodType(type(layer).forward, layer)  # type: ignore[assignment]

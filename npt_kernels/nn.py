@@ -1,0 +1,158 @@
+"""The trainable part of a converted layer: :class:`NPComponent`, which turns attention output into weight changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .rules import Rule, get_rule
+
+__all__ = ["AdapterTensors", "NPComponent", "as_adapter_tensors"]
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """The tensors of one NP component, as the ops take them. Targets are ``gate``/``up``/``down`` or ``c_fc``/``c_proj``.
+
+    Attributes:
+        w_down: ``[d, R]``, the bottleneck shared by the targets: ``z = a @ w_down``.
+        w_a_up: Target → ``[R, in]`` (``rank1``, ``diagonal``) or ``[in]`` (``anchored``); empty for ``self_key``.
+        w_b_up: Target → ``[R, out]``. A target without an entry has no delta.
+        rule, num_ranks, scale: As in :func:`npt_kernels.npt_factored_linear`.
+    """
+
+    w_down: Tensor
+    w_a_up: Mapping[str, Tensor] = field(default_factory=dict)
+    w_b_up: Mapping[str, Tensor] = field(default_factory=dict)
+    rule: str = "rank1"
+    num_ranks: int = 1
+    scale: float = 1.0
+
+
+class NPComponent(nn.Module):
+    """Neuro-plastic component of one decoder layer: ``w_down [d, R]`` and, per target, ``w_a_up`` and ``w_b_up``.
+
+    Parameters are fp32 master copies by default; the ops get them cast to the dtype of the hidden states.
+
+    Args:
+        hidden_size: d, the width of the attention output.
+        targets: Target name → ``(in, out)`` of its frozen weight.
+        rank: r, rows of one rank-1 term's block.
+        rule: One of ``npt_kernels.rules.RULES``.
+        num_ranks: k, the number of rank-1 terms; R = k·r.
+        scale: Modulation scale of the ``diagonal`` rule.
+        dtype, device: Of the parameters.
+
+    Raises:
+        ValueError: A size that is not positive, an unknown rule, or no target.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        targets: Mapping[str, tuple[int, int]],
+        *,
+        rank: int,
+        rule: str = "self_key",
+        num_ranks: int = 1,
+        scale: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("hidden_size", hidden_size), ("rank", rank), ("num_ranks", num_ranks)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"NPComponent: {name}={value!r} must be a positive whole number")
+        if not targets:
+            raise ValueError("NPComponent: targets is empty; name at least one, such as 'down'")
+        self.rule_name, self.rank, self.num_ranks, self.scale = rule, rank, num_ranks, float(scale)
+        self.hidden_size, self.target_shapes = hidden_size, dict(targets)
+        #: False inside ``npt_disabled``: the layer then runs its original forward.
+        self.enabled = True
+        total = self.total_rank
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.w_down = nn.Parameter(torch.zeros(hidden_size, total, **kwargs))
+        self.w_a_up, self.w_b_up = nn.ParameterDict(), nn.ParameterDict()
+        for target, (d_in, d_out) in targets.items():
+            if self.rule.key == "vector":
+                self.w_a_up[target] = nn.Parameter(torch.zeros(d_in, **kwargs))
+            elif self.rule.key == "matrix" and not self.is_tied(target):
+                self.w_a_up[target] = nn.Parameter(torch.zeros(total, d_in, **kwargs))
+            self.w_b_up[target] = nn.Parameter(torch.zeros(total, d_out, **kwargs))
+
+    @property
+    def rule(self) -> Rule:
+        return get_rule(self.rule_name)
+
+    @property
+    def total_rank(self) -> int:
+        """R = k·r."""
+        return self.num_ranks * self.rank
+
+    def is_tied(self, target: str) -> bool:
+        """Whether the target's key matrix is ``w_downᵀ`` itself (rule ``diagonal``, input as wide as the attention output)."""
+        return self.rule.ties_key_to_w_down and self.target_shapes[target][0] == self.hidden_size
+
+    def tensors(self, dtype: torch.dtype | None = None) -> AdapterTensors:
+        """The parameters as the ops take them, cast to ``dtype`` (differentiable)."""
+        w_down = self.w_down if dtype is None else self.w_down.to(dtype)
+        keys: dict[str, Tensor] = {}
+        if self.rule.key != "none":
+            for target in self.target_shapes:
+                key = w_down.t() if self.is_tied(target) else self.w_a_up[target]
+                keys[target] = key if dtype is None else key.to(dtype)
+        values = {t: v if dtype is None else v.to(dtype) for t, v in self.w_b_up.items()}
+        return AdapterTensors(w_down, keys, values, self.rule_name, self.num_ranks, self.scale)
+
+    def forward(self, a: Tensor) -> Tensor:
+        """``z [..., R] = a @ w_down``, ``a [..., d]``."""
+        return a @ self.w_down.to(a.dtype)
+
+    def vectors(self, a: Tensor, u: Tensor, target: str) -> tuple[Tensor, Tensor]:
+        """Explicit ``(v_a [T, n, in], v_b [T, n, out])`` of one target for ``a [T, d]`` and its input ``u [T, in]``."""
+        self._check_target(target)
+        adapter = self.tensors(u.dtype)
+        key, value = adapter.w_a_up.get(target), adapter.w_b_up[target]
+        return self.rule.vectors(a @ adapter.w_down, u, key, value, self.num_ranks, self.scale)
+
+    def vector_norms(self, z: Tensor, u: Tensor, target: str) -> tuple[Tensor, Tensor]:
+        """``(|v_a|², |v_b|²)`` per token, each ``[T]``, for ``z [T, R]`` and ``u [T, in]``; no ``[T, in]`` tensor is made."""
+        self._check_target(target)
+        adapter = self.tensors(z.dtype)
+        key, value = adapter.w_a_up.get(target), adapter.w_b_up[target]
+        return self.rule.vector_norms(z, u, key, value, self.num_ranks, self.scale)
+
+    def _check_target(self, target: str) -> None:
+        if target not in self.target_shapes:
+            raise ValueError(f"target={target!r} is not one of this component: {', '.join(self.target_shapes)}")
+
+    def extra_repr(self) -> str:
+        targets = ", ".join(f"{t} {i}->{o}" for t, (i, o) in self.target_shapes.items())
+        return f"rule={self.rule_name}, rank={self.rank}, num_ranks={self.num_ranks}, targets: {targets}"
+
+
+_MAPPING_KEYS = ("w_down", "w_a_up", "w_b_up", "rule", "num_ranks", "scale")
+
+
+def as_adapter_tensors(
+    adapter: NPComponent | AdapterTensors | Mapping[str, Any], dtype: torch.dtype, targets: tuple[str, ...]
+) -> AdapterTensors:
+    """What a user may pass as ``adapter`` to the MLP ops, as :class:`AdapterTensors` with targets checked."""
+    if isinstance(adapter, NPComponent):
+        adapter = adapter.tensors(dtype)
+    elif isinstance(adapter, Mapping):
+        unknown = [key for key in adapter if key not in _MAPPING_KEYS]
+        if unknown or "w_down" not in adapter:
+            raise ValueError(f"adapter has keys {list(adapter)}; expected w_down, w_b_up and optionally {_MAPPING_KEYS[1:]}")
+        adapter = AdapterTensors(**adapter)
+    elif not isinstance(adapter, AdapterTensors):
+        raise TypeError(f"adapter must be an NPComponent, AdapterTensors or a mapping, got {type(adapter).__name__}")
+    get_rule(adapter.rule)
+    unknown = [t for t in (*adapter.w_a_up, *adapter.w_b_up) if t not in targets]
+    if unknown:
+        raise ValueError(f"adapter has target {unknown[0]!r}; this MLP has {', '.join(targets)}")
+    return adapter

@@ -1,0 +1,68 @@
+"""RMSNorm and LayerNorm with the *norm match* of the closed form (research: equivalence §0).
+
+The original MLP input is ``norm(h + a)``; the converted one is built from ``h`` alone. Dividing by the norm of ``h + a``
+instead of that of ``h`` makes the two differ by a term that is linear in ``a``:
+
+    RMSNorm    norm(h + a) = γ ⊙ h/ρ_T + γ ⊙ a/ρ_T                       ρ_T = sqrt(mean((h + a)²) + eps)
+    LayerNorm  norm(h + a) = γ ⊙ (h − mean h)/σ_T + β + γ ⊙ (a − mean a)/σ_T
+
+so the returned input is ``u = γ ⊙ h/ρ_T`` (that is α·norm(h), α = ρ(h)/ρ_T) and the key scale is ``1/ρ_T`` per token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["NormKind", "identify_norm", "matched_norm", "norm_eps"]
+
+NormKind = Literal["rms", "layer"]
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """The epsilon of a norm module under the names in use (``variance_epsilon``, ``eps``)."""
+    for name in ("variance_epsilon", "eps"):
+        value = getattr(norm, name, None)
+        if isinstance(value, float | int):
+            return float(value)
+    return 0.0
+
+
+def matched_norm(norm: nn.Module, kind: NormKind, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """``(u [..., d], key_scale [...])`` from the layer input ``h`` and the attention output ``a``, both ``[..., d]``.
+
+    Statistics are taken in float32 at least, over the same rounded sum ``h + a`` that the original layer norms.
+    """
+    compute = torch.promote_types(h.dtype, torch.float32)
+    total, wide = (h + a).to(compute), h.to(compute)
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if kind == "rms":
+        key_scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + norm_eps(norm))
+        u = (wide * key_scale).to(h.dtype)
+        u = u if weight is None else weight * u
+    else:
+        key_scale = torch.rsqrt(total.var(-1, unbiased=False, keepdim=True) + norm_eps(norm))
+        u = (wide - wide.mean(-1, keepdim=True)) * key_scale
+        u = u if weight is None else u * weight.to(compute)
+        u = u if bias is None else u + bias.to(compute)
+    return u.to(h.dtype), key_scale.squeeze(-1).to(h.dtype)
+
+
+def identify_norm(norm: nn.Module, width: int) -> NormKind | None:
+    """Which norm a module computes, found by running it: names differ between families, numbers do not. ``None``: neither."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.shape != (width,):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(3, width, generator=generator).to(weight.device, weight.dtype) * 2 + 0.5
+    with torch.no_grad():
+        expected = norm(probe).float()
+        kinds: tuple[NormKind, ...] = ("rms", "layer")
+        for kind in kinds:
+            ours = matched_norm(norm, kind, probe, torch.zeros_like(probe))[0].float()
+            tolerance = 8 * torch.finfo(weight.dtype).eps * expected.abs().max().clamp_min(1e-3)
+            if torch.allclose(ours, expected, rtol=0, atol=float(tolerance)):
+                return kind
+    return None

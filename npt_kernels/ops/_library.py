@@ -1,0 +1,103 @@
+"""One definition, two callers: how every op reaches autograd and ``torch.compile``.
+
+An op is four functions (forward, fake, setup_context, backward) over flat tensors. From them :func:`define_op` makes
+
+* an ``autograd.Function`` for eager calls, because a ``torch.library`` op costs about 10 µs per eager call
+  (pytorch #177109), and
+* a pair of ``torch.library`` ops (forward and backward, opaque to the compiler, with fake kernels) for compiled code.
+
+Both share ``setup_context`` and ``backward``, so they cannot drift apart. ``backward`` returns only the gradients that were
+asked for, as a list, and the pair saves only what those need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Op", "define_op"]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A callable op. ``num_outputs`` counts the leading outputs a user sees; the rest is saved for the backward."""
+
+    name: str
+    function: type[torch.autograd.Function]
+    forward: Callable[..., tuple[Tensor, ...]]
+    library_op: Any
+    library_backward: Any
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return self.library_op(*args)
+        if torch.is_grad_enabled():
+            return self.function.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+        return self.forward(*args)
+
+
+def define_op(
+    name: str,
+    *,
+    num_tensors: int,
+    forward: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+    setup_context: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None],
+    backward: Callable[[Any, Tensor, Callable[..., list[Tensor]]], list[Tensor]],
+    raw_backward: Callable[..., list[Tensor]],
+    fake_backward: Callable[..., list[Tensor]],
+) -> Op:
+    """Build an :class:`Op`.
+
+    Args:
+        name: Op name below the namespace ``npt_kernels``.
+        num_tensors: The first ``num_tensors`` arguments of ``forward`` are tensors or ``None``; the others are constants.
+        forward: Annotated function (the schema is inferred from it) returning ``(output, *saved)``.
+        fake: Shapes of ``forward`` without computing.
+        setup_context: Saves what ``ctx.needs_input_grad`` asks for; runs for both callers.
+        backward: ``(ctx, grad_output, run) -> gradients asked for, in argument order``; calls ``run(...)`` once.
+        raw_backward: What ``run`` is in eager mode; annotated, with ``needs: list[bool]`` as its last argument.
+        fake_backward: Shapes of ``raw_backward``.
+    """
+    library_op = torch.library.custom_op(f"npt_kernels::{name}", forward, mutates_args=())
+    library_op.register_fake(fake)
+    library_backward = torch.library.custom_op(f"npt_kernels::{name}_backward", raw_backward, mutates_args=())
+    library_backward.register_fake(fake_backward)
+
+    def shared_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.num_inputs = len(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        setup_context(ctx, inputs, output)
+
+    def run_backward(ctx: Any, grads: Sequence[Tensor | None], run: Callable[..., list[Tensor]]) -> Any:
+        result: list[Tensor | None] = [None] * ctx.num_inputs
+        if grads[0] is None:
+            return tuple(result)
+        needed = [i for i in range(num_tensors) if ctx.needs_input_grad[i]]
+        if needed:
+            for index, grad in zip(needed, backward(ctx, grads[0], run), strict=True):
+                result[index] = grad
+        return tuple(result)
+
+    def eager_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return run_backward(ctx, grads, raw_backward)
+
+    library_op.register_autograd(
+        lambda ctx, *grads: run_backward(ctx, grads, library_backward), setup_context=shared_setup
+    )
+    function = type(
+        f"Npt_{name}",
+        (torch.autograd.Function,),
+        {
+            "__doc__": f"Eager autograd of ``npt_kernels::{name}``; see ops/_library.py.",
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(shared_setup),
+            "backward": staticmethod(torch.autograd.function.once_differentiable(eager_backward)),
+        },
+    )
+    return Op(name, function, forward, library_op, library_backward)

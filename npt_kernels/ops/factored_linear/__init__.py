@@ -1,0 +1,3 @@
+from .op import factored_linear
+
+__all__ = ["factored_linear"]

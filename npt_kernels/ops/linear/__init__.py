@@ -1,0 +1,3 @@
+from .op import linear
+
+__all__ = ["linear"]

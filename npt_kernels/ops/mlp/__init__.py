@@ -1,0 +1,3 @@
+from .op import mlp
+
+__all__ = ["mlp"]
