@@ -164,6 +164,9 @@ def _fill(path: Path, choices: list[Any], components: list[NPComponent], tensors
         for choice, component in zip(choices, components, strict=True)
         for name, parameter in component.named_parameters()
     }
+    # A published checkpoint says "gate" whatever the family calls its first matrix.
+    aliases = choices[0].plan.shape.aliases
+    tensors = {".".join(aliases.get(part, part) for part in name.split(".")): t for name, t in tensors.items()}
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         parts = [f"{kind} {len(names)}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"

