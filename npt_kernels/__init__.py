@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
 from .backends import BackendUnavailableError, available_backends
 from .functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from .models.patching import ApplyReport, apply_npt, npt_disabled, npt_parameters, remove_npt
     from .nn import AdapterTensors, NPComponent
 
-__version__ = "0.1.0"
 
 _LAZY = {
     "AdapterTensors": ".nn",

@@ -1,0 +1,53 @@
+# Two commands set up everything on a fresh machine: `make train` (the main job) and `make test`.
+# Each makes its own virtual environment if there is none, installs what it needs, and may be repeated.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+CONFIG ?= demo
+ARGS   ?=
+JOBS   ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format clean distclean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+train: $(VENV)/.train ## Convert and train the demo model on real text (CONFIG=small, ARGS="model.rank=64" …)
+	$(BIN)/npt train $(CONFIG) $(ARGS)
+
+test: $(VENV)/.dev ## Run the test suite
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(VENV)/.dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Rewrite files in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove caches and builds (keeps .venv, runs and downloads)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## Also remove the virtual environment and runs
+	rm -rf $(VENV) runs
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip setuptools wheel
+
+# Editable install; a stamp per extra, renewed when the requirements change.
+$(VENV)/.train: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo "installing npt_kernels[train] into $(VENV) (first time: a few minutes)"
+	$(PIP) --editable '.[train]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo "installing npt_kernels[dev] into $(VENV) (first time: a few minutes)"
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.train
