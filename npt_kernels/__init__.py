@@ -39,6 +39,7 @@ __all__ = [
     "BackendUnavailableError",
     "NPComponent",
     "NPTConfig",
+    "__version__",
     "apply_npt",
     "available_backends",
     "load_npt",

@@ -69,7 +69,9 @@ class NPTConfig:
             object.__setattr__(self, "layers", list(self.layers))
         resolve_layers(self.layers, None)
         if self.init == "closed_form" and self.rule != "self_key":
-            raise ValueError(f"init='closed_form' exists for rule='self_key' only, not for rule={self.rule!r}; use init='small'")
+            raise ValueError(
+                f"init='closed_form' exists for rule='self_key' only, not for rule={self.rule!r}; use init='small'"
+            )
 
     @property
     def matches_norm(self) -> bool:

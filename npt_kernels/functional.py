@@ -72,7 +72,9 @@ def npt_linear(
     if v_a.dim() == x.dim():
         v_a, v_b = v_a.unsqueeze(-2), v_b.unsqueeze(-2)
     elif v_a.dim() != x.dim() + 1:
-        raise ValueError(f"{op}: v_a has shape {list(v_a.shape)}, expected [..., in] or [..., k, in] with x {list(x.shape)}")
+        raise ValueError(
+            f"{op}: v_a has shape {list(v_a.shape)}, expected [..., in] or [..., k, in] with x {list(x.shape)}"
+        )
     if v_a.shape[-2] != v_b.shape[-2]:
         raise ValueError(f"{op}: v_a has k = {v_a.shape[-2]} terms but v_b has {v_b.shape[-2]}")
     if v_a.shape[-1] != d_in or v_b.shape[-1] != d_out:
@@ -252,10 +254,12 @@ def _mlp(
     adapter = as_adapter_tensors(adapter, dtype, tuple(t for t in targets if t))
     keys = [adapter.w_a_up.get(t) for t in targets]
     values = [adapter.w_b_up.get(t) for t in targets]
-    (x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down, *rest) = _cast(
-        x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, adapter.w_down, *keys, *values
-    )  # type: ignore[assignment]
-    keys, values = rest[:3], rest[3:]
+    w_down = adapter.w_down
+    cast: list[Any] = _cast(
+        x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down, *keys, *values
+    )
+    x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down = cast[:10]
+    keys, values = cast[10:13], cast[13:]
     names = (
         *weight_names, *(f"{n} bias" for n in weight_names), "a", "key_scale", "w_down",
         *(f"w_a_up[{t}]" for t in targets), *(f"w_b_up[{t}]" for t in targets),
@@ -269,8 +273,8 @@ def _mlp(
         check_shape(op, weight_names[0], gate_weight, (f, d), "[f, d]")
     if gate_bias is not None:
         check_shape(op, f"{weight_names[0]} bias", gate_bias, (f,), "[f]")
-    check_shape(op, weight_names[2], down_weight, (down_weight.shape[0], f), "[d_out, f]")
-    d_out = down_weight.shape[0]
+    d_out = down_weight.shape[0] if down_weight.dim() else 0
+    check_shape(op, weight_names[2], down_weight, (d_out, f), "[d_out, f]")
     if down_bias is not None:
         check_shape(op, f"{weight_names[2]} bias", down_bias, (d_out,), "[d_out]")
     rule = get_rule(adapter.rule)
@@ -278,9 +282,9 @@ def _mlp(
         raise ValueError(f"{op}: w_down has shape {list(w_down.shape)}, expected [d_a, R] = [{a.shape[-1]}, R]")
     total_rank = w_down.shape[1]
     _check_num_ranks(op, adapter.num_ranks, total_rank)
-    for target, key, value, width, out in zip(targets, keys, values, (d, d, f), (f, f, d_out), strict=True):
+    for target, key, value, width, height in zip(targets, keys, values, (d, d, f), (f, f, d_out), strict=True):
         if value is not None:
-            _check_adapter(op, f"w_a_up[{target}]", f"w_b_up[{target}]", key, value, rule, total_rank, width, out)
+            _check_adapter(op, f"w_a_up[{target}]", f"w_b_up[{target}]", key, value, rule, total_rank, width, height)
         elif key is not None:
             raise ValueError(f"{op}: w_a_up[{target}] is given without w_b_up[{target}]; give both or neither")
     flat = flatten_tokens(op, "x", x, leading, 1, "[..., d]")
@@ -344,5 +348,7 @@ def _check_adapter(
         return
     expected, meaning = ((total_rank, d_in), "[R, in]") if rule.key == "matrix" else ((d_in,), "[in]")
     if w_a_up is None:
-        raise ValueError(f"{op}: {key_name} is None, but rule={rule.name!r} needs it with shape {meaning} = {list(expected)}")
+        raise ValueError(
+            f"{op}: {key_name} is None, but rule={rule.name!r} needs it with shape {meaning} = {list(expected)}"
+        )
     check_shape(op, key_name, w_a_up, expected, f"{meaning} (rule {rule.name!r})")

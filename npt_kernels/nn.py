@@ -147,7 +147,9 @@ def as_adapter_tensors(
     elif isinstance(adapter, Mapping):
         unknown = [key for key in adapter if key not in _MAPPING_KEYS]
         if unknown or "w_down" not in adapter:
-            raise ValueError(f"adapter has keys {list(adapter)}; expected w_down, w_b_up and optionally {_MAPPING_KEYS[1:]}")
+            raise ValueError(
+                f"adapter has keys {list(adapter)}; expected w_down, w_b_up and optionally {_MAPPING_KEYS[1:]}"
+            )
         adapter = AdapterTensors(**adapter)
     elif not isinstance(adapter, AdapterTensors):
         raise TypeError(f"adapter must be an NPComponent, AdapterTensors or a mapping, got {type(adapter).__name__}")

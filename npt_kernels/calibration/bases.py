@@ -45,7 +45,9 @@ def fisher_basis(moments: Moments, damping: float = 0.1) -> Basis:
     """
     assert moments.fisher is not None
     fisher = moments.fisher / moments.tokens
-    fisher = fisher + damping * fisher.diagonal().mean() * torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
+    fisher = fisher + damping * fisher.diagonal().mean() * torch.eye(
+        len(fisher), dtype=fisher.dtype, device=fisher.device
+    )
     values, vectors = torch.linalg.eigh(fisher)
     root = vectors * values.clamp_min(torch.finfo(values.dtype).tiny).sqrt() @ vectors.t()
     inverse_root = vectors * values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt() @ vectors.t()

@@ -28,14 +28,21 @@ class Moments:
 
 def check_tokens(tokens: Tensor, vocab_size: int | None) -> Tensor:
     """Token ids ``[n, seq]``, non-empty, in range. Raises ``TypeError`` or ``ValueError``."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.is_floating_point()
+        or tokens.is_complex()
+        or tokens.dtype == torch.bool
+    ):
         kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"calibration must be a tensor of token ids [n, seq], got {kind}")
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"calibration has shape {list(tokens.shape)}, expected token ids [n, seq] with n, seq ≥ 1")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
-        raise ValueError(f"calibration contains token id {low if low < 0 else high}, outside 0 … {(vocab_size or 0) - 1}")
+        raise ValueError(
+            f"calibration contains token id {low if low < 0 else high}, outside 0 … {(vocab_size or 0) - 1}"
+        )
     return tokens
 
 

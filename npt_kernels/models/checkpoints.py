@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
+from .._version import __version__
 from ..config import NPTConfig
 from ..nn import NPComponent
 from .patching import (
@@ -104,9 +104,7 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
     config, layers, ranks, tensors = _read(path)
     converted = bool(converted_layers(model))
     choices, skipped, total = plan_layers(model, replace(config, layers=layers))
-    components = [
-        make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)
-    ]
+    components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]
     _fill(path, choices, components, tensors)
     if converted:
         remove_npt(model)
@@ -122,7 +120,9 @@ def _read(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor
         files = sorted(p for p in path.iterdir() if p.suffix in {".pt", ".pth", ".bin"})
         if len(files) != 1:
             found = ", ".join(p.name for p in files) or "none"
-            raise FileNotFoundError(f"{path} has no {CONFIG_NAME} and not exactly one .pt/.pth/.bin file (found: {found})")
+            raise FileNotFoundError(
+                f"{path} has no {CONFIG_NAME} and not exactly one .pt/.pth/.bin file (found: {found})"
+            )
         path = files[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a directory with {CONFIG_NAME} or a torch-saved file")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,9 +13,9 @@ _CHILDREN = {"ln_1", "attn", "ln_2", "mlp"}
 
 class GPT2Like(LayerShape):
     name = "gpt2-like"
-    targets = {"c_fc": Target("up", "c_fc"), "c_proj": Target("down", "c_proj")}
+    targets: ClassVar = {"c_fc": Target("up", "c_fc"), "c_proj": Target("down", "c_proj")}
     # A gate-only or gate+up recipe means the first matrix here: GPT-2 has no separate gate.
-    aliases = {"gate": "c_fc", "up": "c_fc", "down": "c_proj"}
+    aliases: ClassVar = {"gate": "c_fc", "up": "c_fc", "down": "c_proj"}
 
     def mismatch(self, layer: nn.Module) -> str | None:
         children = {name for name, _ in layer.named_children()} - {"np_component"}

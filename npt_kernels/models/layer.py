@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import npt_gated_mlp, npt_mlp
-from ..norms import NormKind, matched_norm
 from ..nn import NPComponent
+from ..norms import NormKind, matched_norm
 from .base import LayerShape, linear_bias, linear_weight
 
 __all__ = ["LayerPlan", "NPTLayer", "convert_layer", "is_converted", "restore_layer"]
@@ -106,8 +106,8 @@ class NPTLayer:
         return _rebuild, (self.npt_original_class,), self.__dict__
 
 
-@lru_cache(maxsize=None)
-def _converted_class(original: type[nn.Module]) -> type[nn.Module]:
+@cache
+def _converted_class(original: Any) -> type[nn.Module]:
     """Subclass with the original's name: accelerate's ``_no_split_modules`` and printed trees go by it."""
     namespace = {
         "forward": NPTLayer.forward,
@@ -132,7 +132,7 @@ def convert_layer(layer: nn.Module, plan: LayerPlan, component: NPComponent) -> 
     """Make ``layer`` a converted layer, in place."""
     layer.np_component = component
     layer.npt_plan = plan  # type: ignore[assignment]
-    layer.__class__ = _converted_class(type(layer))
+    layer.__class__ = _converted_class(type(layer))  # type: ignore[assignment]
     _rebind_hooked_forward(layer)
 
 

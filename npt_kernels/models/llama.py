@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,12 +13,12 @@ _CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 class LlamaLike(LayerShape):
     name = "llama-like"
-    targets = {
+    targets: ClassVar = {
         "gate": Target("gate", "gate_proj"),
         "up": Target("up", "up_proj"),
         "down": Target("down", "down_proj"),
     }
-    aliases = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+    aliases: ClassVar = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
     def mismatch(self, layer: nn.Module) -> str | None:
         children = {name for name, _ in layer.named_children()} - {"np_component"}

@@ -17,16 +17,16 @@ from ..norms import identify_norm
 from . import LAYER_SHAPES
 from .base import LayerShape, linear_shape
 from .initialise import initialise
-from .layer import LayerPlan, convert_layer, is_converted, restore_layer
+from .layer import LayerPlan, NPTLayer, convert_layer, is_converted, restore_layer
 
 __all__ = [
     "ApplyReport",
+    "apply_npt",
     "converted_layers",
     "find_layers",
     "install",
     "npt_disabled",
     "npt_parameters",
-    "apply_npt",
     "plan_layers",
     "remove_npt",
 ]
@@ -88,7 +88,11 @@ class ApplyReport:
         lines = [
             f"converted {len(self.converted)} of {self.num_layers} {first.shape} layers: {_ranges(self.layers)}",
             f"  rule {first.rule}, targets {', '.join(first.targets)}, rank "
-            + (f"{ranks[0]}" if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}"),
+            + (
+                f"{ranks[0]}"
+                if len(set(ranks)) == 1
+                else f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}"
+            ),
             f"  {self.parameters:,} trainable parameters beside {self.base_parameters:,} frozen "
             f"({self.parameters / max(self.base_parameters, 1):.1%})",
         ]
@@ -142,7 +146,7 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def converted_layers(model: nn.Module) -> dict[int, Any]:
     """Index → converted layer, in order; empty for a model without NPT."""
-    return {m.npt_plan.index: m for m in model.modules() if is_converted(m)}  # type: ignore[union-attr]
+    return {m.npt_plan.index: m for m in model.modules() if isinstance(m, NPTLayer)}
 
 
 @dataclass(frozen=True)
@@ -234,9 +238,7 @@ def make_component(choice: LayerChoice, config: NPTConfig, rank: int) -> NPCompo
     )
 
 
-def install(
-    model: nn.Module, config: NPTConfig, choices: list[LayerChoice], components: list[NPComponent]
-) -> None:
+def install(model: nn.Module, config: NPTConfig, choices: list[LayerChoice], components: list[NPComponent]) -> None:
     """Freeze the base and put the components in place. The step of ``apply_npt`` and ``load_npt`` that changes the model."""
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
@@ -286,7 +288,9 @@ def apply_npt(
         components, notes = closed_form_components(model, config, choices, ranks, calibration, progress=progress)
     else:
         if ranks is None:
-            raise ValueError(f"rank={config.rank!r} is allotted by the closed form: pass calibration=token ids, or a fixed rank")
+            raise ValueError(
+                f"rank={config.rank!r} is allotted by the closed form: pass calibration=token ids, or a fixed rank"
+            )
         components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]
         generator = torch.Generator().manual_seed(config.seed)
         for component in components:

@@ -22,7 +22,9 @@ from ..config import NPTConfig
 __all__ = ["read_published"]
 
 _LOW_RANK = re.compile(r"^layer_(\d+)_(A|B)$")
-_RANK_K = re.compile(r"^(?:layer_(\d+)_np|(?:model\.)?layers\.(\d+)\.np_component)\.(W_down|W_a_up|W_b_up)(?:\.(\d+))?$")
+_RANK_K = re.compile(
+    r"^(?:layer_(\d+)_np|(?:model\.)?layers\.(\d+)\.np_component)\.(W_down|W_a_up|W_b_up)(?:\.(\d+))?$"
+)
 
 _Read = tuple[NPTConfig, list[int], list[int], dict[str, Tensor]]
 
@@ -59,7 +61,9 @@ def _low_rank(
     for index in sorted(layers):
         a, b = (_matrix(layers[index].get(part), f"layer_{index}_{part}", path) for part in "AB")
         if a.shape[1] != b.shape[0]:
-            raise ValueError(f"{path}: layer_{index}_A is {list(a.shape)} and layer_{index}_B {list(b.shape)}; ranks differ")
+            raise ValueError(
+                f"{path}: layer_{index}_A is {list(a.shape)} and layer_{index}_B {list(b.shape)}; ranks differ"
+            )
         ranks.append(a.shape[1])
         result[f"layers.{index}.w_down"], result[f"layers.{index}.w_b_up.gate"] = a, b
     scale = settings.get("modulation_scale", 1.0)

