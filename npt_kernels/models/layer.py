@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -106,9 +105,13 @@ class NPTLayer:
         return _rebuild, (self.npt_original_class,), self.__dict__
 
 
-@cache
-def _converted_class(original: Any) -> type[nn.Module]:
+_converted_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _converted_class(original: type[nn.Module]) -> type[nn.Module]:
     """Subclass with the original's name: accelerate's ``_no_split_modules`` and printed trees go by it."""
+    if original in _converted_classes:
+        return _converted_classes[original]
     namespace = {
         "forward": NPTLayer.forward,
         "npt_original_class": original,
@@ -116,7 +119,8 @@ def _converted_class(original: Any) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": f"{original.__name__} converted by npt_kernels.apply_npt.",
     }
-    return type(original.__name__, (NPTLayer, original), namespace)
+    _converted_classes[original] = type(original.__name__, (NPTLayer, original), namespace)
+    return _converted_classes[original]
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
@@ -137,11 +141,10 @@ def convert_layer(layer: nn.Module, plan: LayerPlan, component: NPComponent) -> 
 
 
 def restore_layer(layer: nn.Module) -> None:
-    """The original layer back, in place."""
-    assert isinstance(layer, NPTLayer)
-    layer.__class__ = layer.npt_original_class
+    """The original layer back, in place. ``layer`` must be a converted one."""
+    layer.__class__ = type(layer).npt_original_class  # type: ignore[attr-defined]
     del layer.np_component, layer.npt_plan
-    _rebind_hooked_forward(layer)  # type: ignore[arg-type]
+    _rebind_hooked_forward(layer)
 
 
 def _rebind_hooked_forward(layer: nn.Module) -> None:
