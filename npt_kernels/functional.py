@@ -169,8 +169,8 @@ def npt_gated_mlp(
         gate_proj, up_proj: ``[f, d]``.
         down_proj: ``[d, f]``.
         adapter: An :class:`~npt_kernels.NPComponent`, or its tensors: :class:`~npt_kernels.nn.AdapterTensors` or a mapping
-            with keys ``w_down`` ``[d_a, R]``, ``w_a_up`` and ``w_b_up`` (each a mapping ``gate``/``up``/``down`` → tensor) and
-            optionally ``rule``, ``num_ranks``, ``scale``.
+            with keys ``w_down`` ``[d_a, R]``, ``w_a_up`` and ``w_b_up`` (each a mapping ``gate``/``up``/``down`` → tensor, or
+            flat as in ``state_dict()``: ``w_b_up.gate``) and optionally ``rule``, ``num_ranks``, ``scale``.
         act: Name of the activation, as in transformers (``silu``, ``gelu``, ``gelu_new``, ``relu``, ...).
         key_scale: ``[...]``: 1/ρ_T per token, multiplies ``z`` for gate and up (norm matching); ``None`` is 1.
         gate_bias, up_bias, down_bias: ``[f]``, ``[f]``, ``[d]`` or ``None``.

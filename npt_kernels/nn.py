@@ -135,7 +135,27 @@ class NPComponent(nn.Module):
         return f"rule={self.rule_name}, rank={self.rank}, num_ranks={self.num_ranks}, targets: {targets}"
 
 
-_MAPPING_KEYS = ("w_down", "w_a_up", "w_b_up", "rule", "num_ranks", "scale")
+def _from_mapping(mapping: Mapping[str, Any]) -> AdapterTensors:
+    """Nested (``{"w_b_up": {"gate": ...}}``) or flat as in ``state_dict()`` (``{"w_b_up.gate": ...}``); the rule may be left out.
+
+    Without ``rule`` it follows from the keys' shapes: none → ``self_key``, vectors → ``anchored``, matrices → ``rank1``.
+    """
+    known = ("w_down", "w_a_up", "w_b_up", "rule", "num_ranks", "scale")
+    fields: dict[str, Any] = {"w_a_up": {}, "w_b_up": {}}
+    for name, value in mapping.items():
+        group, _, target = name.partition(".")
+        if group not in known or (target and group not in ("w_a_up", "w_b_up")):
+            raise ValueError(f"adapter has a key {name!r}; expected {', '.join(known)} (or w_b_up.gate, ...)")
+        if target:
+            fields[group][target] = value
+        else:
+            fields[group] = dict(value) if group in ("w_a_up", "w_b_up") else value
+    if "w_down" not in fields:
+        raise ValueError(f"adapter has no w_down; it has {', '.join(mapping) or 'no keys'}")
+    if "rule" not in fields:
+        keys = list(fields["w_a_up"].values())
+        fields["rule"] = "self_key" if not keys else "anchored" if keys[0].dim() == 1 else "rank1"
+    return AdapterTensors(**fields)
 
 
 def as_adapter_tensors(
@@ -145,12 +165,7 @@ def as_adapter_tensors(
     if isinstance(adapter, NPComponent):
         adapter = adapter.tensors(dtype)
     elif isinstance(adapter, Mapping):
-        unknown = [key for key in adapter if key not in _MAPPING_KEYS]
-        if unknown or "w_down" not in adapter:
-            raise ValueError(
-                f"adapter has keys {list(adapter)}; expected w_down, w_b_up and optionally {_MAPPING_KEYS[1:]}"
-            )
-        adapter = AdapterTensors(**adapter)
+        adapter = _from_mapping(adapter)
     elif not isinstance(adapter, AdapterTensors):
         raise TypeError(f"adapter must be an NPComponent, AdapterTensors or a mapping, got {type(adapter).__name__}")
     get_rule(adapter.rule)
