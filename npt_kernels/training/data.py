@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .config import ConfigError, RunConfig
 from .prose import demo_sources
-from .sources import Source, hub_sources, local_sources
+from .sources import Source, check_hub_dataset, find_files, hub_sources, local_sources
 
-__all__ = ["TokenBlocks", "load_token_blocks", "pack", "split_source"]
+__all__ = ["TokenBlocks", "check_sources", "load_token_blocks", "pack", "split_source"]
 
 _DOCUMENTS_PER_CALL = 64
 
@@ -131,6 +131,26 @@ def _shortfalls(
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 
+def check_sources(config: RunConfig) -> None:
+    """What can be known to fail before a model is loaded: no text named, a file that is not there, a hub out of reach.
+
+    Raises :class:`ConfigError`.
+    """
+    data = config.data
+    if data.train_files:
+        find_files(data.train_files, "data.train_files")
+    elif data.dataset_name is None:
+        raise ConfigError(_NO_TEXT)
+    elif data.dataset_name != "demo":
+        check_hub_dataset(config)
+    find_files(data.eval_files, "data.eval_files")
+
+
+_NO_TEXT = (
+    "no training text is named; set data.train_files=[book.txt], data.dataset_name to a hub dataset, or data.dataset_name=demo"
+)
+
+
 def _open_sources(config: RunConfig) -> list[Source]:
     data = config.data
     if data.train_files:
@@ -139,10 +159,7 @@ def _open_sources(config: RunConfig) -> list[Source]:
         return demo_sources(config)
     if data.dataset_name:
         return hub_sources(config)
-    raise ConfigError(
-        "no training text is named; set data.train_files=[book.txt], data.dataset_name to a hub dataset, or "
-        "data.dataset_name=demo"
-    )
+    raise ConfigError(_NO_TEXT)
 
 
 def _split(sources: list[Source], config: RunConfig) -> tuple[list[Source], list[Source]]:

@@ -326,12 +326,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     """The resolved configuration and the plan, as tables."""
     import yaml
     from rich.markup import escape
-    from rich.padding import Padding
     from rich.table import Table
 
-    console.print("[bold]configuration[/bold] (resolved; save it as a file for --config)")
-    text = yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None)
-    console.print(Padding(escape(text.rstrip()), (0, 0, 1, 2)), soft_wrap=True, highlight=False)
+    console.print("# configuration: resolved; a file of these lines works with --config", style="bold")
+    # Block style and no wrapping: what is printed can be copied.
+    text = yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=10_000)
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     table = Table(title="plan", title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
     for key, value in _rows(plan):

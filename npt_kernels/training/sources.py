@@ -6,6 +6,7 @@ import difflib
 import glob
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from .config import ConfigError, RunConfig
 from .loading import check_hub_reachable
 
-__all__ = ["Source", "hub_sources", "local_sources"]
+__all__ = ["Source", "check_hub_dataset", "find_files", "hub_sources", "local_sources"]
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,7 @@ class _Lazy:
 
 def local_sources(patterns: Sequence[str], field: str, key: str, *, separate: bool = False) -> list[Source]:
     """One source per file; globs in sorted order, a file met twice counts once. Raises :class:`ConfigError`."""
-    paths: dict[Path, None] = {}
-    for pattern in patterns:
-        expanded = str(Path(pattern).expanduser())
-        matches = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded, recursive=True))
-        files = [Path(match) for match in matches if Path(match).is_file()]
-        if not files:
-            what = "is a directory; name its files, such as" if Path(expanded).is_dir() else "matches no file; a glob looks like"
-            raise ConfigError(f"{key}: {pattern!r} {what} {str(Path(pattern) / '*.txt') if 'directory' in what else 'texts/*.txt'!r}")
-        paths.update(dict.fromkeys(path.resolve() for path in files))
+    paths = find_files(patterns, key)
     sources = []
     for path in paths:
         documents = _read_file(path, field)
@@ -77,6 +70,21 @@ def local_sources(patterns: Sequence[str], field: str, key: str, *, separate: bo
         characters = sum(len(document) for document in documents)
         sources.append(Source(path.name, f"{path} ({count}{characters:,} characters)", documents, path, separate))
     return sources
+
+
+def find_files(patterns: Sequence[str], key: str) -> list[Path]:
+    """The files that names and globs stand for. Raises :class:`ConfigError` for one that matches nothing."""
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        expanded = Path(pattern).expanduser()
+        matches = [str(expanded)] if expanded.is_file() else sorted(glob.glob(str(expanded), recursive=True))
+        files = [Path(match) for match in matches if Path(match).is_file()]
+        if not files and expanded.is_dir():
+            raise ConfigError(f"{key}: {pattern!r} is a directory; name its files, such as {str(Path(pattern) / '*.txt')!r}")
+        if not files:
+            raise ConfigError(f"{key}: {pattern!r} matches no file (looked from {Path.cwd()})")
+        paths.update(dict.fromkeys(path.resolve() for path in files))
+    return list(paths)
 
 
 def _read_file(path: Path, field: str) -> list[str]:
@@ -172,9 +180,8 @@ def hub_sources(config: RunConfig) -> list[Source]:
         import datasets
     except ImportError as error:
         raise ConfigError(f"{what} needs the datasets library; pip install 'npt_kernels[train]', or use data.train_files") from error
-    if not Path(name).expanduser().exists():
-        _prepare_dataset(name, what, data.dataset_config)
-    cache = str(Path(config.paths.cache_dir).expanduser() / "datasets") if config.paths.cache_dir else None
+    check_hub_dataset(config)
+    cache = str(_datasets_cache(config)) if config.paths.cache_dir else None
     try:
         found = datasets.load_dataset(name, data.dataset_config, cache_dir=cache)
     except Exception as error:
@@ -202,14 +209,27 @@ def hub_sources(config: RunConfig) -> list[Source]:
     return sources
 
 
-def _prepare_dataset(name: str, what: str, dataset_config: str | None) -> None:
-    """Fail fast where ``datasets`` would retry: offline and not in its cache."""
-    import datasets
-
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
-    if folder.is_dir() and (dataset_config is None or (folder / dataset_config).is_dir()):
+def check_hub_dataset(config: RunConfig) -> None:
+    """Fail fast where ``datasets`` would retry: not in its cache and no network. Raises :class:`ConfigError`."""
+    name = str(config.data.dataset_name)
+    # The folder names of the library's cache; importing it just to ask would take longer than the answer.
+    cached = _datasets_cache(config) / name.replace("/", "___")
+    if config.data.dataset_config is not None:
+        cached /= config.data.dataset_config
+    if Path(name).expanduser().exists() or cached.is_dir():
         return
+    what = f"data.dataset_name={name!r}"
+    if name.startswith((".", "/", "~")):
+        raise ConfigError(f"{what} does not exist; for local text use data.train_files=[…]")
     check_hub_reachable(what, "give local text with data.train_files=[…], or use data.dataset_name=demo")
+
+
+def _datasets_cache(config: RunConfig) -> Path:
+    if config.paths.cache_dir:
+        return Path(config.paths.cache_dir).expanduser() / "datasets"
+    from huggingface_hub import constants
+
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()
 
 
 def _hub_source(split: Any, name: str, split_name: str, field: str, *, separate: bool) -> Source:
