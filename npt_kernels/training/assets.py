@@ -175,7 +175,7 @@ NAME, VERSION = {name!r}, {version!r}
 def get_requires_for_build_wheel(config_settings=None):
     return []
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-    folder = NAME + "-" + VERSION + ".dist-info"
+    folder = NAME.replace("-", "_") + "-" + VERSION + ".dist-info"
     os.makedirs(os.path.join(metadata_directory, folder))
     with open(os.path.join(metadata_directory, folder, "METADATA"), "w") as stream:
         stream.write("Metadata-Version: 2.1\\nName: " + NAME + "\\nVersion: " + VERSION + "\\n")
