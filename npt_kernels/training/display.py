@@ -104,9 +104,13 @@ def results_table(base: EvalResult, converted: EvalResult, trained: EvalResult |
         table.add_column(name, justify="right", no_wrap=True)
     results = [result for _, result in columns]
     table.add_row("perplexity", *(f"{r.npt_perplexity:.3f}" for r in results))
-    table.add_row("ratio to original", "1", *(f"{r.perplexity_ratio:.4f} ± {r.perplexity_ratio_se:.4f}" for r in results[1:]))
+    table.add_row(
+        "ratio to original", "1", *(f"{r.perplexity_ratio:.4f} ± {r.perplexity_ratio_se:.4f}" for r in results[1:])
+    )
     table.add_row("KL(original‖converted), nats/token", "0", *(f"{r.kl:.4f} ± {r.kl_se:.4f}" for r in results[1:]))
-    table.add_row("top-1 agreement", "100 %", *(f"{r.top1_agreement:.2%} ± {r.top1_agreement_se:.2%}" for r in results[1:]))
+    table.add_row(
+        "top-1 agreement", "100 %", *(f"{r.top1_agreement:.2%} ± {r.top1_agreement_se:.2%}" for r in results[1:])
+    )
     return table
 
 

@@ -96,7 +96,13 @@ class RunSummary:
 
 
 def run_training(
-    config: RunConfig, model: nn.Module, tokenizer: Any, blocks: Any, *, resume: Path | None = None, console: Console | None = None
+    config: RunConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    blocks: Any,
+    *,
+    resume: Path | None = None,
+    console: Console | None = None,
 ) -> RunSummary:
     """Convert ``model`` and train its NP components as the configuration says. The base stays frozen, bit for bit.
 
@@ -170,9 +176,13 @@ class _Run:
         if self.phases and len(blocks.train) == 0:
             raise TrainingError("there is no training text: blocks.train is empty; add data or set training.mode: none")
         if len(blocks.heldout) == 0:
-            raise TrainingError("there is no held-out text: blocks.heldout is empty; add data or raise data.eval_fraction")
+            raise TrainingError(
+                "there is no held-out text: blocks.heldout is empty; add data or raise data.eval_fraction"
+            )
         if config.wandb.enabled and importlib.util.find_spec("wandb") is None:
-            raise TrainingError("wandb.enabled is true, but the package wandb is missing: pip install wandb, or set it to false")
+            raise TrainingError(
+                "wandb.enabled is true, but the package wandb is missing: pip install wandb, or set it to false"
+            )
 
     # ---- the run, in order -------------------------------------------------------------------------------------------
 
@@ -192,7 +202,9 @@ class _Run:
         self._say(f"original: perplexity {base.base_perplexity:.3f} on {base.tokens:,} held-out tokens")
         if self.tokenizer is not None:
             with self._timed("samples"):
-                self.base_texts = generate(model, self.tokenizer, config.evaluation.prompts, config.evaluation.max_new_tokens)
+                self.base_texts = generate(
+                    model, self.tokenizer, config.evaluation.prompts, config.evaluation.max_new_tokens
+                )
 
         with self._timed("conversion"):
             report = self._convert(resume)
@@ -206,7 +218,9 @@ class _Run:
             self._train(heldout)
             trained, fidelity_trained, samples_trained = self._measure("after training", heldout)
         if base_fingerprint(model) != fingerprint:
-            raise RuntimeError("the frozen base changed during training; this is a bug in npt_kernels, please report it")
+            raise RuntimeError(
+                "the frozen base changed during training; this is a bug in npt_kernels, please report it"
+            )
         summary = RunSummary(
             base, converted, trained, fidelity, fidelity_trained, samples, samples_trained, report, self.seconds,
             self.steps, self.trained_tokens / max(self.trained_seconds, 1e-9), peak_memory(), self.paths,
@@ -221,7 +235,9 @@ class _Run:
         self.config.output_dir.mkdir(parents=True, exist_ok=True)
         self.paths["config"].write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
         self._metrics = self.paths["metrics"].open("a" if resume else "w")
-        self.paths["samples"].write_text("# Samples\n\nGreedy continuations by the original and the converted model.\n\n")
+        self.paths["samples"].write_text(
+            "# Samples\n\nGreedy continuations by the original and the converted model.\n\n"
+        )
         self._record("start", resume=None if resume is None else str(resume), sources=list(self.blocks.sources))
         if self.config.wandb.enabled:
             w = self.config.wandb
@@ -305,7 +321,9 @@ class _Run:
         enable_checkpointing(self.model, checkpointing)
         try:
             with display.open(relative=t.loss == "relative_mse"):
-                return run_phase(phase, self.model, objective, self.blocks.train, self.config, self.accelerator, stop, after_step)
+                return run_phase(
+                    phase, self.model, objective, self.blocks.train, self.config, self.accelerator, stop, after_step
+                )
         finally:
             enable_checkpointing(self.model, False)
             self.model.eval()
@@ -363,7 +381,11 @@ class _Run:
         if not converted_layers(self.model):
             return ""
         if not self.steps:
-            return "" if not self.paths["adapter"].exists() else f"; the converted, untrained adapter is in {self.paths['adapter']}"
+            return (
+                ""
+                if not self.paths["adapter"].exists()
+                else f"; the converted, untrained adapter is in {self.paths['adapter']}"
+            )
         save_npt(self.model, self.paths["adapter"])
         self._record("save", step=self.steps, path=str(self.paths["adapter"]), stopped=True)
         return (
@@ -411,7 +433,9 @@ class _Run:
 def _mean_report(window: Sequence[StepReport]) -> StepReport:
     """The last report with losses and gradient norm averaged, tokens and seconds summed, over the window."""
     last, count = window[-1], len(window)
-    values = {name: sum(getattr(r, name) for r in window) / count for name in ("loss", "equivalence", "penalty", "grad_norm")}
+    values = {
+        name: sum(getattr(r, name) for r in window) / count for name in ("loss", "equivalence", "penalty", "grad_norm")
+    }
     layers = {index: sum(r.layers[index] for r in window) / count for index in last.layers}
     totals = {"tokens": sum(r.tokens for r in window), "seconds": sum(r.seconds for r in window)}
     return StepReport(**{**vars(last), **values, **totals, "layers": layers})

@@ -73,7 +73,9 @@ class EvalResult:
     def to_dict(self) -> dict[str, float]:
         """Every number above by name, plain JSON types."""
         names = ("base_perplexity", "npt_perplexity", "perplexity_ratio")
-        return asdict(self) | {n: getattr(self, n) for n in names} | {f"{n}_se": getattr(self, f"{n}_se") for n in names}
+        return (
+            asdict(self) | {n: getattr(self, n) for n in names} | {f"{n}_se": getattr(self, f"{n}_se") for n in names}
+        )
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,13 @@ def run_phase(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        mean.phase, mean.step, mean.steps, mean.learning_rate, mean.grad_norm = phase.name, step, phase.steps, rate, norm
+        mean.phase, mean.step, mean.steps, mean.learning_rate, mean.grad_norm = (
+            phase.name,
+            step,
+            phase.steps,
+            rate,
+            norm,
+        )
         mean.tokens, mean.seconds = tokens, time.perf_counter() - started
         after_step(mean)
         if stop.asked:

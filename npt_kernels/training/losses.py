@@ -124,7 +124,12 @@ class _KLDivergence(torch.autograd.Function):
 
 
 def kl_divergence(
-    student: Tensor, teacher: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, chunk: int | None = None
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    chunk: int | None = None,
 ) -> Tensor:
     """KL(teacher‖student) in nats, mean over tokens: ``mean_t Σ_v p_T[t,v] (log p_T[t,v] − log p_S[t,v])``, a scalar.
 
@@ -139,7 +144,9 @@ def kl_divergence(
         ValueError: Shapes that do not fit.
     """
     if student.shape != teacher.shape:
-        raise ValueError(f"student has shape {list(student.shape)} and teacher {list(teacher.shape)}; they must be equal")
+        raise ValueError(
+            f"student has shape {list(student.shape)} and teacher {list(teacher.shape)}; they must be equal"
+        )
     if weight is not None and weight.shape[-1] != student.shape[-1]:
         raise ValueError(f"weight has shape {list(weight.shape)}, expected [vocab, d] with d = {student.shape[-1]}")
     return _KLDivergence.apply(student, teacher, weight, bias, chunk)  # type: ignore[no-any-return]

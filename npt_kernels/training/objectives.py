@@ -58,7 +58,9 @@ class Objective(ABC):
 
     name: str
 
-    def __init__(self, model: nn.Module, *, equivalence_weight: float = 1.0, regularization_weight: float = 0.0) -> None:
+    def __init__(
+        self, model: nn.Module, *, equivalence_weight: float = 1.0, regularization_weight: float = 0.0
+    ) -> None:
         self.model = model
         self.layers = converted_layers(model)
         if not self.layers:
@@ -97,7 +99,12 @@ class LocalObjective(Objective):
     name = "local"
 
     def __init__(
-        self, model: nn.Module, *, kind: str = "relative_mse", variances: Mapping[int, Tensor] | None = None, **weights: float
+        self,
+        model: nn.Module,
+        *,
+        kind: str = "relative_mse",
+        variances: Mapping[int, Tensor] | None = None,
+        **weights: float,
     ) -> None:
         super().__init__(model, **weights)
         self.kind, self.variances = kind, variances or {}
@@ -133,7 +140,9 @@ class LocalObjective(Objective):
 class _EndToEnd(Objective):
     """The converted model on its own stream, gradient through all converted layers."""
 
-    def _student(self, run: Callable[[], Tensor | None], keep_outputs: bool) -> tuple[Any, dict[int, Tensor], list[Tensor]]:
+    def _student(
+        self, run: Callable[[], Tensor | None], keep_outputs: bool
+    ) -> tuple[Any, dict[int, Tensor], list[Tensor]]:
         """Run the converted model; its result, layer outputs and per-layer penalties, as far as they are asked for."""
         outputs: dict[int, Tensor] = {}
         penalties: list[Tensor] = []
@@ -191,7 +200,12 @@ class LayerObjective(_EndToEnd):
     name = "layer"
 
     def __init__(
-        self, model: nn.Module, *, kind: str = "relative_mse", variances: Mapping[int, Tensor] | None = None, **weights: float
+        self,
+        model: nn.Module,
+        *,
+        kind: str = "relative_mse",
+        variances: Mapping[int, Tensor] | None = None,
+        **weights: float,
     ) -> None:
         super().__init__(model, **weights)
         self.kind, self.variances = kind, variances or {}

@@ -23,7 +23,13 @@ __all__ = [
 
 #: Okabe-Ito: told apart with every common colour blindness.
 _BLUE, _ORANGE, _GREEN, _PINK, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5F5F5F"
-_TARGETS = {"gate": (_BLUE, "o"), "up": (_ORANGE, "s"), "down": (_GREEN, "^"), "c_fc": (_BLUE, "o"), "c_proj": (_GREEN, "^")}
+_TARGETS = {
+    "gate": (_BLUE, "o"),
+    "up": (_ORANGE, "s"),
+    "down": (_GREEN, "^"),
+    "c_fc": (_BLUE, "o"),
+    "c_proj": (_GREEN, "^"),
+}
 _STYLE = {
     "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
     "axes.axisbelow": True, "grid.color": "#DDDDDD", "axes.spines.top": False, "axes.spines.right": False,
@@ -63,7 +69,9 @@ def plot_loss(steps: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.plot(x, y, color=_BLUE, marker="o" if few else None, alpha=1.0 if few else 0.35, label="logged mean")
         if not few:
             window = max(5, len(y) // 20)
-            smooth = [sum(y[max(0, i - window + 1) : i + 1]) / len(y[max(0, i - window + 1) : i + 1]) for i in range(len(y))]
+            smooth = [
+                sum(y[max(0, i - window + 1) : i + 1]) / len(y[max(0, i - window + 1) : i + 1]) for i in range(len(y))
+            ]
             axes.plot(x, smooth, color=_ORANGE, label=f"mean of {window} logs")
             axes.legend()
         axes.set_title(f"training loss: {phase}")
@@ -75,7 +83,9 @@ def plot_loss(steps: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
-def plot_explained_variance(converted: Sequence[LayerFidelity], trained: Sequence[LayerFidelity] | None, path: Path) -> Path:
+def plot_explained_variance(
+    converted: Sequence[LayerFidelity], trained: Sequence[LayerFidelity] | None, path: Path
+) -> Path:
     """1 − explained variance per layer on a log axis (what is missing is what differs), after conversion and training."""
     figure, panels = _figure()
     axes = panels[0, 0]
@@ -86,7 +96,9 @@ def plot_explained_variance(converted: Sequence[LayerFidelity], trained: Sequenc
         if entries:
             missing = [max(1 - entry.explained_variance, floor) for entry in entries]
             mean = sum(entry.explained_variance for entry in entries) / len(entries)
-            axes.plot([e.index for e in entries], missing, color=color, marker=marker, label=f"{name} (mean EV {mean:.4f})")
+            axes.plot(
+                [e.index for e in entries], missing, color=color, marker=marker, label=f"{name} (mean EV {mean:.4f})"
+            )
     axes.set_yscale("log")
     axes.set_title("What each converted layer misses (original's input)")
     axes.set_ylabel("unexplained variance, 1 − EV\n(lower is better)")
@@ -135,7 +147,11 @@ def plot_perplexity(base: EvalResult, converted: EvalResult, trained: EvalResult
 
 
 def _bars(
-    axes: Axes, entries: Sequence[tuple[str, EvalResult, str]], heights: list[float], errors: list[float], texts: list[str]
+    axes: Axes,
+    entries: Sequence[tuple[str, EvalResult, str]],
+    heights: list[float],
+    errors: list[float],
+    texts: list[str],
 ) -> None:
     positions = range(len(entries))
     bars = axes.bar(positions, heights, yerr=errors, color=[color for _, _, color in entries], width=0.6, capsize=4)
@@ -182,7 +198,9 @@ def write_plots(
     paths.append(plot_perplexity(base, converted, trained, directory / "perplexity.png"))
     if fidelity_converted:
         latest = fidelity_trained or fidelity_converted
-        paths.append(plot_explained_variance(fidelity_converted, fidelity_trained, directory / "explained_variance.png"))
+        paths.append(
+            plot_explained_variance(fidelity_converted, fidelity_trained, directory / "explained_variance.png")
+        )
         paths.append(plot_delta_norms(latest, directory / "delta_norms.png"))
         if len({entry.rank for entry in latest}) > 1:
             paths.append(plot_ranks(latest, directory / "ranks.png"))

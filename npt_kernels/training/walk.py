@@ -125,4 +125,7 @@ class OutputHead:
     @property
     def vocabulary(self) -> int:
         """Width of the logits."""
-        return int(self.model.config.vocab_size) if self.weight is None else len(self.weight)  # type: ignore[union-attr]
+        if self.weight is not None:
+            return len(self.weight)
+        config: Any = self.model.config
+        return int(config.vocab_size)
