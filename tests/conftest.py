@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -41,3 +42,8 @@ def nan_poison() -> Iterator[None]:
 def seed() -> None:
     """The same random numbers whatever ran before."""
     torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    # pytest's log capture would make the compiler render its structured trace (graphs, guards) for nothing, at minutes.
+    logging.getLogger("torch.__trace").propagate = False
