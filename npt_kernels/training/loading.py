@@ -97,6 +97,7 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
     else:
         source, hub = name, _prepare_hub(config)
     try:
+        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ConfigError(f"loading a model needs {error.name}; pip install 'npt_kernels[train]'") from error
@@ -113,7 +114,7 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
         )
     except ConfigError:
         raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ConfigError(f"model.base_model_name={name!r} could not be loaded: {_first_line(error)}") from error
     if not quantization:
         model = model.to(device)

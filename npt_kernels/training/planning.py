@@ -328,7 +328,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console.print("# configuration: resolved; a file of these lines works with --config", style="bold")
+    console.print("# configuration: resolved; a file of these lines works with --config", style="bold", soft_wrap=True)
     # Block style and no wrapping: what is printed can be copied.
     text = yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=10_000)
     console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -126,7 +126,6 @@ def test_a_cached_hub_model_needs_no_network(tiny: Path, tmp_path: Path, offline
     tiny.rename(repository / "snapshots" / commit)
     offline.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     offline.setattr(loading, "_probe", lambda *_: pytest.fail("the network was asked"))
-    assert loading._cached_file("a/b", "config.json", None) is None or True
     config = load_model_config_from(tmp_path / "hub", offline)
     assert config["hidden_size"] == 8
 
