@@ -165,11 +165,16 @@ def train(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME] [section.key=value]...", show_default=False, help="See above.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with the keys of --help-config.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file with the keys of --help-config.")
+    ] = None,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Short for paths.output_dir=…")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print configuration and plan; load and fetch nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print configuration and plan; load and fetch nothing.")
+    ] = False,
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="ADAPTER_DIR", help="Start from a saved adapter instead of converting.")
+        Path | None,
+        typer.Option("--resume", metavar="ADAPTER_DIR", help="Start from a saved adapter instead of converting."),
     ] = None,
     help_config: Annotated[bool, typer.Option("--help-config", help="Print every configuration key and exit.")] = False,
 ) -> None:
@@ -215,7 +220,9 @@ def _run_config(arguments: Sequence[str], file: Path | None, output_dir: Path | 
         name = overrides.pop(0)
     for text in overrides:
         if "=" not in text:
-            raise ConfigError(f"{text!r}: only one NAME is taken, and it comes first; settings look like training.max_steps=10")
+            raise ConfigError(
+                f"{text!r}: only one NAME is taken, and it comes first; settings look like training.max_steps=10"
+            )
     run_config = load_run_config(name, file, overrides)
     if output_dir is not None:
         run_config.paths.output_dir = str(output_dir)
@@ -233,7 +240,9 @@ def _save_config(config: RunConfig) -> None:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         (config.output_dir / "config.yaml").write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"paths.output_dir={config.paths.output_dir!r} cannot be written: {error.strerror}") from error
+        raise ConfigError(
+            f"paths.output_dir={config.paths.output_dir!r} cannot be written: {error.strerror}"
+        ) from error
 
 
 def _set_threads(config: RunConfig) -> None:
@@ -256,7 +265,9 @@ def _adapter_path(path: Path, argument: str) -> Path:
     if path.is_dir() and any(p.suffix in {".pt", ".pth", ".bin"} for p in path.iterdir()):
         return path
     what = "has no npt_config.json" if path.is_dir() else "does not exist"
-    raise ConfigError(f"{argument}: {path} {what}; give the output of `npt train` or of save_npt, or a published checkpoint")
+    raise ConfigError(
+        f"{argument}: {path} {what}; give the output of `npt train` or of save_npt, or a published checkpoint"
+    )
 
 
 def _print_keys(console: Console) -> None:
@@ -290,12 +301,15 @@ def _type_name(annotation: Any) -> str:
 def evaluate(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="Output of `npt train` or of save_npt.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", show_default=False, help="As in `npt train`.")
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", show_default=False, help="As in `npt train`."),
     ] = None,
     model_name: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model, where the adapter does not say or it moved.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
+    ] = False,
 ) -> None:
     from rich.console import Console
 
@@ -361,7 +375,8 @@ def _print_evaluation(console: Console, result: Any, samples: Sequence[Any]) -> 
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"\n{result.tokens:,} held-out tokens", title_justify="left", title_style="bold", box=None, padding=(0, 2))
+    title = f"\n{result.tokens:,} held-out tokens"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("± standard error", justify="right")

@@ -19,7 +19,15 @@ __all__ = ["describe"]
 _LIBRARIES = (
     "torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "gguf", "pydantic", "rich", "typer",
 )  # fmt: skip
-_VARIABLES = ("NPT_BACKEND", "NPT_CACHE_DIR", "NPT_DEBUG", "HF_HUB_OFFLINE", "HF_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+_VARIABLES = (
+    "NPT_BACKEND",
+    "NPT_CACHE_DIR",
+    "NPT_DEBUG",
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
 
 
 def describe() -> dict[str, dict[str, str]]:
@@ -66,7 +74,11 @@ def _hardware() -> dict[str, str]:
             )
         facts["cuda"] = f"torch built for {torch.version.cuda}"
     else:
-        why = "torch is a CPU build" if torch.version.cuda is None else f"torch is built for CUDA {torch.version.cuda}, no device"
+        why = (
+            "torch is a CPU build"
+            if torch.version.cuda is None
+            else f"torch is built for CUDA {torch.version.cuda}, no device"
+        )
         facts["gpu"] = f"none ({why})"
     return facts
 
@@ -88,7 +100,9 @@ def _backends() -> dict[str, str]:
     for backend in BACKENDS.values():
         reasons = {backend.check(op, device, torch.float32) for op in backend.modules} - {None}
         here = f"not on this {device.type}: {reasons.pop()}" if reasons else f"runs on this {device.type}"
-        verified = "verified, chosen automatically" if backend.automatic else "not verified on hardware: only when asked for"
+        verified = (
+            "verified, chosen automatically" if backend.automatic else "not verified on hardware: only when asked for"
+        )
         facts[backend.name] = f"{backend.summary}; {here}; {verified}"
     return facts
 

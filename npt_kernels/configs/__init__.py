@@ -114,7 +114,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     try:
         parsed = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{text!r}: the value is not valid YAML ({getattr(error, 'problem', None) or error})") from error
+        raise ConfigError(
+            f"{text!r}: the value is not valid YAML ({getattr(error, 'problem', None) or error})"
+        ) from error
     section, dot, name = key.partition(".")
     # A bare key reaches the checker as an unknown section, which suggests where the key lives.
     return {section: {name: parsed}} if dot else {section: parsed}

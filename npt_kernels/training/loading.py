@@ -166,7 +166,7 @@ def _local_directory(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model.base_model_name={name!r} is a directory without config.json; not a saved transformers model")
+            raise ConfigError(f"model.base_model_name={name!r} is a directory without config.json, not a saved model")
         return path
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or path.is_file():
@@ -214,7 +214,8 @@ def _prepare_hub(config: RunConfig) -> dict[str, Any]:
     if has_config and any(_cached_file(name, file, revision) is not None for file in _WEIGHT_FILES):
         return {**arguments, "local_files_only": True}
     check_hub_reachable(
-        f"model.base_model_name={name!r}", f"download it where there is network (`hf download {name}`), or use {DEMO_NAME!r}"
+        f"model.base_model_name={name!r}",
+        f"download it where there is network (`hf download {name}`), or use {DEMO_NAME!r}",
     )
     return arguments
 
@@ -236,7 +237,9 @@ def check_hub_reachable(what: str, mend: str, timeout: float = 2.0) -> None:
     thread.join(timeout)
     problem = outcome[0] if outcome else f"no answer within {timeout:g} s"
     if problem is not None:
-        raise ConfigError(f"{what} is not in the local cache and {constants.ENDPOINT} cannot be reached ({problem}); {mend}")
+        raise ConfigError(
+            f"{what} is not in the local cache and {constants.ENDPOINT} cannot be reached ({problem}); {mend}"
+        )
 
 
 def _probe(endpoint: str, timeout: float) -> str | None:
@@ -261,7 +264,9 @@ def _quantization(config: RunConfig, device: torch.device) -> dict[str, Any]:
         return {}
     instead = "set optimization.use_8bit=false; on a GPU, model.dtype=bfloat16 takes half the memory of float32"
     if device.type != "cuda":
-        raise ConfigError(f"optimization.use_8bit=True needs an NVIDIA GPU, and this run is on the {device.type}; {instead}")
+        raise ConfigError(
+            f"optimization.use_8bit=True needs an NVIDIA GPU, and this run is on the {device.type}; {instead}"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"optimization.use_8bit=True needs bitsandbytes: pip install bitsandbytes; or {instead}")
     from transformers import BitsAndBytesConfig

@@ -21,7 +21,14 @@ from ..models.layer import LayerPlan
 from ..models.patching import LayerChoice, find_layers, fixed_ranks
 from ..nn import NPComponent
 from .config import ConfigError, RunConfig
-from .loading import check_length, choose_device, load_model_config, optimization_notes, resolve_cache_dir, resolve_dtype
+from .loading import (
+    check_length,
+    choose_device,
+    load_model_config,
+    optimization_notes,
+    resolve_cache_dir,
+    resolve_dtype,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,7 +157,9 @@ def _meta_model(name: str, numbers: dict[str, Any]) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise ConfigError(f"model.base_model_name={name!r}: its configuration builds no causal model: {lines[0]}") from error
+        raise ConfigError(
+            f"model.base_model_name={name!r}: its configuration builds no causal model: {lines[0]}"
+        ) from error
     return model
 
 
@@ -195,7 +204,9 @@ def _ranks(config: NPTConfig, choices: list[LayerChoice]) -> list[int]:
     if mean > width:
         raise ValueError(f"rank={config.rank!r} exceeds the hidden size {width}")
     if config.rule != "self_key":
-        raise ValueError(f"rank={config.rank!r} is allotted by the closed form, which rule={config.rule!r} has not; name a rank")
+        raise ValueError(
+            f"rank={config.rank!r} is allotted by the closed form, which rule={config.rule!r} has not; name a rank"
+        )
     return [mean] * len(choices)
 
 
@@ -228,7 +239,9 @@ def _training_tokens(config: RunConfig) -> tuple[int, str] | None:
     """Tokens of the training text without reading it, and how they are known."""
     data = config.data
     if data.train_files:
-        names = [name for pattern in data.train_files for name in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
+        names = [
+            name for pattern in data.train_files for name in glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        ]
         share = 1.0 if data.eval_files else 1 - data.eval_fraction
         size = sum(Path(name).stat().st_size for name in names if Path(name).is_file())
         return round(size * share / _CHARACTERS_PER_TOKEN), "estimated from the size of the files"
@@ -248,7 +261,9 @@ def _memory(plan: Plan, choices: list[LayerChoice], numbers: dict[str, Any]) -> 
     frozen_size = 1 if config.optimization.use_8bit else size
     dtype_name = "int8" if config.optimization.use_8bit else str(plan.dtype).removeprefix("torch.")
     terms = [
-        MemoryTerm("frozen weights", plan.frozen_parameters * frozen_size, f"{plan.frozen_parameters:,} × {dtype_name}"),
+        MemoryTerm(
+            "frozen weights", plan.frozen_parameters * frozen_size, f"{plan.frozen_parameters:,} × {dtype_name}"
+        ),
         MemoryTerm("NP parameters", plan.np_parameters * 4, f"{plan.np_parameters:,} × float32 (master copies)"),
     ]
     vocabulary = int(numbers.get("vocab_size", 0))
@@ -264,7 +279,9 @@ def _memory(plan: Plan, choices: list[LayerChoice], numbers: dict[str, Any]) -> 
         if _runs_end_to_end(config):
             elements = min(tokens * vocabulary, _LOGITS_CHUNK)
             training_terms.append(
-                MemoryTerm("logits", 4 * elements * 4, f"chunks of {elements // max(vocabulary, 1):,} tokens × {vocabulary:,}")
+                MemoryTerm(
+                    "logits", 4 * elements * 4, f"chunks of {elements // max(vocabulary, 1):,} tokens × {vocabulary:,}"
+                )
             )
     calibration_terms = _calibration(plan, choices, vocabulary, size) if closed_form else []
     # Calibration is over before training begins: only the larger of the two counts.
@@ -282,13 +299,17 @@ def _activations(plan: Plan, tokens: int, size: int) -> MemoryTerm:
     rank = max(plan.ranks)
     one_layer = tokens * (12 * plan.hidden_size + 3 * intermediate + 2 * rank) * size
     if not _runs_end_to_end(plan.config):
-        return MemoryTerm("activations", 2 * one_layer, f"one layer at a time, {tokens:,} tokens (original and converted)")
+        return MemoryTerm(
+            "activations", 2 * one_layer, f"one layer at a time, {tokens:,} tokens (original and converted)"
+        )
     first = plan.layers[0] if plan.layers else 0
     alive = plan.num_layers - first
     if plan.config.optimization.gradient_checkpointing:
         kept = alive * tokens * plan.hidden_size * size
         return MemoryTerm("activations", kept + 2 * one_layer, f"{alive} layer inputs and one layer, {tokens:,} tokens")
-    return MemoryTerm("activations", alive * one_layer, f"{alive} layers, {tokens:,} tokens (gradient_checkpointing: far less)")
+    return MemoryTerm(
+        "activations", alive * one_layer, f"{alive} layers, {tokens:,} tokens (gradient_checkpointing: far less)"
+    )
 
 
 def _calibration(plan: Plan, choices: list[LayerChoice], vocabulary: int, size: int) -> list[MemoryTerm]:
@@ -299,11 +320,13 @@ def _calibration(plan: Plan, choices: list[LayerChoice], vocabulary: int, size: 
     per_layer = batch * (12 * plan.hidden_size + 3 * intermediate) * size
     # Without the Fisher there is no backward pass, so one layer is alive at a time; bases are a pair of d x d in float64.
     alive = plan.num_layers if fisher else 1
+    passes = "forward and backward" if fisher else "forward"
+    logits = batch * vocabulary * 4 * (3 if fisher else 1)
     return [
-        MemoryTerm("calibration: moments, bases", moments * (4 if fisher else 3), f"{len(choices)} layers × d × d × float64"),
-        MemoryTerm("calibration: activations", alive * per_layer, f"{batch:,} tokens, {'forward and backward' if fisher else 'forward'}"),
-        MemoryTerm("calibration: logits", batch * vocabulary * 4 * (3 if fisher else 1), f"{batch:,} × {vocabulary:,} × float32"),
-    ]  # fmt: skip
+        MemoryTerm("calibration: moments, bases", moments * (4 if fisher else 3), f"{len(choices)} × d × d × float64"),
+        MemoryTerm("calibration: activations", alive * per_layer, f"{batch:,} tokens, {passes}"),
+        MemoryTerm("calibration: logits", logits, f"{batch:,} × {vocabulary:,} × float32"),
+    ]
 
 
 def _notes(config: RunConfig, npt_config: NPTConfig, device: torch.device) -> list[str]:
@@ -314,7 +337,9 @@ def _notes(config: RunConfig, npt_config: NPTConfig, device: torch.device) -> li
         notes.append("optimization.mixed_precision on a CPU saves memory, seldom time")
     if npt_config.rule == "self_key" and npt_config.init in {"auto", "closed_form"} and npt_config.num_ranks > 1:
         notes.append("model.num_ranks > 1 with self_key: the same form as one term of rank num_ranks × rank")
-    if config.training.mode == "none" and not (npt_config.rule == "self_key" and npt_config.init in {"auto", "closed_form"}):
+    if config.training.mode == "none" and not (
+        npt_config.rule == "self_key" and npt_config.init in {"auto", "closed_form"}
+    ):
         notes.append("training.mode=none without the closed form: the converted model will be far from the original")
     return notes
 
@@ -338,7 +363,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row(key, escape(value))
     console.print(table)
 
-    memory = Table(title="\nmemory at the peak, roughly", title_justify="left", title_style="bold", box=None, padding=(0, 2))
+    memory = Table(
+        title="\nmemory at the peak, roughly", title_justify="left", title_style="bold", box=None, padding=(0, 2)
+    )
     memory.add_column("term")
     memory.add_column("size", justify="right")
     memory.add_column("from")
@@ -354,9 +381,13 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     config = plan.config
     ranks = sorted(set(plan.ranks))
     auto = parse_rank(config.model.rank)[0] == "auto"
-    rank = f"mean {ranks[0]}, allotted by the calibration" if auto else " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))
+    bounds = dict.fromkeys((ranks[0], ranks[-1]))
+    rank = f"mean {ranks[0]}, allotted by the calibration" if auto else " to ".join(map(str, bounds))
     rows = [
-        ("model", f"{config.model.base_model_name}: {plan.num_layers} {plan.family} layers, hidden size {plan.hidden_size}"),
+        (
+            "model",
+            f"{config.model.base_model_name}: {plan.num_layers} {plan.family} layers, hidden size {plan.hidden_size}",
+        ),
         ("device", f"{plan.device}, frozen base in {str(plan.dtype).removeprefix('torch.')}"),
         ("converted", f"{len(plan.layers)} layers ({config.model.npt_layers}), rule {config.model.rule}, rank {rank}"),
     ]

@@ -80,7 +80,9 @@ def find_files(patterns: Sequence[str], key: str) -> list[Path]:
         matches = [str(expanded)] if expanded.is_file() else sorted(glob.glob(str(expanded), recursive=True))
         files = [Path(match) for match in matches if Path(match).is_file()]
         if not files and expanded.is_dir():
-            raise ConfigError(f"{key}: {pattern!r} is a directory; name its files, such as {str(Path(pattern) / '*.txt')!r}")
+            raise ConfigError(
+                f"{key}: {pattern!r} is a directory; name its files, such as {str(Path(pattern) / '*.txt')!r}"
+            )
         if not files:
             raise ConfigError(f"{key}: {pattern!r} matches no file (looked from {Path.cwd()})")
         paths.update(dict.fromkeys(path.resolve() for path in files))
@@ -98,7 +100,9 @@ def _read_file(path: Path, field: str) -> list[str]:
     try:
         return reader(path, field)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it with iconv") from error
+        raise ConfigError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it with iconv"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -143,7 +147,9 @@ def _read_parquet(path: Path, field: str) -> list[str]:
         column = parquet.read_table(path, columns=[field]).column(field)
     except ArrowInvalid as error:
         raise ConfigError(f"{path} is not a parquet file: {error}") from error
-    return [_checked(value, field, f"{path} row {row}") for row, value in enumerate(column.to_pylist()) if value is not None]
+    return [
+        _checked(value, field, f"{path} row {row}") for row, value in enumerate(column.to_pylist()) if value is not None
+    ]
 
 
 def _text_of(entry: Any, field: str, where: str) -> str:
@@ -158,7 +164,9 @@ def _text_of(entry: Any, field: str, where: str) -> str:
 
 def _checked(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"{where}: field {field!r} is a {type(value).__name__}, expected text; choose another data.text_field")
+        raise ConfigError(
+            f"{where}: field {field!r} is a {type(value).__name__}, expected text; choose another data.text_field"
+        )
     return value
 
 
@@ -179,7 +187,9 @@ def hub_sources(config: RunConfig) -> list[Source]:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(f"{what} needs the datasets library; pip install 'npt_kernels[train]', or use data.train_files") from error
+        raise ConfigError(
+            f"{what} needs datasets; pip install 'npt_kernels[train]', or use data.train_files"
+        ) from error
     check_hub_dataset(config)
     cache = str(_datasets_cache(config)) if config.paths.cache_dir else None
     try:
@@ -197,7 +207,9 @@ def hub_sources(config: RunConfig) -> list[Source]:
             f"data.eval_split and data.dataset_split are both {data.eval_split!r}; held-out text must be unseen: leave "
             "data.eval_split out to hold out the end of the training split"
         )
-    heldout = data.eval_split or next((s for s in ("validation", "test") if s in splits and s != data.dataset_split), None)
+    heldout = data.eval_split or next(
+        (s for s in ("validation", "test") if s in splits and s != data.dataset_split), None
+    )
     train, end = found[data.dataset_split], found[heldout] if heldout is not None else None
     if end is None and not data.eval_files:
         # By rows: cutting by characters would read the whole dataset first.
@@ -237,7 +249,9 @@ def _hub_source(split: Any, name: str, split_name: str, field: str, *, separate:
     if field not in split.column_names:
         raise ConfigError(_missing_field(where, field, split.column_names))
     column = split.select_columns([field])
-    documents = _Lazy(lambda: _joined_rows(_checked(row[field], field, where) for row in column if row[field] is not None))
+    documents = _Lazy(
+        lambda: _joined_rows(_checked(row[field], field, where) for row in column if row[field] is not None)
+    )
     return Source(f"{name}/{split_name}", f"hub dataset, {len(split):,} rows", documents, None, separate)
 
 

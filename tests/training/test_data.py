@@ -253,7 +253,7 @@ def test_a_dataset_from_disk(tmp_path: Path) -> None:
     assert all(words[i].startswith("validation") for i in blocks.heldout.flatten().tolist() if i != 1)
     with pytest.raises(ConfigError, match="no field 'text'; it has: body"):
         load(tmp_path, data={"dataset_name": str(folder)}, paths=paths)
-    with pytest.raises(ConfigError, match="data.dataset_split='all' is not in .*; it has: train, validation"):
+    with pytest.raises(ConfigError, match=r"data\.dataset_split='all' is not in .*; it has: train, validation"):
         load(tmp_path, data={**chosen, "dataset_split": "all"}, paths=paths)
     with pytest.raises(ConfigError, match="held-out text must be unseen"):
         load(tmp_path, data={**chosen, "eval_split": "train"}, paths=paths)
@@ -263,7 +263,17 @@ def test_a_dataset_from_disk(tmp_path: Path) -> None:
 
 
 def test_line_per_row_datasets_become_pages() -> None:
-    rows = ["", " = Page = \n", "", " First line .\n", " = = Section = = \n", " More .\n", " = Next = \n", " Text .\n", "row"]
+    rows = [
+        "",
+        " = Page = \n",
+        "",
+        " First line .\n",
+        " = = Section = = \n",
+        " More .\n",
+        " = Next = \n",
+        " Text .\n",
+        "row",
+    ]
     assert list(_joined_rows(rows)) == [
         " = Page = \n First line .\n = = Section = = \n More .\n", " = Next = \n Text .\n", "row"
     ]  # fmt: skip
@@ -274,7 +284,10 @@ def test_hard_wrapped_prose_is_unwrapped() -> None:
         "The Project Gutenberg Etext of X\n\n  Alice was  beginning\nto get sheep-\nbells--\nand `very\ntired'.\n\n"
         "     How doth the little\n       crocodile\n\n   *  *  *\n\nEnd\n"
     )
-    assert unwrap(text) == "Alice was beginning to get sheep-bells--and `very tired'.\n\nHow doth the little\ncrocodile\n\nEnd\n"
+    assert (
+        unwrap(text)
+        == "Alice was beginning to get sheep-bells--and `very tired'.\n\nHow doth the little\ncrocodile\n\nEnd\n"
+    )
 
 
 @pytest.mark.skipif(
@@ -284,7 +297,9 @@ def test_hard_wrapped_prose_is_unwrapped() -> None:
 def test_the_demo_text() -> None:
     config = RunConfig.from_mapping({"data": {"dataset_name": "demo", "max_length": 128}})
     alice, proceedings = (source.documents[0] for source in data_module._open_sources(config))  # type: ignore[index]
-    assert alice.startswith("CHAPTER I\n") and "Alice was beginning to get very tired of sitting by her sister on" in alice
+    assert (
+        alice.startswith("CHAPTER I\n") and "Alice was beginning to get very tired of sitting by her sister on" in alice
+    )
     assert proceedings.startswith("INTRODUCTION\n") and "Beltsville, MD" not in proceedings
     assert "gutenberg" not in (alice + proceedings).lower()
     blocks = load_token_blocks(config, Words())

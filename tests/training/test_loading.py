@@ -145,7 +145,9 @@ def test_configurations_without_network(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(loading, "_probe", lambda *_: pytest.fail("the network was asked"))
     assert load_model_config("demo", cache_dir=tmp_path)["hidden_size"] == 576
     assert load_model_config("meta-llama/Llama-3.1-8B")["intermediate_size"] == 14336
-    with pytest.raises(ConfigError, match=r"not on this machine, and a plan uses no network.*hf download a/b config\.json"):
+    with pytest.raises(
+        ConfigError, match=r"not on this machine, and a plan uses no network.*hf download a/b config\.json"
+    ):
         load_model_config("a/b")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 12}))
     assert load_model_config(str(tmp_path)) == {"model_type": "gpt2", "n_embd": 12}

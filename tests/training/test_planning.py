@@ -63,7 +63,9 @@ def printed(plan: Plan) -> str:
         {"npt_layers": "1:3", "rule": "anchored", "rank": [4, 12]},
     ],
 )
-def test_the_plan_has_the_numbers_of_the_conversion(numbers: dict[str, Any], model: dict[str, Any], folder: Path) -> None:
+def test_the_plan_has_the_numbers_of_the_conversion(
+    numbers: dict[str, Any], model: dict[str, Any], folder: Path
+) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     plan = plan_of(folder, numbers, model=model)
@@ -122,7 +124,11 @@ def test_memory_terms_follow_the_settings(folder: Path) -> None:
         ({"data": {"num_train_samples": 100}, "training": {"gradient_accumulation_steps": 8}}, 4, "100 sequences"),
         ({"data": {"dataset_name": "a/b"}}, None, "known once it is read"),
         ({"data": {"dataset_name": "a/b"}, "training": {"max_steps": 7}}, 7, "at most"),
-        ({"data": {"num_train_samples": 8}, "training": {"mode": "local+polish", "polish_steps": 5}}, 7, "then 5 of polish"),
+        (
+            {"data": {"num_train_samples": 8}, "training": {"mode": "local+polish", "polish_steps": 5}},
+            7,
+            "then 5 of polish",
+        ),
     ],
 )
 def test_steps(folder: Path, sections: dict[str, Any], steps: int | None, why: str) -> None:
