@@ -83,7 +83,7 @@ def get_backend(name: str) -> Backend:
     """The backend of that name. Raises ``BackendUnavailableError`` naming those that exist."""
     try:
         return BACKENDS[name]
-    except KeyError:
+    except (KeyError, TypeError):
         raise BackendUnavailableError(
             f"backend={name!r} is not part of this build; available: {', '.join(BACKENDS)} (None chooses by itself)"
         ) from None

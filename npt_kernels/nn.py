@@ -67,8 +67,12 @@ class NPComponent(nn.Module):
         for name, value in (("hidden_size", hidden_size), ("rank", rank), ("num_ranks", num_ranks)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"NPComponent: {name}={value!r} must be a positive whole number")
+        if not isinstance(targets, Mapping):
+            raise TypeError(f"NPComponent: targets={targets!r} must map a name to (in, out), such as {{'down': (512, 128)}}")
         if not targets:
             raise ValueError("NPComponent: targets is empty; name at least one, such as 'down'")
+        if not isinstance(scale, int | float):
+            raise TypeError(f"NPComponent: scale={scale!r} must be a number")
         self.rule_name, self.rank, self.num_ranks, self.scale = rule, rank, num_ranks, float(scale)
         self.hidden_size, self.target_shapes = hidden_size, dict(targets)
         #: False inside ``npt_disabled``: the layer then runs its original forward.
@@ -169,6 +173,11 @@ def as_adapter_tensors(
     elif not isinstance(adapter, AdapterTensors):
         raise TypeError(f"adapter must be an NPComponent, AdapterTensors or a mapping, got {type(adapter).__name__}")
     get_rule(adapter.rule)
+    if not isinstance(adapter.scale, int | float):
+        raise TypeError(f"adapter has scale={adapter.scale!r}, which must be a number")
+    for name, entry in (("w_a_up", adapter.w_a_up), ("w_b_up", adapter.w_b_up)):
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"adapter has {name} of type {type(entry).__name__}; expected a mapping {targets} -> tensor")
     unknown = [t for t in (*adapter.w_a_up, *adapter.w_b_up) if t not in targets]
     if unknown:
         raise ValueError(f"adapter has target {unknown[0]!r}; this MLP has {', '.join(targets)}")

@@ -62,7 +62,9 @@ def identify_norm(norm: nn.Module, width: int) -> NormKind | None:
         kinds: tuple[NormKind, ...] = ("rms", "layer")
         for kind in kinds:
             ours = matched_norm(norm, kind, probe, torch.zeros_like(probe))[0].float()
-            tolerance = 8 * torch.finfo(weight.dtype).eps * expected.abs().max().clamp_min(1e-3)
+            # float32 at best: RMSNorm modules compute in it whatever they are given.
+            eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+            tolerance = 8 * eps * expected.abs().max().clamp_min(1e-3)
             if torch.allclose(ours, expected, rtol=0, atol=float(tolerance)):
                 return kind
     return None

@@ -113,7 +113,7 @@ def collect_moments(
             a.register_hook(accumulate)
         return a
 
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     model.requires_grad_(False)
@@ -130,7 +130,8 @@ def collect_moments(
                 if advance is not None:
                     advance(ids.numel())
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
         for parameter in trainable:
             parameter.requires_grad_(True)
     assert all(entry is not None for entry in moments)

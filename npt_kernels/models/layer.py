@@ -147,7 +147,16 @@ def restore_layer(layer: nn.Module) -> None:
     _rebind_hooked_forward(layer)
 
 
+def own_forward(layer: nn.Module) -> bool:
+    """Whether an instance attribute ``forward`` is just the class's own (accelerate leaves it so when it removes a hook)."""
+    forward = layer.__dict__.get("forward")
+    own = (type(layer).forward, getattr(layer, "npt_original_class", type(layer)).forward, NPTLayer.forward)
+    return getattr(forward, "__self__", None) is layer and getattr(forward, "__func__", None) in own
+
+
 def _rebind_hooked_forward(layer: nn.Module) -> None:
+    if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook") and getattr(layer.forward, "__self__", None) is layer:
+        del layer.forward  # a removed hook's leftover, bound to the class the layer had then
     # accelerate's hooks (device_map) call the forward they found when they were attached; show them the present one.
     if "_old_forward" in layer.__dict__ and hasattr(layer, "_hf_hook"):
         layer._old_forward = types.MethodType(type(layer).forward, layer)  # type: ignore[assignment]
