@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .evaluation import EvalResult
 from .fidelity import LayerFidelity
@@ -39,16 +39,14 @@ _STYLE = {
 
 def _figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (8.0, 4.5)) -> tuple[Figure, Any]:
     # No pyplot: its figures are global, and a program that plots for itself must not meet ours.
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130)
     return path
 
 
@@ -57,6 +55,7 @@ def _layer_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+@matplotlib.rc_context(_STYLE)
 def plot_loss(steps: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Loss against optimizer step, one panel per phase. ``steps``: the logged ``train`` records of ``metrics.jsonl``."""
     units = {"kl": "KL (nats per token)", "local": "mean loss over layers", "layer": "mean loss over layers"}
@@ -83,6 +82,7 @@ def plot_loss(steps: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
+@matplotlib.rc_context(_STYLE)
 def plot_explained_variance(
     converted: Sequence[LayerFidelity], trained: Sequence[LayerFidelity] | None, path: Path
 ) -> Path:
@@ -94,19 +94,23 @@ def plot_explained_variance(
         (converted, "after conversion", _GREY, "o"), (trained, "after training", _BLUE, "s"),
     ):  # fmt: skip
         if entries:
-            missing = [max(1 - entry.explained_variance, floor) for entry in entries]
+            missing = [100 * max(1 - entry.explained_variance, floor) for entry in entries]
             mean = sum(entry.explained_variance for entry in entries) / len(entries)
             axes.plot(
                 [e.index for e in entries], missing, color=color, marker=marker, label=f"{name} (mean EV {mean:.4f})"
             )
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("What each converted layer misses (original's input)")
-    axes.set_ylabel("unexplained variance, 1 − EV\n(lower is better)")
+    axes.set_ylabel("unexplained variance, 1 − EV (%)\nlower is better")
     _layer_axis(axes)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return _save(figure, path)
 
 
+@matplotlib.rc_context(_STYLE)
 def plot_delta_norms(layers: Sequence[LayerFidelity], path: Path) -> Path:
     """‖ΔW‖_F ÷ ‖W‖_F per layer and target, mean over tokens, norm match included."""
     figure, panels = _figure()
@@ -123,6 +127,7 @@ def plot_delta_norms(layers: Sequence[LayerFidelity], path: Path) -> Path:
     return _save(figure, path)
 
 
+@matplotlib.rc_context(_STYLE)
 def plot_perplexity(base: EvalResult, converted: EvalResult, trained: EvalResult | None, path: Path) -> Path:
     """Perplexity and KL of the original, after conversion and after training, with standard errors."""
     figure, panels = _figure(1, 2, size=(9.5, 4.5))
@@ -167,6 +172,7 @@ def _bars(
         )  # fmt: skip
 
 
+@matplotlib.rc_context(_STYLE)
 def plot_ranks(layers: Sequence[LayerFidelity], path: Path) -> Path:
     """Rank per layer, for runs that allot them."""
     figure, panels = _figure()

@@ -60,7 +60,9 @@ def test_numbers_equal_the_plain_computation(family, batch_tokens, chunk, monkey
     ratio = float((npt - base).mean().exp())
     assert result.perplexity_ratio == pytest.approx(ratio, rel=1e-5)
     assert result.perplexity_ratio == pytest.approx(result.npt_perplexity / result.base_perplexity)
-    assert result.perplexity_ratio_se == pytest.approx(ratio * float((npt - base).mean(1).std()) / math.sqrt(5), rel=1e-3)
+    assert result.perplexity_ratio_se == pytest.approx(
+        ratio * float((npt - base).mean(1).std()) / math.sqrt(5), rel=1e-3
+    )
 
 
 def test_base_alone_equals_base_beside_the_student_and_spares_its_forward():
@@ -153,7 +155,9 @@ def test_delta_norms_equal_those_of_built_matrices(family, rule, norm_match):
         delta = delta + change[:, :, None] * key[:, None, :]
         if rule == "self_key":  # then the built matrices reproduce what the layer computes from the unmatched input
             expected = u @ weight.t() + z @ adapter.w_b_up[first]
-            torch.testing.assert_close(torch.einsum("toi,ti->to", weight + delta, plain), expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                torch.einsum("toi,ti->to", weight + delta, plain), expected, rtol=1e-3, atol=1e-3
+            )
     torch.testing.assert_close(norms[first], delta.flatten(1).norm(dim=1), rtol=1e-3, atol=1e-4)
     assert all(norm.shape == (20,) and norm.isfinite().all() for norm in norms.values())
 

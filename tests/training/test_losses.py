@@ -14,7 +14,10 @@ from npt_kernels.training.losses import delta_variance, kl_divergence, layer_los
 
 def reference_kl(student, teacher):
     return F.kl_div(
-        student.log_softmax(-1).flatten(0, -2), teacher.log_softmax(-1).flatten(0, -2), reduction="batchmean", log_target=True
+        student.log_softmax(-1).flatten(0, -2),
+        teacher.log_softmax(-1).flatten(0, -2),
+        reduction="batchmean",
+        log_target=True,
     )
 
 
@@ -29,7 +32,11 @@ def test_kl_value_and_gradient_equal_autograd(chunk, headed):
     student = torch.randn(2, 7, width, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(2, 7, width, dtype=torch.float64)
     twin = student.detach().clone().requires_grad_()
-    expected = reference_kl(F.linear(twin, weight, bias), F.linear(teacher, weight, bias)) if headed else reference_kl(twin, teacher)
+    expected = (
+        reference_kl(F.linear(twin, weight, bias), F.linear(teacher, weight, bias))
+        if headed
+        else reference_kl(twin, teacher)
+    )
     (expected * 3).backward()
     actual = kl_divergence(student, teacher, weight, bias, chunk=chunk)
     (actual * 3).backward()
@@ -99,7 +106,7 @@ def test_penalty_equals_the_explicit_vectors(rule, norm_match, family):
         for parameter in component.parameters():
             parameter.normal_()
     h, a = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
-    u, key_scale = layer.npt_mlp_input(h, a)
+    _, key_scale = layer.npt_mlp_input(h, a)
     z = component(a).flatten(0, -2)
     expected = torch.zeros(())
     for target in component.target_shapes:

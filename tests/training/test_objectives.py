@@ -89,12 +89,17 @@ def test_local_backward_stays_in_its_layer(family):
     seen = []
 
     def spy(loss):
-        before = [[None if p.grad is None else p.grad.clone() for p in c.np_component.parameters()] for c in layers.values()]
+        before = [
+            [None if p.grad is None else p.grad.clone() for p in c.np_component.parameters()] for c in layers.values()
+        ]
         loss.backward()
         changed = []
         for index, (layer, old) in enumerate(zip(layers.values(), before, strict=True)):
             new = [p.grad for p in layer.np_component.parameters()]
-            if any((a is None) != (b is None) or (a is not None and not torch.equal(a, b)) for a, b in zip(new, old, strict=True)):
+            if any(
+                (a is None) != (b is None) or (a is not None and not torch.equal(a, b))
+                for a, b in zip(new, old, strict=True)
+            ):
                 changed.append(index)
         seen.append(changed)
 
@@ -162,7 +167,10 @@ def test_kl_objective_equals_plain_autograd(family, penalty):
         teacher = model(input_ids=ids).logits
     student = model(input_ids=ids).logits
     expected = torch.nn.functional.kl_div(
-        student.log_softmax(-1).flatten(0, 1), teacher.log_softmax(-1).flatten(0, 1), reduction="batchmean", log_target=True
+        student.log_softmax(-1).flatten(0, 1),
+        teacher.log_softmax(-1).flatten(0, 1),
+        reduction="batchmean",
+        log_target=True,
     )
     torch.testing.assert_close(losses.equivalence, expected, rtol=1e-4, atol=1e-6)
     if penalty:
@@ -208,7 +216,9 @@ def test_checkpointing_changes_memory_not_gradients(family, objective):
     expected = gradients(model)
     model.zero_grad(set_to_none=True)
     enable_checkpointing(model)
-    attention = counted(model, [layer.npt_plan.shape.attention_module(layer) for layer in converted_layers(model).values()])
+    attention = counted(
+        model, [layer.npt_plan.shape.attention_module(layer) for layer in converted_layers(model).values()]
+    )
     recomputed = runner.accumulate(ids, 1.0, backward)
     assert max(attention) > 2  # teacher, student, recomputation: it is on
     enable_checkpointing(model, False)

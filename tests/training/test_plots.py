@@ -27,7 +27,9 @@ def layers(shift, ranks=None, targets=("gate", "up", "down")):
 
 
 def steps(phase, objective, count):
-    return [{"phase": phase, "objective": objective, "step": 10 * i + 1, "loss": 0.15 / (1 + 0.1 * i)} for i in range(count)]
+    return [
+        {"phase": phase, "objective": objective, "step": 10 * i + 1, "loss": 0.15 / (1 + 0.1 * i)} for i in range(count)
+    ]
 
 
 def is_png_with_content(path):
@@ -45,7 +47,9 @@ def test_figures_of_a_run(tmp_path, phases):
         tmp_path / "plots", steps=records, base=BASE, converted=CONVERTED, trained=TRAINED if phases else None,
         fidelity_converted=layers(0, ranks), fidelity_trained=layers(0.01, ranks) if phases else None,
     )  # fmt: skip
-    expected = {"perplexity.png", "explained_variance.png", "delta_norms.png", "ranks.png"} | ({"loss.png"} if phases else set())
+    expected = {"perplexity.png", "explained_variance.png", "delta_norms.png", "ranks.png"} | (
+        {"loss.png"} if phases else set()
+    )
     assert {path.name for path in paths} == expected
     assert all(is_png_with_content(path) for path in paths)
     pyplot = sys.modules.get("matplotlib.pyplot")
