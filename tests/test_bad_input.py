@@ -217,7 +217,7 @@ CONFIG = [
 ]
 
 
-@pytest.mark.parametrize("case", CONFIG, ids=lambda c: str(c[0])[:40])
+@pytest.mark.parametrize("case", CONFIG, ids=lambda c: f"{next(iter(c[0]))}-{c[1]}")
 def test_config(case):
     changed, *parts = case
     refuses(lambda: NPTConfig(**changed), *parts)
