@@ -32,6 +32,8 @@ class NPTConfig:
         init: ``"auto"`` (closed form if a calibration is given and the rule has one, else small), ``"closed_form"``,
             ``"small"`` (ΔW = 0 at the start), ``"published"`` (small Gaussians on every factor, as earlier recipes).
         basis: Directions the closed form keeps: ``"fisher"`` (weighted by what the loss feels) or ``"pca"``.
+        refit: Closed form: fit each layer on the converted model's own stream, so that it also mends the drift of the layers
+            below (``calibration/sequential.py``).
         norm_match: Divide by the norm of h + a instead of that of h. ``None``: on for ``self_key``, off for other rules.
         modulation_scale: Scale of the ``diagonal`` rule.
         seed: Seed of the random initialisations.
@@ -47,6 +49,7 @@ class NPTConfig:
     targets: Sequence[str] = ("gate", "up", "down")
     init: str = "auto"
     basis: str = "fisher"
+    refit: bool = True
     norm_match: bool | None = None
     modulation_scale: float = 1.0
     seed: int = 0
@@ -62,10 +65,14 @@ class NPTConfig:
         try:
             object.__setattr__(self, "targets", tuple(self.targets))
         except TypeError:
-            raise ValueError(f"targets={self.targets!r} must be a list of names: gate, up, down (GPT-2: c_fc, c_proj)") from None
+            raise ValueError(
+                f"targets={self.targets!r} must be a list of names: gate, up, down (GPT-2: c_fc, c_proj)"
+            ) from None
         for target in self.targets:
             if not isinstance(target, str):
-                raise ValueError(f"targets contains {target!r}; names are strings: gate, up, down (GPT-2: c_fc, c_proj)")
+                raise ValueError(
+                    f"targets contains {target!r}; names are strings: gate, up, down (GPT-2: c_fc, c_proj)"
+                )
         if not self.targets:
             raise ValueError("targets is empty; name at least one of gate, up, down (GPT-2: c_fc, c_proj)")
         if len(set(self.targets)) != len(self.targets):
@@ -73,9 +80,13 @@ class NPTConfig:
         parse_rank(self.rank)
         if not isinstance(self.layers, str):
             if not isinstance(self.layers, Iterable):
-                raise ValueError(f"layers={self.layers!r} is not understood; one layer is written as a list: [{self.layers!r}]")
+                raise ValueError(
+                    f"layers={self.layers!r} is not understood; one layer is written as a list: [{self.layers!r}]"
+                )
             object.__setattr__(self, "layers", list(self.layers))
         resolve_layers(self.layers, None)
+        if not isinstance(self.refit, bool):
+            raise ValueError(f"refit={self.refit!r} must be True or False")
         if not isinstance(self.norm_match, bool | None):
             raise ValueError(f"norm_match={self.norm_match!r} must be True, False or None (on for self_key)")
         if isinstance(self.modulation_scale, bool) or not isinstance(self.modulation_scale, int | float):

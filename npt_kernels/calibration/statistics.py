@@ -19,11 +19,12 @@ __all__ = ["Moments", "check_tokens", "collect_moments"]
 
 @dataclass
 class Moments:
-    """Sums over tokens at one layer, float64: ``covariance``, ``fisher`` ``[d, d]`` (divide by ``tokens``)."""
+    """Sums over tokens at one layer, float64 ``[d, d]``: ``covariance`` over ``tokens``, ``fisher`` over ``fisher_tokens``."""
 
     covariance: Tensor
     fisher: Tensor | None
     tokens: int = 0
+    fisher_tokens: int = 0
 
 
 def check_tokens(tokens: Tensor, vocab_size: int | None) -> Tensor:
@@ -72,6 +73,7 @@ def collect_moments(
     tokens: Tensor,
     *,
     fisher: bool,
+    fisher_tokens: int = 24576,
     batch_tokens: int = 1024,
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
@@ -84,12 +86,16 @@ def collect_moments(
         attention_modules: One per layer of interest; the first output of each is ``a [batch, seq, d]``.
         tokens: Token ids on any device.
         fisher: Also collect the Fisher; needs ``logits``.
+        fisher_tokens: Tokens of the backward passes at most; the rest run forward only, through the decoder alone. Measured
+            on SmolLM2: the Fisher saturates at 16 to 32 thousand tokens, the covariance still gains at 98 thousand.
         batch_tokens: Tokens per forward.
         seed: Seed of the sampled labels.
         advance: Called with the number of tokens done, for a progress bar.
     """
     device = next(model.parameters()).device
     moments: list[Moments | None] = [None] * len(attention_modules)
+    decoder = getattr(model, "base_model", model)
+    backward = fisher
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def hook(position: int, a: Tensor) -> Tensor:
@@ -101,7 +107,8 @@ def collect_moments(
             entry = moments[position] = Moments(zeros, torch.zeros_like(zeros) if fisher else None)
         entry.covariance += (flat.t() @ flat).double()
         entry.tokens += flat.shape[0]
-        if fisher:
+        if backward:
+            entry.fisher_tokens += flat.shape[0]
             if not a.requires_grad:
                 a = a.detach().requires_grad_()
 
@@ -118,15 +125,20 @@ def collect_moments(
     model.eval()
     model.requires_grad_(False)
     try:
-        with _hooked(attention_modules, hook), torch.set_grad_enabled(fisher):
+        done = 0
+        with _hooked(attention_modules, hook):
             for batch in tokens.split(max(1, batch_tokens // tokens.shape[1])):
                 ids = batch.to(device)
-                output = model(input_ids=ids, use_cache=False)
-                if fisher:
-                    logits = getattr(output, "logits", None)
-                    if logits is None:
-                        raise ValueError(f"{type(model).__name__} returns no logits; use basis='pca'")
-                    _sampled_nll(logits, generator).backward()
+                backward = fisher and done < fisher_tokens
+                with torch.set_grad_enabled(backward):
+                    if backward:
+                        logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+                        if logits is None:
+                            raise ValueError(f"{type(model).__name__} returns no logits; use basis='pca'")
+                        _sampled_nll(logits, generator).backward()
+                    else:
+                        decoder(input_ids=ids, use_cache=False)
+                done += ids.numel()
                 if advance is not None:
                     advance(ids.numel())
     finally:
