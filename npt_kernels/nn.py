@@ -153,11 +153,11 @@ def _from_mapping(mapping: Mapping[str, Any]) -> AdapterTensors:
         if target:
             fields[group][target] = value
         else:
-            fields[group] = dict(value) if group in ("w_a_up", "w_b_up") else value
+            fields[group] = dict(value) if isinstance(value, Mapping) else value
     if "w_down" not in fields:
         raise ValueError(f"adapter has no w_down; it has {', '.join(mapping) or 'no keys'}")
     if "rule" not in fields:
-        keys = list(fields["w_a_up"].values())
+        keys = list(fields["w_a_up"].values()) if isinstance(fields["w_a_up"], dict) else []
         fields["rule"] = "self_key" if not keys else "anchored" if keys[0].dim() == 1 else "rank1"
     return AdapterTensors(**fields)
 

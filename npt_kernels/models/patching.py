@@ -381,6 +381,8 @@ def npt_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def npt_config(model: nn.Module) -> NPTConfig:
     """The configuration a converted model was made with. Raises ``ValueError`` if the model is not converted."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         state = getattr(module, _STATE, None)
         if state is not None:
