@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryTerm", "Plan", "make_plan", "print_plan"]
 
 #: Tokens of the demo text's training part under SmolLM2's tokenizer, and characters per token of English for other texts.
-_DEMO_TRAIN_TOKENS, _CHARACTERS_PER_TOKEN = 105_000, 4.3
+_DEMO_TRAIN_TOKENS, _CHARACTERS_PER_TOKEN = 100_600, 4.3
 #: Tokens per forward of the calibration (`collect_moments`) and fp32 elements per chunk of logits (`training/losses.py`).
 _CALIBRATION_BATCH, _LOGITS_CHUNK = 1024, 1 << 24
 
