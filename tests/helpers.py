@@ -84,7 +84,11 @@ class Problem:
         }
 
     def run(
-        self, which: str, needs: Sequence[str] | None = None, grad: Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        which: str,
+        needs: Sequence[str] | None = None,
+        grad: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Output and gradients by name (``None`` where there is none) of ``op``, ``reference`` or ``naive``."""
         leaves = self.leaves(needs, dtype)
@@ -226,7 +230,11 @@ def mlp_problem(
         return (make(*shape, dtype=torch.float64) * (width**-0.5 if normalise else 1)).to(dtype)
 
     def value(target: str, width: int) -> Tensor | None:
-        return (make(total, width, dtype=torch.float64) * (total**-0.5 if normalise else 1)).to(dtype) if target in targets else None
+        return (
+            (make(total, width, dtype=torch.float64) * (total**-0.5 if normalise else 1)).to(dtype)
+            if target in targets
+            else None
+        )
 
     tensors: dict[str, Tensor | None] = {
         "x": make(tokens, d, dtype=dtype),

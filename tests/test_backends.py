@@ -8,10 +8,17 @@ import sys
 
 import pytest
 import torch
+from helpers import factored_problem, linear_problem, mlp_problem
 
 import npt_kernels.backends as backends
-from helpers import factored_problem, linear_problem, mlp_problem
-from npt_kernels import BackendUnavailableError, NPComponent, available_backends, npt_factored_linear, npt_gated_mlp, npt_linear
+from npt_kernels import (
+    BackendUnavailableError,
+    NPComponent,
+    available_backends,
+    npt_factored_linear,
+    npt_gated_mlp,
+    npt_linear,
+)
 
 OPS = ("linear", "factored_linear", "mlp")
 
@@ -70,7 +77,7 @@ def test_automatic_choice_takes_the_first_that_can(picky):
 
 
 def test_explicit_choice_that_cannot_run_raises_with_the_reason(picky):
-    with pytest.raises(BackendUnavailableError, match="picky.*linear.*float64 is not supported"):
+    with pytest.raises(BackendUnavailableError, match=r"picky.*linear.*float64 is not supported"):
         npt_linear(**linear_problem().tensors, backend="picky")
 
 
@@ -97,7 +104,9 @@ def run_with(value):
         "except n.BackendUnavailableError as e: print('refused:', e)"
     )
     env = os.environ | {"NPT_BACKEND": value}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, timeout=120).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, timeout=120
+    ).stdout.strip()
 
 
 def test_environment_variable():

@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-
 from helpers import assert_unchanged, factored_problem, linear_problem, mlp_problem, snapshot, tiny_model, token_ids
+
 from npt_kernels import (
     AdapterTensors,
     NPTConfig,
@@ -97,7 +97,10 @@ FACTORED = [
 @pytest.mark.parametrize("case", FACTORED, ids=lambda c: f"{next(iter(c[0]))}-{c[1]}")
 def test_factored_linear(case):
     changed, *parts = case
-    arguments = factored_problem("rank1", 5, 7, 6, 2, 2, dtype=torch.float32).tensors | {"rule": "rank1", "num_ranks": 2}
+    arguments = factored_problem("rank1", 5, 7, 6, 2, 2, dtype=torch.float32).tensors | {
+        "rule": "rank1",
+        "num_ranks": 2,
+    }
     refuses(lambda: npt_factored_linear(**(arguments | changed)), *parts)
 
 
@@ -151,7 +154,11 @@ MLP = [
     ({"adapter_changes": {"w_down": 5}}, "w_down", "Tensor", "int"),
     ({"adapter_changes": {"w_b_up": t(2, 6)}}, "w_b_up", "mapping", "Tensor"),
     ({"adapter_changes": {"w_a_up": [1]}}, "w_a_up", "mapping", "list"),
-    ({"adapter_changes": {"w_b_up": {"gate": t(3, 6)}, "w_a_up": {"gate": t(2, 4)}}}, r"w_b_up\[gate\] has shape", r"\[2, 6\]"),
+    (
+        {"adapter_changes": {"w_b_up": {"gate": t(3, 6)}, "w_a_up": {"gate": t(2, 4)}}},
+        r"w_b_up\[gate\] has shape",
+        r"\[2, 6\]",
+    ),
     ({"adapter_changes": {"w_b_up": {"gate": t(2, 6)}, "w_a_up": {}}}, r"w_a_up\[gate\] is None", r"\[2, 4\]"),
     ({"adapter_changes": {"w_b_up": {}}}, r"w_a_up\[gate\] is given without w_b_up\[gate\]"),
     ({"adapter_changes": {"w_b_up": {"gate": "v"}}}, r"w_b_up\[gate\] must be a torch.Tensor", "str"),
@@ -319,7 +326,13 @@ def test_half_of_nothing():
 
 def test_unknown_architecture():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ModuleList([torch.nn.Linear(4, 4)]))
-    refuses(lambda: apply_npt(model, NPTConfig(rank=2)), "Sequential has no decoder layers", "llama-like", "gpt2-like", "missing")
+    refuses(
+        lambda: apply_npt(model, NPTConfig(rank=2)),
+        "Sequential has no decoder layers",
+        "llama-like",
+        "gpt2-like",
+        "missing",
+    )
     refuses(lambda: apply_npt(torch.nn.Linear(2, 2), NPTConfig(rank=2)), "Linear has no decoder layers")
 
 
@@ -328,7 +341,12 @@ def test_wrapped_linear_is_refused_with_its_reason():
     mlp = model.model.layers[3].mlp
     mlp.up_proj = PeftLike(mlp.up_proj)
     before = snapshot(model)
-    refuses(lambda: apply_npt(model, NPTConfig(layers=[2, 3], rank=8)), "layer 3 cannot be converted", "mlp.up_proj", "PeftLike")
+    refuses(
+        lambda: apply_npt(model, NPTConfig(layers=[2, 3], rank=8)),
+        "layer 3 cannot be converted",
+        "mlp.up_proj",
+        "PeftLike",
+    )
     assert_unchanged(model, before)
     report = apply_npt(model, NPTConfig(layers="upper_half", rank=8))
     assert report.layers == (2,) and "PeftLike" in report.skipped[3] and "skipped layer 3" in str(report)

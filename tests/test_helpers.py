@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from helpers import ROWS, GemmMeter, assert_within_twice, memory_meter
 
 

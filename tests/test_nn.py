@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-
 from helpers import ALL_RULES, randn
+
 from npt_kernels import AdapterTensors, NPComponent
 from npt_kernels.nn import as_adapter_tensors
 from npt_kernels.rules import get_rule
@@ -145,6 +145,9 @@ def test_bad_arguments(kwargs, parts):
 
 def test_unknown_target():
     made = component("rank1")
-    for call in (lambda: made.vectors(randn(2, D), randn(2, D), "c_fc"), lambda: made.vector_norms(randn(2, R), randn(2, D), "c_fc")):
+    for call in (
+        lambda: made.vectors(randn(2, D), randn(2, D), "c_fc"),
+        lambda: made.vector_norms(randn(2, R), randn(2, D), "c_fc"),
+    ):
         with pytest.raises(ValueError, match=r"target='c_fc' is not one of this component: gate, up, down"):
             call()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import randn
 from torch import nn
 
-from helpers import randn
 from npt_kernels.norms import identify_norm, matched_norm, norm_eps
 
 D = 16
@@ -42,7 +42,9 @@ def test_without_attention_it_is_the_norm_itself(kind, dtype):
     if kind == "rms" and dtype != torch.float64:
         assert torch.equal(u, expected), "the same roundings in the same order as Llama's module"
         return
-    wide_eps = torch.finfo(torch.float32 if dtype == torch.float64 and kind == "rms" else dtype).eps  # HF's RMSNorm is fp32
+    wide_eps = torch.finfo(
+        torch.float32 if dtype == torch.float64 and kind == "rms" else dtype
+    ).eps  # HF's RMSNorm is fp32
     assert (u - expected).abs().max() <= 2 * wide_eps * expected.abs().max()
 
 

@@ -39,10 +39,11 @@ def test_unknown_name():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [
+    [  # "*" marks keyword-only
         ("npt_linear", ["x", "weight", "v_a", "v_b", "bias", "*backend"]),
         ("npt_factored_linear", ["x", "z", "weight", "w_a_up", "w_b_up", "bias", "*rule", "*num_ranks", "*scale", "*backend"]),
-        ("npt_gated_mlp", ["x", "a", "gate_proj", "up_proj", "down_proj", "adapter", "*act", "*key_scale", "*gate_bias", "*up_bias", "*down_bias", "*backend"]),
+        ("npt_gated_mlp", ["x", "a", "gate_proj", "up_proj", "down_proj", "adapter", "*act", "*key_scale",
+          "*gate_bias", "*up_bias", "*down_bias", "*backend"]),
         ("npt_mlp", ["x", "a", "c_fc", "c_proj", "adapter", "*act", "*key_scale", "*c_fc_bias", "*c_proj_bias", "*backend"]),
     ],
 )  # fmt: skip
@@ -77,21 +78,40 @@ def test_import_is_cheap_and_touches_nothing():
     """Best of three over ``import torch``, so that a busy machine does not decide."""
     best, result = float("inf"), {}
     for _ in range(3):
-        output = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, timeout=120).stdout
+        output = subprocess.run(
+            [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, timeout=120
+        ).stdout
         result = json.loads(output.splitlines()[-1])
         best = min(best, result["seconds"])
         if best < 1:
             break
     assert best < 1
     assert result["cuda"] is False
-    heavy = {"transformers", "accelerate", "datasets", "triton", "rich", "pydantic", "typer", "matplotlib", "yaml", "gguf"}
+    heavy = {
+        "transformers",
+        "accelerate",
+        "datasets",
+        "triton",
+        "rich",
+        "pydantic",
+        "typer",
+        "matplotlib",
+        "yaml",
+        "gguf",
+    }
     assert not heavy & {m.partition(".")[0] for m in result["modules"]} - preloaded_by_torch()
-    assert not [m for m in result["modules"] if m.startswith(("npt_kernels.models", "npt_kernels.training", "npt_kernels.calibration"))]
+    assert not [
+        m
+        for m in result["modules"]
+        if m.startswith(("npt_kernels.models", "npt_kernels.training", "npt_kernels.calibration"))
+    ]
 
 
 def preloaded_by_torch() -> set[str]:
     code = "import sys, torch; print('\\n'.join(sys.modules))"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
     return {m.partition(".")[0] for m in output.split()}
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from helpers import ALL_RULES, key_shape, plain_coefficients, randn
+
 from npt_kernels.rules import RULES, get_rule, split_ranks
 from npt_kernels.rules.base import gram_norm
 

@@ -21,7 +21,7 @@ from ..nn import NPComponent
 from .bases import Basis, make_basis, make_metric
 from .ranks import allot_ranks
 from .sequential import refit_sequentially
-from .statistics import check_tokens, collect_moments
+from .statistics import check_tokens, collect_moments, evaluating
 
 if TYPE_CHECKING:
     from ..models.patching import LayerChoice
@@ -85,7 +85,8 @@ def closed_form_components(
     if config.refit:
         _, layers = find_layers(model)
         sample = tokens[: max(1, _REFIT_TOKENS // tokens.shape[1])]
-        with progress_bar("refitting on the converted stream", len(layers), "layers", enabled=progress) as advance:
+        bar = progress_bar("refitting on the converted stream", len(layers), "layers", enabled=progress)
+        with evaluating(model), bar as advance:
             refit_sequentially(
                 model, layers, choices, components, metrics, covariances, sample, fill_closed_form, advance=advance
             )

@@ -48,6 +48,18 @@ def check_tokens(tokens: Tensor, vocab_size: int | None) -> Tensor:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The whole model in evaluation mode (no dropout); afterwards every module is in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def _hooked(modules: list[nn.Module], hook: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """Pass the first output of every module through ``hook(position, a)``."""
 
@@ -120,13 +132,11 @@ def collect_moments(
             a.register_hook(accumulate)
         return a
 
-    modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     model.requires_grad_(False)
     try:
         done = 0
-        with _hooked(attention_modules, hook):
+        with evaluating(model), _hooked(attention_modules, hook):
             for batch in tokens.split(max(1, batch_tokens // tokens.shape[1])):
                 ids = batch.to(device)
                 backward = fisher and done < fisher_tokens
@@ -142,8 +152,6 @@ def collect_moments(
                 if advance is not None:
                     advance(ids.numel())
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter in trainable:
             parameter.requires_grad_(True)
     assert all(entry is not None for entry in moments)

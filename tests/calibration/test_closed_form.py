@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-
 from helpers import VOCAB, assert_unchanged, randomise, snapshot, tiny_model, token_ids
+
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters, remove_npt
 from npt_kernels.calibration.statistics import collect_moments
 
@@ -70,7 +72,7 @@ def test_kl_decreases_with_rank(name, basis):
         apply_npt(model, NPTConfig(layers="all", rank=rank, basis=basis), calibration=CALIBRATION)
         values.append(kl(model, original))
         remove_npt(model)
-    assert all(later < earlier for earlier, later in zip(values, values[1:], strict=False)), values
+    assert all(later < earlier for earlier, later in itertools.pairwise(values)), values
     assert values[0] > 100 * abs(values[-1])
 
 
@@ -156,7 +158,8 @@ def attention_outputs(model, tokens):
     modules = [layer.self_attn for layer in model.model.layers]
     seen = {}
     handles = [
-        m.register_forward_hook(lambda m, i, out, n=n: seen.__setitem__(n, out[0].detach())) for n, m in enumerate(modules)
+        m.register_forward_hook(lambda m, i, out, n=n: seen.__setitem__(n, out[0].detach()))
+        for n, m in enumerate(modules)
     ]
     with torch.no_grad():
         model(input_ids=tokens, use_cache=False)
@@ -172,7 +175,9 @@ def test_covariance_is_the_direct_sum():
     for entry, a in zip(moments, outputs, strict=True):
         flat = a.flatten(0, 1).double()
         assert entry.tokens == CALIBRATION.numel() == len(flat)
-        torch.testing.assert_close(entry.covariance, flat.t() @ flat, rtol=1e-4, atol=1e-5 * float((flat.t() @ flat).abs().max()))
+        torch.testing.assert_close(
+            entry.covariance, flat.t() @ flat, rtol=1e-4, atol=1e-5 * float((flat.t() @ flat).abs().max())
+        )
 
 
 class Bigram(torch.nn.Module):

@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
+from helpers import assert_unchanged, randomise, snapshot, tiny_model, token_ids
 from safetensors.torch import load_file, save_file
 
-from helpers import assert_unchanged, randomise, snapshot, tiny_model, token_ids
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_parameters, remove_npt, save_npt
 from npt_kernels.models.checkpoints import CONFIG_NAME, WEIGHTS_NAME
 
@@ -173,7 +173,10 @@ def test_rank_k_format(k, prefix, tmp_path):
     x, mlp = layer.post_attention_layernorm.double()(seen["h"]), layer.mlp.double()
     gate = mlp.gate_proj(x)
     for j in range(k):
-        down, key, value = (state[f"{prefix.format(2)}{p}" + (f".{j}" if k > 1 else "")].double() for p in ("W_down", "W_a_up", "W_b_up"))
+        down, key, value = (
+            state[f"{prefix.format(2)}{p}" + (f".{j}" if k > 1 else "")].double()
+            for p in ("W_down", "W_a_up", "W_b_up")
+        )
         z = seen["a"] @ down
         gate = gate + (z @ value) * ((z @ key) * x).sum(-1, keepdim=True)
     expected = seen["h"] + mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x))
@@ -228,7 +231,10 @@ PUBLISHED = [
     (low_rank(scale="big"), "modulation_scale is 'big'", "number"),
     (rank_k(layers=(9,)), "layers contains 9", "4 layers"),
     (rank_k(out=F + 1), "layers.0.w_b_up.gate has shape", r"\[3, 49\]", r"\[3, 48\]", "another base model"),
-    ({k: v.to(torch.int64) for k, v in rank_k().items()}, "w_a_up.gate is torch.int64|w_b_up.gate is torch.int64|w_down is torch.int64"),
+    (
+        {k: v.to(torch.int64) for k, v in rank_k().items()},
+        "w_a_up.gate is torch.int64|w_b_up.gate is torch.int64|w_down is torch.int64",
+    ),
 ]
 
 

@@ -8,8 +8,8 @@ import pickle
 
 import pytest
 import torch
-
 from helpers import MODELS, assert_unchanged, randomise, snapshot, tiny_model, token_ids
+
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters, remove_npt
 from npt_kernels.config import resolve_layers
 from npt_kernels.norms import matched_norm
@@ -84,10 +84,18 @@ def test_layer_computes_the_definition(name):
 
 
 def test_report():
-    model, report = converted("llama", NPTConfig(layers="upper_half", rank=[4, 8], targets=("gate", "down"), rule="anchored"))
+    model, report = converted(
+        "llama", NPTConfig(layers="upper_half", rank=[4, 8], targets=("gate", "down"), rule="anchored")
+    )
     assert report.layers == (2, 3) and report.num_layers == 4 and report.skipped == {} and report.calibration == {}
     first, second = report.converted
-    assert (first.index, first.shape, first.rule, first.rank, first.targets) == (2, "llama-like", "anchored", 4, ("gate", "down"))
+    assert (first.index, first.shape, first.rule, first.rank, first.targets) == (
+        2,
+        "llama-like",
+        "anchored",
+        4,
+        ("gate", "down"),
+    )
     assert second.rank == 8
     assert report.parameters == sum(p.numel() for p in npt_parameters(model)) == first.parameters + second.parameters
     assert report.base_parameters == sum(p.numel() for p in tiny_model("llama").parameters())
@@ -175,7 +183,9 @@ def test_padding_does_not_change_a_row(name):
     together = logits(model, batch, attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(together[:1, 4:], alone, rtol=1e-4, atol=1e-5)
     out = model.generate(batch, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    single = model.generate(short, attention_mask=torch.ones_like(short), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    single = model.generate(
+        short, attention_mask=torch.ones_like(short), max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
     assert torch.equal(out[0, -5:], single[0, -5:])
 
 
@@ -410,7 +420,13 @@ def test_dispatched_model():
     from accelerate import dispatch_model
 
     plain, _ = converted()
-    device_map = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.layers": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     model = dispatch_model(tiny_model("llama"), device_map, force_hooks=True)
     apply_npt(model, ALL)
     randomise(model)
@@ -422,6 +438,6 @@ def test_a_forward_replaced_by_another_library_is_refused():
     layer = model.model.layers[3]
     layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="layer 3 .*replaced forward on this instance"):
+    with pytest.raises(ValueError, match=r"layer 3 .*replaced forward on this instance"):
         apply_npt(model, NPTConfig(layers=[3], rank=8))
     assert_unchanged(model, before)

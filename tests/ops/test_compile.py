@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.fx.experimental._config as fx_config
+from helpers import ALL_RULES, factored_problem, linear_problem, mlp_problem, tiny_model, token_ids
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import ALL_RULES, factored_problem, linear_problem, mlp_problem, tiny_model, token_ids
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_factored_linear, npt_parameters
 from npt_kernels.ops.factored_linear import factored_linear
 from npt_kernels.ops.linear import linear
@@ -34,7 +34,10 @@ def problem_of(op: str, rule: str, tokens: int):
     return mlp_problem(rule, tokens, 6, 9, 5, 2, 2, gated=gated, targets=targets, dtype=torch.float32, normalise=True)
 
 
-CASES = [("linear", "rank1"), *((op, rule) for op in ("factored_linear", "gated_mlp", "plain_mlp") for rule in ALL_RULES)]
+CASES = [
+    ("linear", "rank1"),
+    *((op, rule) for op in ("factored_linear", "gated_mlp", "plain_mlp") for rule in ALL_RULES),
+]
 cases = pytest.mark.parametrize(("op", "rule"), CASES, ids=["-".join(c) for c in CASES])
 
 
@@ -103,7 +106,11 @@ def test_stack_whose_first_input_needs_no_gradient(rule):
     """Layer 1 has a frozen input, layer 2 a trained one: one compile, nothing again for a new T."""
     layers = [problem_of("gated_mlp", rule, 3) for _ in range(2)]
     parameters = [
-        {n: t for n, t in p.leaves([n for n in p.present() if n.endswith(("_key", "_value")) or n == "w_down"]).items() if n not in PER_TOKEN}
+        {
+            n: t
+            for n, t in p.leaves([n for n in p.present() if n.endswith(("_key", "_value")) or n == "w_down"]).items()
+            if n not in PER_TOKEN
+        }
         for p in layers
     ]
 

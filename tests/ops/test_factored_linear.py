@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import ALL_RULES, GemmMeter, check_twice, factored_problem, integers, key_shape, randn, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from helpers import ALL_RULES, GemmMeter, check_twice, factored_problem, integers, key_shape, randn, subsets
 from npt_kernels import npt_factored_linear, npt_linear
 from npt_kernels.ops.factored_linear import factored_linear as op
 from npt_kernels.rules import get_rule
@@ -31,13 +31,17 @@ def test_gradcheck(rule, k, bias):
 
 @rules
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize(("tokens", "d_in", "d_out", "r"), [(0, 7, 6, 2), (1, 7, 6, 1), (13, 17, 5, 3), (33, 31, 65, 9)])
+@pytest.mark.parametrize(
+    ("tokens", "d_in", "d_out", "r"), [(0, 7, 6, 2), (1, 7, 6, 1), (13, 17, 5, 3), (33, 31, 65, 9)]
+)
 def test_equals_definition(rule, k, tokens, d_in, d_out, r):
     problem = factored_problem(rule, tokens, d_in, d_out, r, k)
     (y, grads), (y_true, grads_true) = problem.run("op"), problem.run("naive")
     torch.testing.assert_close(y, y_true, rtol=1e-11, atol=1e-10)
     for name in problem.present():
-        torch.testing.assert_close(grads[name], grads_true[name], rtol=1e-11, atol=1e-10, msg=lambda m, n=name: f"d {n}: {m}")
+        torch.testing.assert_close(
+            grads[name], grads_true[name], rtol=1e-11, atol=1e-10, msg=lambda m, n=name: f"d {n}: {m}"
+        )
 
 
 @rules
@@ -73,7 +77,9 @@ def test_small_integers_are_exact(rule, dtype, tokens, k):
     grad = integers(tokens, 13, density=0.3)
     y, grads = problem.run("op", grad=grad)
     y_true, grads_true = problem.run("reference", grad=grad, dtype=torch.float64)  # naive divides for self_key
-    assert max(g.abs().max() for g in grads_true.values() if g is not None) <= 256, "the premise: all sums exact in bf16"
+    assert max(g.abs().max() for g in grads_true.values() if g is not None) <= 256, (
+        "the premise: all sums exact in bf16"
+    )
     assert torch.equal(y.double(), y_true)
     for name in problem.present():
         assert torch.equal(grads[name].double(), grads_true[name]), name
@@ -85,7 +91,9 @@ def test_diagonal_is_exact_on_integers_at_zero_and_saturation():
     problem.tensors["z"] = problem.tensors["z"] * 20
     y, _ = problem.run("op")
     c = 2 * problem.tensors["z"].sign() * (problem.tensors["x"] @ problem.tensors["w_a_up"].t())
-    want = problem.tensors["x"] @ problem.tensors["weight"].t() + c @ problem.tensors["w_b_up"] + problem.tensors["bias"]
+    want = (
+        problem.tensors["x"] @ problem.tensors["weight"].t() + c @ problem.tensors["w_b_up"] + problem.tensors["bias"]
+    )
     assert torch.equal(y, want)
     assert y.abs().max() > 3
 
@@ -168,7 +176,9 @@ def test_equals_the_explicit_op_on_the_rules_vectors(rule, k):
     t = factored_problem(rule, 6, 5, 7, 2, k).tensors
     v_a, v_b = get_rule(rule).vectors(t["z"], t["x"], t["w_a_up"], t["w_b_up"], k, 0.7)
     explicit = npt_linear(t["x"], t["weight"], v_a, v_b, t["bias"])
-    torch.testing.assert_close(npt_factored_linear(**t, rule=rule, num_ranks=k, scale=0.7), explicit, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        npt_factored_linear(**t, rule=rule, num_ranks=k, scale=0.7), explicit, rtol=1e-12, atol=1e-12
+    )
 
 
 @rules
@@ -204,7 +214,9 @@ def test_strides(rule):
     results = []
     for fmt in (torch.preserve_format, torch.contiguous_format):
         leaves = {
-            n: None if t is None else (t if fmt is torch.preserve_format else t.clone(memory_format=fmt)).detach().requires_grad_()
+            n: None
+            if t is None
+            else (t if fmt is torch.preserve_format else t.clone(memory_format=fmt)).detach().requires_grad_()
             for n, t in views.items()
         }
         y = npt_factored_linear(**leaves, rule=rule, num_ranks=k)

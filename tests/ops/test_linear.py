@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import GemmMeter, check_twice, integers, linear_problem, randn, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from helpers import GemmMeter, check_twice, integers, linear_problem, randn, subsets
 from npt_kernels import npt_linear
 from npt_kernels.ops.linear import linear as op
 
@@ -35,10 +35,14 @@ def test_equals_definition(tokens, d_in, d_out, k):
     y_true, grads_true = problem.run("naive")
     torch.testing.assert_close(y, y_true, rtol=1e-12, atol=1e-12)
     for name in NAMES:
-        torch.testing.assert_close(grads[name], grads_true[name], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"d {n}: {m}")
+        torch.testing.assert_close(
+            grads[name], grads_true[name], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"d {n}: {m}"
+        )
 
 
-@given(tokens=st.integers(0, 9), d_in=st.integers(1, 12), d_out=st.integers(1, 12), k=st.integers(1, 4), bias=st.booleans())
+@given(
+    tokens=st.integers(0, 9), d_in=st.integers(1, 12), d_out=st.integers(1, 12), k=st.integers(1, 4), bias=st.booleans()
+)
 def test_any_shape_equals_definition(tokens, d_in, d_out, k, bias):
     problem = linear_problem(tokens, d_in, d_out, k, bias=bias)
     (y, grads), (y_true, grads_true) = problem.run("op"), problem.run("naive")
@@ -138,7 +142,12 @@ def test_leading_dimensions(leading, k):
     y = npt_linear(*leaves)
     assert y.shape == (*leading, 6)
     y.square().sum().backward()
-    flat = [x.detach().reshape(-1, 5), weight.detach(), v_a.detach().reshape(-1, k or 1, 5), v_b.detach().reshape(-1, k or 1, 6)]
+    flat = [
+        x.detach().reshape(-1, 5),
+        weight.detach(),
+        v_a.detach().reshape(-1, k or 1, 5),
+        v_b.detach().reshape(-1, k or 1, 6),
+    ]
     flat = [t.requires_grad_() for t in flat]
     y_flat = npt_linear(*flat)
     y_flat.square().sum().backward()

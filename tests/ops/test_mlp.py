@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
+from helpers import ALL_RULES, MLP_TENSORS, GemmMeter, check_twice, integers, mlp_problem, randn, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from helpers import ALL_RULES, MLP_TENSORS, GemmMeter, check_twice, integers, mlp_problem, randn, subsets
 from npt_kernels import AdapterTensors, NPComponent, npt_gated_mlp, npt_mlp
 from npt_kernels.ops.mlp import mlp as op
 from npt_kernels.rules import get_rule
@@ -26,7 +26,9 @@ def problem_of(rule, targets, gated=True, **kwargs):
 
 
 FORMS = [(True, t) for t in TARGETS] + [(False, t) for t in PLAIN_TARGETS]
-forms = pytest.mark.parametrize(("gated", "targets"), FORMS, ids=[f"{'gated' if g else 'plain'}-{'+'.join(t)}" for g, t in FORMS])
+forms = pytest.mark.parametrize(
+    ("gated", "targets"), FORMS, ids=[f"{'gated' if g else 'plain'}-{'+'.join(t)}" for g, t in FORMS]
+)
 
 
 def grad_inputs(problem):
@@ -38,14 +40,18 @@ def grad_inputs(problem):
 @forms
 @pytest.mark.parametrize("k", [1, 3])
 def test_gradcheck(rule, gated, targets, k):
-    f, leaves = grad_inputs(problem_of(rule, targets, gated, tokens=2, d=3, f=4, d_a=2, r=1 if k == 3 else 2, k=k, d_out=2))
+    f, leaves = grad_inputs(
+        problem_of(rule, targets, gated, tokens=2, d=3, f=4, d_a=2, r=1 if k == 3 else 2, k=k, d_out=2)
+    )
     assert torch.autograd.gradcheck(f, leaves)
 
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_new", "relu", "relu2", "quick_gelu"])
 def test_gradcheck_of_every_activation(act, gated):
-    f, leaves = grad_inputs(problem_of("rank1", ("gate", "up", "down") if gated else ("up", "down"), gated, tokens=2, act=act))
+    f, leaves = grad_inputs(
+        problem_of("rank1", ("gate", "up", "down") if gated else ("up", "down"), gated, tokens=2, act=act)
+    )
     assert torch.autograd.gradcheck(f, leaves)
 
 
@@ -53,9 +59,24 @@ def test_gradcheck_of_every_activation(act, gated):
 @forms
 @pytest.mark.parametrize("key_scale", [True, False])
 def test_equals_definition(rule, gated, targets, key_scale):
-    for tokens, d, f, d_a, r, k, bias in ((0, 4, 6, 3, 2, 1, True), (1, 5, 3, 5, 1, 1, False), (19, 9, 13, 7, 3, 2, True)):
+    for tokens, d, f, d_a, r, k, bias in (
+        (0, 4, 6, 3, 2, 1, True),
+        (1, 5, 3, 5, 1, 1, False),
+        (19, 9, 13, 7, 3, 2, True),
+    ):
         problem = problem_of(
-            rule, targets, gated, tokens=tokens, d=d, f=f, d_a=d_a, r=r, k=k, bias=bias, key_scale=key_scale, normalise=True
+            rule,
+            targets,
+            gated,
+            tokens=tokens,
+            d=d,
+            f=f,
+            d_a=d_a,
+            r=r,
+            k=k,
+            bias=bias,
+            key_scale=key_scale,
+            normalise=True,
         )
         (y, grads), (y_true, grads_true) = problem.run("op"), problem.run("naive")
         torch.testing.assert_close(y, y_true, rtol=1e-10, atol=1e-10)
@@ -85,7 +106,9 @@ def test_any_shape_equals_definition(rule, data):
 
 @rules
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("gated", "targets"), [(True, ("gate", "up", "down")), (True, ("gate",)), (False, ("up", "down"))], ids=str)
+@pytest.mark.parametrize(
+    ("gated", "targets"), [(True, ("gate", "up", "down")), (True, ("gate",)), (False, ("up", "down"))], ids=str
+)
 @pytest.mark.parametrize(("tokens", "k"), [(32, 1), (70, 2)])
 def test_twice(rule, dtype, gated, targets, tokens, k):
     problem = problem_of(rule, targets, gated, tokens=tokens, d=48, f=80, d_a=48, r=8, k=k, dtype=dtype, normalise=True)
@@ -102,7 +125,17 @@ def test_small_integers_are_exact(rule, gated, dtype, tokens):
     def make(*shape, dtype):
         return integers(*shape, dtype=dtype, density=0.4)
 
-    problem = problem_of(rule, ("gate", "up", "down") if gated else ("up", "down"), gated, tokens=tokens, d=6, f=7, act="relu", make=make, dtype=dtype)
+    problem = problem_of(
+        rule,
+        ("gate", "up", "down") if gated else ("up", "down"),
+        gated,
+        tokens=tokens,
+        d=6,
+        f=7,
+        act="relu",
+        make=make,
+        dtype=dtype,
+    )
     grad = integers(tokens, 6)
     y, grads = problem.run("op", grad=grad)
     y_true, grads_true = problem.run("reference", grad=grad, dtype=torch.float64)  # naive divides for self_key
@@ -134,13 +167,17 @@ def raw_args(problem, needs, rule, k=1, act="silu"):
 
 
 @rules
-@pytest.mark.parametrize(("gated", "targets"), [(True, ("gate", "up", "down")), (True, ("down",)), (False, ("up",))], ids=str)
+@pytest.mark.parametrize(
+    ("gated", "targets"), [(True, ("gate", "up", "down")), (True, ("down",)), (False, ("up",))], ids=str
+)
 @pytest.mark.parametrize("k", [1, 3])
 def test_opcheck(rule, gated, targets, k):
     problem = problem_of(rule, targets, gated, k=k, dtype=torch.float32)
     trained = [n for n in problem.present() if n.endswith(("_key", "_value")) or n == "w_down"]
     opcheck(op.library_op, raw_args(problem, problem.present(), rule, k))
-    opcheck(op.library_op, raw_args(problem, trained, rule, k), test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
+    opcheck(
+        op.library_op, raw_args(problem, trained, rule, k), test_utils=("test_faketensor", "test_aot_dispatch_dynamic")
+    )
 
 
 def check_needs(problem, needs, full):
@@ -150,7 +187,9 @@ def check_needs(problem, needs, full):
     for name in problem.present():
         if name in needs:
             assert grads[name] is not None, (needs, name)
-            torch.testing.assert_close(grads[name], grads_all[name], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{needs} d {n}: {m}")
+            torch.testing.assert_close(
+                grads[name], grads_all[name], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{needs} d {n}: {m}"
+            )
         else:
             assert grads[name] is None, (needs, name)
 
@@ -283,7 +322,9 @@ def test_zero_adapter_is_bitwise_the_plain_mlp(rule, dtype):
     for gated in (True, False):
         targets = ("gate", "up", "down") if gated else ("up", "down")
         problem = problem_of(rule, targets, gated, tokens=11, d=32, f=24, r=4, dtype=dtype, normalise=True)
-        t = {n: torch.zeros_like(v) if n.endswith("_value") and v is not None else v for n, v in problem.tensors.items()}
+        t = {
+            n: torch.zeros_like(v) if n.endswith("_value") and v is not None else v for n, v in problem.tensors.items()
+        }
         bare = {n: None if n.endswith(("_key", "_value")) else v for n, v in t.items()}
         y = problem.op(**t)
         assert torch.equal(y, problem.op(**bare))
@@ -330,7 +371,11 @@ def test_leading_dimensions(rule, leading):
     t = problem_of(rule, ("gate", "up", "down")).tensors
     problem = problem_of(rule, ("gate", "up", "down"))
     shaped = {"x": randn(*leading, 4), "a": randn(*leading, 3), "key_scale": randn(*leading)}
-    flat = {"x": shaped["x"].reshape(-1, 4), "a": shaped["a"].reshape(-1, 3), "key_scale": shaped["key_scale"].reshape(-1)}
+    flat = {
+        "x": shaped["x"].reshape(-1, 4),
+        "a": shaped["a"].reshape(-1, 3),
+        "key_scale": shaped["key_scale"].reshape(-1),
+    }
     flat = {n: v.clone() for n, v in flat.items()}
     for group in (shaped, flat):
         for tensor in group.values():
@@ -362,7 +407,9 @@ def test_strides(rule, gated):
     results = []
     for dense in (False, True):
         leaves = {
-            n: None if v is None else (v.clone(memory_format=torch.contiguous_format) if dense else v).detach().requires_grad_()
+            n: None
+            if v is None
+            else (v.clone(memory_format=torch.contiguous_format) if dense else v).detach().requires_grad_()
             for n, v in views.items()
         }
         y = problem.op(**leaves)
@@ -437,12 +484,20 @@ def test_autocast_with_fp32_component(rule):
 
 @pytest.mark.parametrize("form", ["component", "tensors", "mapping"])
 def test_adapter_forms_agree(form):
-    component = NPComponent(6, {"c_fc": (6, 8), "c_proj": (8, 6)}, rank=2, rule="rank1", num_ranks=2, dtype=torch.float64)
+    component = NPComponent(
+        6, {"c_fc": (6, 8), "c_proj": (8, 6)}, rank=2, rule="rank1", num_ranks=2, dtype=torch.float64
+    )
     with torch.no_grad():
         for parameter in component.parameters():
             parameter.copy_(torch.randn_like(parameter))
     tensors = component.tensors()
-    mapping = {"w_down": tensors.w_down, "w_a_up": tensors.w_a_up, "w_b_up": tensors.w_b_up, "rule": "rank1", "num_ranks": 2}
+    mapping = {
+        "w_down": tensors.w_down,
+        "w_a_up": tensors.w_a_up,
+        "w_b_up": tensors.w_b_up,
+        "rule": "rank1",
+        "num_ranks": 2,
+    }
     adapter = {"component": component, "tensors": tensors, "mapping": mapping}[form]
     args = randn(3, 6), randn(3, 6), randn(8, 6), randn(6, 8)
     direct = op(*args[:2], None, None, *args[2:], None, None, None, tensors.w_down, None, None,
