@@ -29,6 +29,7 @@ from .loading import (
     resolve_cache_dir,
     resolve_dtype,
 )
+from .losses import _CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,8 +38,8 @@ __all__ = ["MemoryTerm", "Plan", "make_plan", "print_plan"]
 
 #: Tokens of the demo text's training part under SmolLM2's tokenizer, and characters per token of English for other texts.
 _DEMO_TRAIN_TOKENS, _CHARACTERS_PER_TOKEN = 100_600, 4.3
-#: Tokens per forward of the calibration (`collect_moments`) and fp32 elements per chunk of logits (`training/losses.py`).
-_CALIBRATION_BATCH, _LOGITS_CHUNK = 1024, 1 << 24
+#: Tokens per forward of the calibration (``collect_moments``).
+_CALIBRATION_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ def _memory(plan: Plan, choices: list[LayerChoice], numbers: dict[str, Any]) -> 
             _activations(plan, tokens, compute),
         ]
         if _runs_end_to_end(config):
-            elements = min(tokens * vocabulary, _LOGITS_CHUNK)
+            elements = min(tokens * vocabulary, _CHUNK_ELEMENTS)
             training_terms.append(
                 MemoryTerm(
                     "logits", 4 * elements * 4, f"chunks of {elements // max(vocabulary, 1):,} tokens × {vocabulary:,}"
