@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import autocast_dtype
+
 __all__ = ["delta_variance", "kl_divergence", "layer_loss", "vector_penalty"]
 
 #: Numbers in one chunk of logits: 32 MiB each in fp32, whatever the vocabulary.
@@ -83,6 +85,36 @@ def vector_penalty(layer: Any, h: Tensor, a: Tensor) -> Tensor:
     return total
 
 
+def _kl_in_chunks(
+    students: Tensor,
+    teachers: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    chunk: int,
+    wide: torch.dtype,
+    gradient: Tensor | None,
+) -> Tensor:
+    """Sum of the KL over tokens; ``gradient [T, d]``, if given, is filled with that of their mean."""
+    tokens = len(students)
+    total = torch.zeros((), dtype=wide if students.device.type == "mps" else torch.float64, device=students.device)
+    for start in range(0, tokens, chunk):
+        rows = slice(start, start + chunk)
+        s, t = students[rows], teachers[rows]
+        if weight is not None:
+            s, t = F.linear(s, weight, bias), F.linear(t, weight, bias)
+        log_s, log_t = s.to(wide).log_softmax(-1), t.to(wide).log_softmax(-1)
+        del s, t
+        p_t = log_t.exp()
+        total += torch.dot(p_t.view(-1), log_t.sub_(log_s).view(-1))
+        if gradient is not None:
+            # d KL / d logits = softmax(student) − softmax(teacher); divided last, or fp16 would lose the small entries.
+            d_logits = log_s.exp_().sub_(p_t)
+            if weight is not None:
+                d_logits = (d_logits.to(weight.dtype) @ weight).to(wide)
+            gradient[rows] = d_logits.div_(tokens).to(gradient.dtype)
+    return total
+
+
 class _KLDivergence(torch.autograd.Function):
     """The gradient is made chunk by chunk in the forward, where the logits exist anyway; the backward only scales it."""
 
@@ -94,26 +126,16 @@ class _KLDivergence(torch.autograd.Function):
         students, teachers = student.detach().reshape(-1, width), teacher.detach().reshape(-1, width)
         tokens = len(students)
         vocabulary = width if weight is None else len(weight)
+        dtype = autocast_dtype(students)
+        if weight is not None and dtype is not None:
+            # Autocast would cast the whole head anew for every chunk.
+            students, teachers, weight = students.to(dtype), teachers.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         chunk = chunk or max(1, _CHUNK_ELEMENTS // vocabulary)
         wide = _wide(student.dtype)
-        total = torch.zeros((), dtype=torch.float64 if student.device.type != "mps" else wide, device=student.device)
-        gradient = torch.empty_like(students) if ctx.needs_input_grad[0] else None
-        for start in range(0, tokens, chunk):
-            rows = slice(start, start + chunk)
-            s, t = students[rows], teachers[rows]
-            if weight is not None:
-                s, t = F.linear(s, weight, bias), F.linear(t, weight, bias)
-            log_s, log_t = s.to(wide).log_softmax(-1), t.to(wide).log_softmax(-1)
-            del s, t
-            p_t = log_t.exp()
-            total += torch.dot(p_t.view(-1), log_t.sub_(log_s).view(-1))
-            if gradient is not None:
-                # d KL / d logits = softmax(student) − softmax(teacher)
-                d_logits = log_s.exp_().sub_(p_t).div_(tokens)
-                if weight is None:
-                    gradient[rows] = d_logits.to(gradient.dtype)
-                else:
-                    gradient[rows] = (d_logits.to(weight.dtype) @ weight).to(gradient.dtype)
+        gradient = student.new_empty(tokens, width) if ctx.needs_input_grad[0] else None
+        with torch.autocast(student.device.type, enabled=False):
+            total = _kl_in_chunks(students, teachers, weight, bias, chunk, wide, gradient)
         ctx.save_for_backward(None if gradient is None else gradient.view_as(student))
         return (total / max(tokens, 1)).to(wide)
 
