@@ -123,3 +123,19 @@ def test_penalty_equals_the_explicit_vectors(rule, norm_match, family):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     actual.backward()
     assert component.w_down.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kl_under_autocast_stays_near_fp32(dtype):
+    student = torch.randn(600, 16, requires_grad=True)
+    teacher, weight = student.detach() + 0.1 * torch.randn(600, 16), torch.randn(50, 16)
+    expected = kl_divergence(student, teacher, weight)
+    expected.backward()
+    reference, student.grad = student.grad, None
+    with torch.autocast("cpu", dtype):
+        actual = kl_divergence(student, teacher, weight)
+    actual.backward()
+    assert actual.dtype == student.grad.dtype == torch.float32
+    # Logits rounded to 8 (bf16) or 11 bits, of differences that are 10 % of the logits.
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0)
+    assert float((student.grad - reference).norm() / reference.norm()) < 0.1
