@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -15,7 +14,7 @@ from rich.table import Table
 from .evaluation import EvalResult, Sample
 from .loop import StepReport
 
-__all__ = ["TrainingDisplay", "clock", "results_table", "samples_markdown", "samples_table"]
+__all__ = ["TrainingDisplay", "clock", "describe", "results_table", "samples_markdown", "samples_table"]
 
 
 def clock(seconds: float) -> str:
@@ -144,11 +143,3 @@ def describe(result: EvalResult) -> str:
         f"ratio {result.perplexity_ratio:.4f} ± {result.perplexity_ratio_se:.4f}, "
         f"KL {result.kl:.4f} ± {result.kl_se:.4f}, top-1 {result.top1_agreement:.2%}"
     )
-
-
-def trained_summary(values: dict[str, Any]) -> Table:
-    """Two columns: what, value."""
-    table = Table(show_header=False, box=None)
-    for name, value in values.items():
-        table.add_row(name, escape(str(value)))
-    return table
