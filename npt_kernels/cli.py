@@ -206,7 +206,10 @@ def train(
     for line in blocks.sources:
         console.print(line, markup=False, highlight=False)
     from .training.engine import run_training
+    from .training.resources import keep_freed_memory
 
+    if device.type == "cpu":
+        keep_freed_memory()
     run_training(run_config, model, tokenizer, blocks, resume=adapter, console=console)
 
 

@@ -68,7 +68,9 @@ class NPComponent(nn.Module):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"NPComponent: {name}={value!r} must be a positive whole number")
         if not isinstance(targets, Mapping):
-            raise TypeError(f"NPComponent: targets={targets!r} must map a name to (in, out), such as {{'down': (512, 128)}}")
+            raise TypeError(
+                f"NPComponent: targets={targets!r} must map a name to (in, out), such as {{'down': (512, 128)}}"
+            )
         if not targets:
             raise ValueError("NPComponent: targets is empty; name at least one, such as 'down'")
         if not isinstance(scale, int | float):
@@ -177,7 +179,9 @@ def as_adapter_tensors(
         raise TypeError(f"adapter has scale={adapter.scale!r}, which must be a number")
     for name, entry in (("w_a_up", adapter.w_a_up), ("w_b_up", adapter.w_b_up)):
         if not isinstance(entry, Mapping):
-            raise TypeError(f"adapter has {name} of type {type(entry).__name__}; expected a mapping {targets} -> tensor")
+            raise TypeError(
+                f"adapter has {name} of type {type(entry).__name__}; expected a mapping {targets} -> tensor"
+            )
     unknown = [t for t in (*adapter.w_a_up, *adapter.w_b_up) if t not in targets]
     if unknown:
         raise ValueError(f"adapter has target {unknown[0]!r}; this MLP has {', '.join(targets)}")

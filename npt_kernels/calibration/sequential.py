@@ -5,7 +5,8 @@ should see, and its output contain, ``h_T + a_T``, so what it has to predict fro
 but ``a_S + (h_T + a_T − h_S − a_S)``. A ridge regression of the difference on ``a_S`` gives a matrix B, and the basis then
 encodes ``(I + shrink·B) a`` instead of ``a``. At r = d nothing has drifted, B is zero and the form stays exact.
 
-Measured (SmolLM2, all layers, mean rank 128, 4,096 validation tokens of Alice/lcet10, without training): KL .122 → .112 nats.
+Measured (SmolLM2, all layers, mean rank 128, without training): KL .122 → .112 nats per token on 4,096 tokens of Alice and of
+lcet10, .082 → .075 on 5,120 of Shakespeare's prose.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..models.layer import student_output, teacher_output
 from ..nn import NPComponent
 from .bases import Basis, Metric, make_basis
+from .statistics import second_moment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,9 +81,9 @@ def _first_hidden_states(model: nn.Module, first: nn.Module, ids: Tensor) -> Ten
 def _target_map(a_s: Tensor, drift: Tensor, weight: Tensor) -> Tensor:
     """``M = I + shrink·B`` with B the weighted ridge regression of ``drift [N, d]`` on ``a_s [N, d]``."""
     weighted = a_s * weight
-    gram = (weighted.t() @ a_s).double() / len(a_s)
+    gram = second_moment(weighted, a_s) / len(a_s)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    cross = (weighted.t() @ drift).double() / len(a_s)
+    cross = second_moment(weighted, drift) / len(a_s)
     ridge = _RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny) * eye
     return eye + _SHRINK * torch.linalg.solve(gram + ridge, cross).t()
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Moments", "check_tokens", "collect_moments"]
+__all__ = ["Moments", "check_tokens", "collect_moments", "evaluating", "second_moment"]
 
 
 @dataclass
@@ -79,6 +79,16 @@ def _hooked(modules: list[nn.Module], hook: Callable[[int, Tensor], Tensor]) -> 
             handle.remove()
 
 
+def second_moment(rows: Tensor, other: Tensor | None = None) -> Tensor:
+    """``rowsᵀ @ other`` (``other`` defaults to ``rows``) ``[d, d]`` as float64, in float32 also under autocast.
+
+    Under autocast the product would be rounded to bf16, and a relative error of 1/256 buries every direction whose energy is
+    less than that: measured, the converted SmolLM2 then lost .20 nats per token instead of .075.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return (rows.t() @ (rows if other is None else other)).double()
+
+
 def collect_moments(
     model: nn.Module,
     attention_modules: list[nn.Module],
@@ -86,7 +96,7 @@ def collect_moments(
     *,
     fisher: bool,
     fisher_tokens: int = 24576,
-    batch_tokens: int = 1024,
+    batch_tokens: int = 512,
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
 ) -> list[Moments]:
@@ -117,7 +127,7 @@ def collect_moments(
         if entry is None:
             zeros = torch.zeros(width, width, dtype=torch.float64, device=a.device)
             entry = moments[position] = Moments(zeros, torch.zeros_like(zeros) if fisher else None)
-        entry.covariance += (flat.t() @ flat).double()
+        entry.covariance += second_moment(flat)
         entry.tokens += flat.shape[0]
         if backward:
             entry.fisher_tokens += flat.shape[0]
@@ -127,7 +137,7 @@ def collect_moments(
             def accumulate(grad: Tensor, entry: Moments = entry) -> None:
                 g = grad.detach().reshape(-1, width).float()
                 assert entry.fisher is not None
-                entry.fisher += (g.t() @ g).double()
+                entry.fisher += second_moment(g)
 
             a.register_hook(accumulate)
         return a

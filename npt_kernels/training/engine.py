@@ -256,9 +256,11 @@ class _Run:
             return load_npt(self.model, resume)
         npt = self.config.npt_config()
         calibrate = npt.rule == "self_key" and npt.init in ("auto", "closed_form")
-        return apply_npt(
-            self.model, npt, self.blocks.calibration if calibrate else None, progress=self.console.is_terminal
-        )
+        # In the precision of the training: three times as fast on a CPU with bf16 instructions.
+        with self.accelerator.autocast():
+            return apply_npt(
+                self.model, npt, self.blocks.calibration if calibrate else None, progress=self.console.is_terminal
+            )
 
     def _train(self, heldout: Tensor) -> None:
         stop = StopRequest()

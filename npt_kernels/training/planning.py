@@ -39,7 +39,7 @@ __all__ = ["MemoryTerm", "Plan", "make_plan", "print_plan"]
 #: Tokens of the demo text's training part under SmolLM2's tokenizer, and characters per token of English for other texts.
 _DEMO_TRAIN_TOKENS, _CHARACTERS_PER_TOKEN = 100_600, 4.3
 #: Tokens per forward of the calibration (``collect_moments``).
-_CALIBRATION_BATCH = 1024
+_CALIBRATION_BATCH = 512
 
 
 @dataclass(frozen=True)

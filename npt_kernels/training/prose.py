@@ -1,4 +1,4 @@
-"""The demo's books as running text: line breaks inside paragraphs undone, what is not prose left out."""
+"""The demo's plays as running text: line breaks inside speeches undone, lists of persons left out."""
 
 from __future__ import annotations
 
@@ -11,36 +11,26 @@ from .sources import Source
 
 __all__ = ["demo_sources", "unwrap"]
 
-#: File → title and the passages to keep, as pairs of lines (first kept, first not kept). Left out of the proceedings: table of
-#: contents, timetable, and the participants' addresses, whose telephone numbers would end up in the held-out part.
-_PASSAGES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "alice29.txt": ("Alice's Adventures in Wonderland", (("CHAPTER I", "THE END"),)),
-    "lcet10.txt": (
-        "Workshop on Electronic Texts, 1992",
-        (
-            ("INTRODUCTION", "Appendix I:  PROGRAM"),
-            ("Appendix II:  ABSTRACTS", "Appendix III:  DIRECTORY OF PARTICIPANTS"),
-        ),
-    ),
+#: File → title and the line its text begins with: lists of persons and scenes before it are left out.
+_PLAYS: dict[str, tuple[str, str]] = {
+    "merry_wives_of_windsor_gut.txt": ("The Merry Wives of Windsor", "ACT I."),
+    "much_ado_about_nothing_gut.txt": ("Much Ado About Nothing", "Act 1."),
+    "as_you_like_it_gut.txt": ("As You Like It", "ACT I."),
+    "henry_iv_part_1_gut.txt": ("Henry IV, Part 1", "ACT I."),
+    "henry_iv_part_2_gut.txt": ("Henry IV, Part 2", "ACT I."),
 }
 _ORNAMENT = re.compile(r"^[\W_]+$")
 
 
 def demo_sources(config: RunConfig) -> list[Source]:
-    """One source per book. Raises ``AssetError`` if they cannot be fetched."""
+    """One source per play. Raises ``AssetError`` if they cannot be fetched."""
     sources = []
     for file, text in demo_texts(resolve_cache_dir(config)).items():
-        title, passages = _PASSAGES[file]
-        kept = "\n\n".join(unwrap(_passage(text, first, end)) for first, end in passages)
+        title, first = _PLAYS[file]
+        lines = text.splitlines()
+        kept = unwrap("\n".join(lines[[line.strip() for line in lines].index(first) :]))
         sources.append(Source(f"demo/{file}", f"{title} ({len(kept):,} characters)", [kept]))
     return sources
-
-
-def _passage(text: str, first: str, end: str) -> str:
-    lines = text.splitlines()
-    stripped = [line.strip() for line in lines]
-    start = stripped.index(first)
-    return "\n".join(lines[start : stripped.index(end, start)])
 
 
 def unwrap(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 
 import torch
@@ -10,7 +11,27 @@ from torch import nn
 from ..models.patching import converted_layers
 from .config import RunConfig
 
-__all__ = ["base_fingerprint", "is_out_of_memory", "memory_advice", "peak_memory"]
+__all__ = ["base_fingerprint", "is_out_of_memory", "keep_freed_memory", "memory_advice", "peak_memory"]
+
+# Parameters of mallopt(3), from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks instead of handing them back to the kernel; nothing elsewhere.
+
+    Training on a CPU frees and allocates the same tensors of some ten MB every step; by default each is mapped and
+    page-faulted anew. Measured on two cores with SmolLM2-135M: about half the time of a step. For programs, not libraries: it
+    holds for the whole process.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):  # musl and others
+        return
 
 
 def peak_memory() -> dict[str, int]:
