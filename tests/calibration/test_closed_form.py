@@ -9,7 +9,7 @@ import torch
 from helpers import VOCAB, assert_unchanged, randomise, snapshot, tiny_model, token_ids
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters, remove_npt
-from npt_kernels.calibration.statistics import collect_moments
+from npt_kernels.calibration.statistics import collect_moments, second_moment
 
 CALIBRATION = token_ids(16, 32, seed=5)
 HELD_OUT = token_ids(6, 32, seed=6)
@@ -218,6 +218,18 @@ def test_fisher_of_a_transformer_is_positive_and_seeded():
         assert not torch.equal(a.fisher, c.fisher)
         assert torch.linalg.eigvalsh(a.fisher).min() > -1e-6 * a.fisher.trace()
         assert (a.fisher - c.fisher).norm() < a.fisher.norm(), "two samples of one matrix"
+
+
+def test_moments_are_float32_under_autocast():
+    """A bf16 product of bf16-sized error would drown small directions: exact up to float32, whatever autocast does."""
+    torch.manual_seed(0)
+    rows, other = torch.randn(300, 16), torch.randn(300, 16)
+    truth = rows.double().t() @ other.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (rows.t() @ other).dtype == torch.bfloat16  # what would happen without second_moment
+        moment = second_moment(rows, other)
+    assert moment.dtype == torch.float64
+    torch.testing.assert_close(moment, truth, rtol=1e-5, atol=1e-4)
 
 
 def test_hooks_go_even_when_the_forward_fails():
