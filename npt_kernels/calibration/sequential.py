@@ -120,6 +120,7 @@ def refit_sequentially(
     teacher = [_first_hidden_states(model, layers[0], ids) for ids in batches]
     student = [h.clone() for h in teacher]
     fits = {choice.plan.index: position for position, choice in enumerate(choices)}
+    lossy_below = False  # until a rank is cut nothing has drifted, and a regression would fit rounding errors
     for index, layer in enumerate(layers):
         _, args, kwargs = calls[index]
         if index not in fits:
@@ -131,8 +132,10 @@ def refit_sequentially(
             shape = choice.plan.shape
             a_t = [shape.attention(layer, h, *args, **kwargs) for h in teacher]
             a_s = [shape.attention(layer, h, *args, **kwargs) for h in student]
-            target = _fit_target(teacher, student, a_t, a_s)
-            fill(component, choice, make_basis(metrics[position], covariances[position], target))
+            if lossy_below:
+                target = _fit_target(teacher, student, a_t, a_s)
+                fill(component, choice, make_basis(metrics[position], covariances[position], target))
+            lossy_below |= component.total_rank < choice.hidden_size
             for b in range(len(batches)):
                 teacher[b] = teacher_output(layer, shape, teacher[b], a_t[b])
                 student[b] = student_output(layer, choice.plan, component, student[b], a_s[b])
