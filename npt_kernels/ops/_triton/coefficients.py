@@ -37,28 +37,29 @@ MAX_FUSED_RANK = 128
 
 @triton.jit
 def finish_tile(
-    z, p, row, column, T, R, key_scale_ptr, z_ptr, p_ptr, c_ptr, scale,
+    z, p, first, local, column, T, R, key_scale_ptr, z_ptr, p_ptr, c_ptr, scale,
     RULE: tl.constexpr, NUM_RANKS: tl.constexpr, WIDTH: tl.constexpr, HAS_KEY_SCALE: tl.constexpr,
     WRITE_C: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Store z and p of a tile, apply the rule to the unrounded values, store c. Outputs are contiguous."""
-    inside = row < T
+    inside = local < T - first
     mask = inside[:, None] & (column < R)[None, :]
-    place = row[:, None] * R + column[None, :]
-    tl.store(z_ptr + place, rounded(z, z_ptr.dtype.element_ty, INTERPRETED), mask=mask)
+    origin = first * R  # 64-bit scalar; offsets within the tile are 32-bit
+    place = local[:, None] * R + column[None, :]
+    tl.store(z_ptr + origin + place, rounded(z, z_ptr.dtype.element_ty, INTERPRETED), mask=mask)
     if RULE == ANCHORED:
-        tl.store(p_ptr + row, rounded(p, p_ptr.dtype.element_ty, INTERPRETED), mask=inside)
+        tl.store(p_ptr + first + local, rounded(p, p_ptr.dtype.element_ty, INTERPRETED), mask=inside)
         key_product = p[:, None]
     elif RULE == SELF_KEY:
         key_product = z
     else:
-        tl.store(p_ptr + place, rounded(p, p_ptr.dtype.element_ty, INTERPRETED), mask=mask)
+        tl.store(p_ptr + origin + place, rounded(p, p_ptr.dtype.element_ty, INTERPRETED), mask=mask)
         key_product = p
     if WRITE_C:
         if HAS_KEY_SCALE:
-            z = z * tl.load(key_scale_ptr + row, mask=inside, other=0.0).to(tl.float32)[:, None]
+            z = z * tl.load(key_scale_ptr + first + local, mask=inside, other=0.0).to(tl.float32)[:, None]
         c = apply_rule(z, key_product, column, scale, RULE, NUM_RANKS, WIDTH)
-        tl.store(c_ptr + place, rounded(c, c_ptr.dtype.element_ty, INTERPRETED), mask=mask)
+        tl.store(c_ptr + origin + place, rounded(c, c_ptr.dtype.element_ty, INTERPRETED), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "per_a", "per_u"])
@@ -70,42 +71,44 @@ def coefficients_kernel(
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Program (i, s): rows i·BM …, columns s·per … (s + 1)·per of a and u. SPLIT: partial sums instead of the rule."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # 64 bits: T × d passes 2^31 elements
+    first = tl.program_id(0).to(tl.int64) * BM  # 64 bits: T × d passes 2^31 elements; offsets within a tile are 32-bit
+    local = tl.arange(0, BM)
     column = tl.arange(0, BR)
     inner = tl.arange(0, BK)
-    inside = (row < T)[:, None]
+    inside = (local < T - first)[:, None]
     in_rank = (column < R)[None, :]
     part = tl.program_id(1)
 
+    a_base = a_ptr + first * stride_a
+    a_offset = local[:, None] * stride_a + inner[None, :]  # [BM, BK]
+    w_offset = inner[:, None] * stride_dk + column[None, :] * stride_dr  # [BK, BR]
     z = tl.zeros((BM, BR), dtype=tl.float32)
     start = part * per_a
     for k0 in tl.range(start, tl.minimum(start + per_a, D_A), BK):
-        k = k0 + inner
-        a = tl.load(a_ptr + row[:, None] * stride_a + k[None, :], mask=inside & (k < D_A)[None, :], other=0.0)
-        w = tl.load(
-            w_down_ptr + k[:, None] * stride_dk + column[None, :] * stride_dr, mask=(k < D_A)[:, None] & in_rank, other=0.0
-        )
+        left = D_A - k0
+        a = tl.load(a_base + k0 + a_offset, mask=inside & (inner < left)[None, :], other=0.0)
+        w = tl.load(w_down_ptr + k0 * stride_dk + w_offset, mask=(inner < left)[:, None] & in_rank, other=0.0)
         z = dot(a, w, z, PRECISION, INTERPRETED)
 
     p = z
     start = part * per_u
+    u_base = u_ptr + first * stride_u
+    u_offset = local[:, None] * stride_u + inner[None, :]  # [BM, BK]
     if RULE == ANCHORED:
         wide = tl.zeros((BM, BK), dtype=tl.float32)  # summed across threads once, after the loop
         for k0 in tl.range(start, tl.minimum(start + per_u, D_U), BK):
-            k = k0 + inner
-            u = tl.load(u_ptr + row[:, None] * stride_u + k[None, :], mask=inside & (k < D_U)[None, :], other=0.0)
-            w_row = tl.load(w_a_up_ptr + k * stride_kk, mask=k < D_U, other=0.0)
+            left = D_U - k0
+            u = tl.load(u_base + k0 + u_offset, mask=inside & (inner < left)[None, :], other=0.0)
+            w_row = tl.load(w_a_up_ptr + (k0 + inner) * stride_kk, mask=inner < left, other=0.0)
             wide += u.to(tl.float32) * w_row.to(tl.float32)[None, :]
         p = tl.sum(wide, 1)
     elif RULE != SELF_KEY:
         p = tl.zeros((BM, BR), dtype=tl.float32)
+        w_offset = inner[:, None] * stride_kk + column[None, :] * stride_kr  # [BK, BR]
         for k0 in tl.range(start, tl.minimum(start + per_u, D_U), BK):
-            k = k0 + inner
-            u = tl.load(u_ptr + row[:, None] * stride_u + k[None, :], mask=inside & (k < D_U)[None, :], other=0.0)
-            w = tl.load(
-                w_a_up_ptr + k[:, None] * stride_kk + column[None, :] * stride_kr,
-                mask=(k < D_U)[:, None] & in_rank, other=0.0,
-            )  # fmt: skip
+            left = D_U - k0
+            u = tl.load(u_base + k0 + u_offset, mask=inside & (inner < left)[None, :], other=0.0)
+            w = tl.load(w_a_up_ptr + k0 * stride_kk + w_offset, mask=(inner < left)[:, None] & in_rank, other=0.0)
             p = dot(u, w, p, PRECISION, INTERPRETED)
 
     if SPLIT:  # workspace [splits, T, R | P] fp32
@@ -115,16 +118,17 @@ def coefficients_kernel(
             pitch = R + 1
         else:
             pitch = 2 * R
-        base = workspace_ptr + (part * T + row)[:, None] * pitch
+        origin = workspace_ptr + (part * T + first) * pitch
+        line = local * pitch
         mask = inside & in_rank
-        tl.store(base + column[None, :], z, mask=mask)
+        tl.store(origin + line[:, None] + column[None, :], z, mask=mask)
         if RULE == ANCHORED:
-            tl.store(workspace_ptr + (part * T + row) * pitch + R, p, mask=row < T)
+            tl.store(origin + line + R, p, mask=local < T - first)
         elif RULE != SELF_KEY:
-            tl.store(base + (R + column)[None, :], p, mask=mask)
+            tl.store(origin + line[:, None] + (R + column)[None, :], p, mask=mask)
     else:
         finish_tile(
-            z, p, row, column, T, R, key_scale_ptr, z_ptr, p_ptr, c_ptr, scale,
+            z, p, first, local, column, T, R, key_scale_ptr, z_ptr, p_ptr, c_ptr, scale,
             RULE, NUM_RANKS, WIDTH, HAS_KEY_SCALE, WRITE_C, INTERPRETED,
         )  # fmt: skip
 
@@ -136,9 +140,10 @@ def coefficients_reduce_kernel(
     BM: tl.constexpr, BR: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Second pass of a split: partial sums added from the first to the last, then the rule."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    first = tl.program_id(0).to(tl.int64) * BM
+    local = tl.arange(0, BM)
     column = tl.arange(0, BR)
-    mask = (row < T)[:, None] & (column < R)[None, :]
+    mask = (local < T - first)[:, None] & (column < R)[None, :]
     if RULE == SELF_KEY:
         pitch = R
     elif RULE == ANCHORED:
@@ -150,14 +155,15 @@ def coefficients_reduce_kernel(
     if RULE == ANCHORED:
         p = tl.zeros((BM,), dtype=tl.float32)
     for part in range(splits):
-        line = (part * T + row) * pitch
-        z += tl.load(workspace_ptr + line[:, None] + column[None, :], mask=mask, other=0.0)
+        origin = workspace_ptr + (part * T + first) * pitch
+        line = local * pitch
+        z += tl.load(origin + line[:, None] + column[None, :], mask=mask, other=0.0)
         if RULE == ANCHORED:
-            p += tl.load(workspace_ptr + line + R, mask=row < T, other=0.0)
+            p += tl.load(origin + line + R, mask=local < T - first, other=0.0)
         elif RULE != SELF_KEY:
-            p += tl.load(workspace_ptr + line[:, None] + (R + column)[None, :], mask=mask, other=0.0)
+            p += tl.load(origin + line[:, None] + (R + column)[None, :], mask=mask, other=0.0)
     finish_tile(
-        z, p, row, column, T, R, key_scale_ptr, z_ptr, p_ptr, c_ptr, scale,
+        z, p, first, local, column, T, R, key_scale_ptr, z_ptr, p_ptr, c_ptr, scale,
         RULE, NUM_RANKS, WIDTH, HAS_KEY_SCALE, WRITE_C, INTERPRETED,
     )  # fmt: skip
 
@@ -178,7 +184,8 @@ def _tile(a: Tensor, total_rank: int) -> dict[str, Any]:
 
 
 def _last_contiguous(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
+    """Unit stride along the columns, and rows near enough for 32-bit offsets within a tile; else a copy."""
+    return t if t.stride(1) == 1 and t.stride(0) < 2**24 else t.contiguous()
 
 
 def coefficients_forward(
@@ -273,8 +280,8 @@ def _splits(tiles: int, steps: int, multiprocessors: int) -> int:
     return max(1, min(multiprocessors // tiles, steps // 4))
 
 
-def aot_specs(dtype: str = "bf16") -> list[AotSpec]:
-    """The fused kernel at the tiles of the tables, and its second pass."""
+def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
+    """The fused kernel at the tiles of a GPU's table (``""``: the default one), and its second pass."""
     specs = []
     pointers = ("a_ptr", "u_ptr", "w_down_ptr", "w_a_up_ptr", "key_scale_ptr", "z_ptr", "p_ptr", "c_ptr")
     sizes = ("T", "D_A", "D_U", "R", "per_a", "per_u", "stride_a", "stride_u", "stride_dk", "stride_dr", "stride_kr", "stride_kk")
@@ -286,7 +293,7 @@ def aot_specs(dtype: str = "bf16") -> list[AotSpec]:
         ("rank1", 64, 1, 8192), ("rank1", 128, 1, 8192), ("rank1", 96, 3, 8192), ("diagonal", 64, 1, 8192),
         ("anchored", 64, 1, 8192), ("self_key", 128, 1, 8192), ("rank1", 64, 1, 16),
     ):  # fmt: skip
-        tile = tuning.lookup("coefficients", "", dtype=long_name, tokens=tokens, rank=rank)
+        tile = tuning.lookup("coefficients", device_name, dtype=long_name, tokens=tokens, rank=rank)
         br = max(16, next_power_of_2(rank))
         shared = {
             "RULE": RULE_IDS[rule], "NUM_RANKS": terms, "WIDTH": rank // terms, "HAS_KEY_SCALE": True, "WRITE_C": True,
