@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .lookup import clear_cache, device_name, lookup
+from .reading import clear_cache, device_name, lookup
 
 __all__ = ["clear_cache", "device_name", "lookup", "tune"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "tune":  # imports the kernels, hence Triton: only when used
-        from .tune import tune
+        from .tuner import tune
 
         return tune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,7 +28,8 @@ EPS = 1e-5
 
 def tensors(tokens, width, kind, dtype=torch.float64):
     bias = randn(width, dtype=dtype) if kind == "layer" else None
-    return {"h": randn(tokens, width, dtype=dtype) * 2 + 0.5, "a": randn(tokens, width, dtype=dtype), "weight": randn(width, dtype=dtype), "bias": bias}
+    h, a = randn(tokens, width, dtype=dtype) * 2 + 0.5, randn(tokens, width, dtype=dtype)
+    return {"h": h, "a": a, "weight": randn(width, dtype=dtype), "bias": bias}
 
 
 def reference(h, a, weight, bias, kind, eps):
@@ -48,7 +49,10 @@ def reference(h, a, weight, bias, kind, eps):
 
 def run(function, inputs, *, needs=NAMES, dtype=None, which=(True, True), extra=()):
     """Outputs, and gradients by name for fixed upstream gradients of the outputs in ``which``."""
-    leaves = {n: None if t is None else t.detach().clone().to(dtype or t.dtype).requires_grad_(n in needs) for n, t in inputs.items()}
+    leaves = {
+        n: None if t is None else t.detach().clone().to(dtype or t.dtype).requires_grad_(n in needs)
+        for n, t in inputs.items()
+    }
     outputs = function(*leaves.values(), *extra)
     generator = torch.Generator().manual_seed(7)
     upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(inputs["h"].dtype).to(o.dtype) for o in outputs]

@@ -26,7 +26,7 @@ __all__ = ["RULE_IDS", "aot_specs", "apply_rule", "merge_dz", "rule_backward", "
 
 #: Compile-time numbers of the rules inside kernels.
 RULE_IDS = {"rank1": 0, "diagonal": 1, "anchored": 2, "self_key": 3}
-RANK1, DIAGONAL, ANCHORED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+RANK1, DIAGONAL, ANCHORED, SELF_KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 #: Widest block of one rank-1 term that a program holds in registers; wider ones take the plain torch rule.
 MAX_WIDTH = 16384
@@ -80,7 +80,7 @@ def rule_forward_kernel(
     p = z
     if RULE == ANCHORED:
         p = tl.load(p_ptr + row * stride_p, mask=row < T, other=0.0).to(tl.float32)[:, None]
-    elif RULE == RANK1 or RULE == DIAGONAL:
+    elif RULE != SELF_KEY:
         p = tl.load(p_ptr + row[:, None] * stride_p + column[None, :], mask=mask, other=0.0).to(tl.float32)
     c = apply_rule(z, p, column, scale, RULE, 1, WIDTH)
     tl.store(c_ptr + row[:, None] * stride_c + column[None, :], rounded(c, c_ptr.dtype.element_ty, INTERPRETED), mask=mask)

@@ -229,7 +229,8 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
     """The pair at the tiles of a GPU's table (``""``: the default one), a single product, and the second pass."""
     long_name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
     pointers = ("dy_ptr", "b_ptr", "c_ptr")
-    numbers = ("T", "N", "R", "per_t", "stride_dy", "stride_br", "stride_bn", "stride_ct", "stride_cr", "db_stride_r", "db_stride_n")
+    strides = ("stride_dy", "stride_br", "stride_bn", "stride_ct", "stride_cr", "db_stride_r", "db_stride_n")
+    numbers = ("T", "N", "R", "per_t", *strides)
     signature = dict.fromkeys(pointers, f"*{dtype}") | {"dc_ptr": "*fp32", "db_ptr": "*fp32"} | dict.fromkeys(numbers, "i32")
     specs = []
     for rank, need_dc in ((16, True), (64, True), (64, False)):
@@ -242,7 +243,9 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
             AotSpec(
                 f"skinny {'pair' if need_dc else 'grad'} R={rank}", skinny_kernel, signature, constants,
                 num_warps=tile["num_warps"], num_stages=tile["num_stages"],
-                divisible_by_16=(*pointers, "dc_ptr", "db_ptr", "N", "R", "stride_dy", "stride_br", "stride_ct", "db_stride_r"),
+                divisible_by_16=(
+                    *pointers, "dc_ptr", "db_ptr", "N", "R", "stride_dy", "stride_br", "stride_ct", "db_stride_r",
+                ),
                 equal_to_1=("stride_bn", "stride_cr", "db_stride_n"), tensor_core=dtype != "fp32",
                 wgmma=_padded(rank, tile) >= 64 and dtype != "fp32",
             )
