@@ -131,7 +131,7 @@ def _calls() -> dict[str, Any]:
     }  # fmt: skip
     for t in (1, 16, 64):
         calls[f"decode pair T={t}"] = lambda t=t: decode.decode_pair(
-            new(t, d), new(f, d), new(f, d), low_rank(t, f), low_rank(t, f), None, None, "silu"
+            new(t, d), new(f, d), new(f, d), low_rank(t, f), low_rank(t, f), None, None, "silu", False
         )
         calls[f"decode down T={t}"] = lambda t=t: decode.decode_gemm([(new(t, f), new(d, f)), low_rank(t, d)], None)
     calls["decode fp32 T=1"] = lambda: decode.decode_gemm(

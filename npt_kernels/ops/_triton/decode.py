@@ -159,12 +159,14 @@ def decode_gemm(segments: Sequence[Segment], bias: Tensor | None) -> Tensor:
     return segmented_gemm(segments, bias, config=config) if splits == 1 else _split_gemm(segments, bias, config, splits)
 
 
-def decode_act(segments: Sequence[Segment], bias: Tensor | None, act: str) -> Tensor:
-    """``act(Σ_i X_i W_iᵀ + bias)`` for few tokens."""
+def decode_act(
+    segments: Sequence[Segment], bias: Tensor | None, act: str, keep_pre: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``(act(pre), pre)`` with ``pre = Σ_i X_i W_iᵀ + bias`` for few tokens, as ``gemm_act``."""
     config, splits = _plan(segments)
-    if splits == 1:
-        return gemm_act(segments, bias, act, False, config=config)[0]
-    return _split_gemm(segments, bias, config, splits, "act", act)
+    if splits == 1 or keep_pre:  # the second pass has one output; a call that keeps pre is training, not decoding
+        return gemm_act(segments, bias, act, keep_pre, config=config)
+    return _split_gemm(segments, bias, config, splits, "act", act), None
 
 
 def decode_terms(x: Tensor, w: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -184,10 +186,11 @@ def decode_pair(
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     act: str,
-) -> Tensor:
-    """``act(gate) ⊙ up`` for few tokens. f/32 tiles that read two weights each fill the GPU without splitting K."""
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(act(gate) ⊙ up, gate, up)`` for few tokens, as ``pair_forward``. f/32 tiles that read two weights each fill the GPU without splitting K."""
     rank = max((s[0].shape[1] for s in (gate_low_rank, up_low_rank) if s is not None), default=0)
     config = _decode_config(x, x.shape[0], gate_weight.shape[0], x.shape[1], rank)
     return pair_forward(
-        x, gate_weight, up_weight, gate_low_rank, up_low_rank, gate_bias, up_bias, act, False, config=config
-    )[0]
+        x, gate_weight, up_weight, gate_low_rank, up_low_rank, gate_bias, up_bias, act, keep, config=config
+    )
