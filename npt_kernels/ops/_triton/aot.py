@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["AotSpec"]
@@ -35,4 +35,3 @@ class AotSpec:
     equal_to_1: tuple[str, ...] = ()
     tensor_core: bool = True
     wgmma: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)

@@ -264,8 +264,8 @@ def merge_dz(
     return dz, d_key_scale
 
 
-def aot_specs(dtype: str = "bf16") -> list[AotSpec]:
-    """The kernels of this file at real widths."""
+def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
+    """The kernels of this file at real widths; their tiles follow from the width, on every GPU."""
     pointer, specs = f"*{dtype}", []
     for rule, width in (("rank1", 64), ("rank1", 4096), ("diagonal", 1024), ("anchored", 128)):
         blocks = _blocks(width)
