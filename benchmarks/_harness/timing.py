@@ -100,7 +100,7 @@ def compare(
         for _ in range(rounds):
             marks = []
             if device.type == "cuda":
-                torch.cuda._sleep(2_000_000)  # a backlog: the GPU never waits for Python between two launches
+                torch.cuda._sleep(10_000_000)  # some 5 ms of backlog: the GPU never waits for Python between two launches
             for name in order:
                 mark = _Mark(device)
                 for _ in range(inner):
