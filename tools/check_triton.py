@@ -62,7 +62,6 @@ class Row:
 def _calls() -> dict[str, Any]:
     """Name → function that calls host code on meta tensors. Sizes: Llama-3.1-8B unless the name says otherwise."""
     import torch
-
     from npt_kernels.ops._triton import decode, explicit
     from npt_kernels.ops._triton.pair_forward import pair_forward
     from npt_kernels.ops._triton.segmented_gemm import (
@@ -109,15 +108,19 @@ def _calls() -> dict[str, Any]:
             [(new(T, 768), new(768, 3072).t()), low_rank(T, 3072)], new(3072), "gelu_tanh", True
         ),
         "gemm gelu backward (GPT-2)": lambda: gemm_act_backward(
-            [(new(T, 768), new(3072, 768).t().t().t()), low_rank(T, 3072)], new(T, 3072), "gelu"
+            [(new(T, 768), new(3072, 768)), low_rank(T, 3072)], new(T, 3072), "gelu"
         ),
         "gemm explicit k=3": lambda: gemm_terms(new(T, d), new(f, d), new(T, 3), new(T, 3, f)),
         "pair forward r=64": pair(False),
         "pair forward r=64 keep": pair(True),
+        "pair forward r=1024": pair(True, rank=1024),
         "pair forward gate only r=1024": pair(True, up=False, rank=1024),
         "pair forward fp32": pair(True, dtype=fp32),
         "pair backward r=64": lambda: gemm_pair_backward(
             [(new(T, d), new(d, f).t()), low_rank(T, f)], new(T, f), new(T, f), "silu", True, True
+        ),
+        "pair backward T=16": lambda: gemm_pair_backward(
+            [(new(16, d), new(d, f).t()), low_rank(16, f)], new(16, f), new(16, f), "silu", True, True
         ),
         "pair backward no key": lambda: gemm_pair_backward(
             [(new(T, d), new(d, f).t())], new(T, f), new(T, f), "gelu", True, True
@@ -206,10 +209,7 @@ def _spec_modules() -> list[Any]:
     import npt_kernels.ops._triton as package
 
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
-    try:
-        modules.append(importlib.import_module("npt_kernels.ops.matched_norm.triton"))
-    except ImportError:
-        pass
+    modules.append(importlib.import_module("npt_kernels.ops.matched_norm.triton"))
     return [m for m in modules if hasattr(m, "aot_specs")]
 
 
@@ -283,7 +283,8 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         tool = knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if not found:
         raise RuntimeError(f"cuobjdump said nothing about registers:\n{text}")

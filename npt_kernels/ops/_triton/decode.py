@@ -188,7 +188,10 @@ def decode_pair(
     act: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``(act(gate) ⊙ up, gate, up)`` for few tokens, as ``pair_forward``. f/32 tiles that read two weights each fill the GPU without splitting K."""
+    """``(act(gate) ⊙ up, gate, up)`` for few tokens, as ``pair_forward``.
+
+    f/32 tiles that read two weights each fill the GPU without splitting K.
+    """
     rank = max((s[0].shape[1] for s in (gate_low_rank, up_low_rank) if s is not None), default=0)
     config = _decode_config(x, x.shape[0], gate_weight.shape[0], x.shape[1], rank)
     return pair_forward(

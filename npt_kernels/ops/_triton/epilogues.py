@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .numerics import rounded
 
-__all__ = ["activate", "activate_grad", "finish"]
+__all__ = ["activate", "activate_grad", "finish", "finish_in_pieces", "halves"]
 
 
 @triton.jit
@@ -106,3 +106,34 @@ def finish(
             v = tl.load(v_tile + tl.cast(j, tl.int64) * v_j + v_offs, mask=mask, other=0.0).to(tl.float32)
             acc += s[:, None] * v
         tl.store(y + tile + offs, rounded(acc, dtype, INTERPRETED), mask=mask)
+
+
+@triton.jit
+def halves(acc, BT: tl.constexpr, BN: tl.constexpr):
+    """Left and right half of the columns of ``acc [BT, BN]``."""
+    return acc.reshape(BT, 2, BN // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def finish_in_pieces(
+    acc, t0, n0, y, y2, bias, read0, read1, tokens, out, num_terms, v_t, v_j, v_n,
+    EPILOGUE: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, WRITE_Y: tl.constexpr, WRITE_Y2: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, SUBTILES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """:func:`finish` on SUBTILES column pieces, one after the other: only one piece's reads and results are in registers."""
+    HALF: tl.constexpr = BN // 2
+    if SUBTILES == 1:
+        finish(
+            acc, t0, n0, y, y2, bias, read0, read1, tokens, out, num_terms, v_t, v_j, v_n,
+            EPILOGUE, ACT, HAS_BIAS, WRITE_Y, WRITE_Y2, BT, BN, INTERPRETED,
+        )  # fmt: skip
+    else:
+        left, right = halves(acc, BT, BN)
+        finish_in_pieces(
+            left, t0, n0, y, y2, bias, read0, read1, tokens, out, num_terms, v_t, v_j, v_n,
+            EPILOGUE, ACT, HAS_BIAS, WRITE_Y, WRITE_Y2, BT, HALF, SUBTILES // 2, INTERPRETED,
+        )  # fmt: skip
+        finish_in_pieces(
+            right, t0, n0 + HALF, y, y2, bias, read0, read1, tokens, out, num_terms, v_t, v_j, v_n,
+            EPILOGUE, ACT, HAS_BIAS, WRITE_Y, WRITE_Y2, BT, HALF, SUBTILES // 2, INTERPRETED,
+        )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .epilogues import activate
+from .epilogues import activate, halves
 from .numerics import INTERPRET, dot_precision, rounded
 from .runtime import TileConfig, addressable, ceil_div, launch, num_programs, tile_config
 from .segmented_gemm import Segment, k_major, segment_arguments
@@ -48,7 +48,7 @@ def pair_forward_kernel(
     inter, gate_out, up_out, gate_bias, up_bias, x, wg, wu, cg, bg, cu, bu,
     tokens, out, k, rank_g, rank_u,
     x_t, x_k, wg_n, wg_k, wu_n, wu_k, cg_t, cg_k, bg_n, bg_k, cu_t, cu_k, bu_n, bu_k,
-    ACT: tl.constexpr, LOW_RANK_GATE: tl.constexpr, LOW_RANK_UP: tl.constexpr,
+    ACT: tl.constexpr, LOW_RANK_GATE: tl.constexpr, LOW_RANK_UP: tl.constexpr, JOINT: tl.constexpr, ONE_C: tl.constexpr,
     GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, KEEP: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BRG: tl.constexpr, BRU: tl.constexpr,
     TMA_X: tl.constexpr, TMA_W: tl.constexpr, K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
@@ -66,15 +66,21 @@ def pair_forward_kernel(
         gate = tl.zeros((BT, BN), dtype=tl.float32)
         up = tl.zeros((BT, BN), dtype=tl.float32)
         gate, up = accumulate_pair(
-            gate, up, x, wg, wu, t0, n0, tokens, out, k, x_t, x_k, wg_n, wg_k, wu_n, wu_k,
-            BT, BN, BK, TMA_X, TMA_W, K_MAJOR, EVEN, PRECISION, INTERPRETED,
+            gate, up, x, x, wg, wu, t0, n0, tokens, out, k, x_t, x_k, x_t, x_k, wg_n, wg_k, wu_n, wu_k,
+            True, BT, BN, BK, TMA_X, TMA_W, K_MAJOR, EVEN, PRECISION, INTERPRETED, None,
         )  # fmt: skip
-        if LOW_RANK_GATE:
+        if JOINT:
+            # One loop for both low-rank products: every loop costs a fill and a drain of the pipeline per tile.
+            gate, up = accumulate_pair(
+                gate, up, cg, cu, bg, bu, t0, n0, tokens, out, rank_g, cg_t, cg_k, cu_t, cu_k, bg_n, bg_k, bu_n, bu_k,
+                ONE_C, BT, BN, BRG, TMA_CG, TMA_BG, K_MAJOR_G, EVEN_G, PRECISION, INTERPRETED, 2,
+            )  # fmt: skip
+        if LOW_RANK_GATE and not JOINT:
             gate = accumulate(
                 gate, cg, bg, t0, n0, tokens, out, rank_g, 0, rank_g, cg_t, cg_k, bg_n, bg_k,
                 BT, BN, BRG, TMA_CG, TMA_BG, K_MAJOR_G, EVEN_G, PRECISION, INTERPRETED,
             )  # fmt: skip
-        if LOW_RANK_UP:
+        if LOW_RANK_UP and not JOINT:
             up = accumulate(
                 up, cu, bu, t0, n0, tokens, out, rank_u, 0, rank_u, cu_t, cu_k, bu_n, bu_k,
                 BT, BN, BRU, TMA_CU, TMA_BU, K_MAJOR_U, EVEN_U, PRECISION, INTERPRETED,
@@ -85,9 +91,10 @@ def pair_forward_kernel(
                 ACT, GATE_BIAS, UP_BIAS, KEEP, BT, BN, INTERPRETED,
             )  # fmt: skip
         else:
+            tl.static_assert(SUBTILES == 2, "the pair is finished whole or in halves")
             HALF: tl.constexpr = BN // 2
-            gate_l, gate_r = gate.reshape(BT, 2, HALF).permute(0, 2, 1).split()
-            up_l, up_r = up.reshape(BT, 2, HALF).permute(0, 2, 1).split()
+            gate_l, gate_r = halves(gate, BT, BN)
+            up_l, up_r = halves(up, BT, BN)
             _finish_pair(
                 gate_l, up_l, t0, n0, inter, gate_out, up_out, gate_bias, up_bias, tokens, out,
                 ACT, GATE_BIAS, UP_BIAS, KEEP, BT, HALF, INTERPRETED,
@@ -154,6 +161,15 @@ def pair_forward(
             strides += stride
             blocks.append(step)
             flags += flag
+    gate_segment, up_segment = low_rank
+    joint = (
+        gate_segment is not None
+        and up_segment is not None
+        and extents[1] == extents[2]
+        and flags[4:8] == flags[8:12]  # descriptors, direction and evenness alike
+    )
+    # Without a key (self_key) gate and up have the same coefficients: one tile of c serves both.
+    one_c = joint and gate_low_rank is not None and up_low_rank is not None and gate_low_rank[0] is up_low_rank[0]
     tiles = ceil_div(tokens, config.block_t) * ceil_div(out, config.block_n)
     launch(
         pair_forward_kernel,
@@ -162,7 +178,7 @@ def pair_forward(
         inter, inter if gate is None else gate, inter if up is None else up,
         inter if gate_bias is None else gate_bias.contiguous(), inter if up_bias is None else up_bias.contiguous(),
         *sources, tokens, out, *extents, *strides,
-        act, low_rank[0] is not None, low_rank[1] is not None, gate_bias is not None, up_bias is not None, keep,
+        act, low_rank[0] is not None, low_rank[1] is not None, joint, one_c, gate_bias is not None, up_bias is not None, keep,
         config.block_t, config.block_n, *blocks, *flags,
         config.group_t, config.subtiles, dot_precision(x.dtype), INTERPRET,
         num_warps=config.num_warps, num_stages=config.num_stages,

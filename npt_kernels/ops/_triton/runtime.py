@@ -43,7 +43,7 @@ class TileConfig:
         block_t, block_n, block_k: Tokens, output columns (per accumulator) and K of one tile.
         num_warps, num_stages: As Triton means them.
         group_t: Tiles along T that share a pass over N, so that a weight tile is read from L2 by several programs.
-        subtiles: Pieces (1, 2 or 4) in which an epilogue handles the accumulator; fewer live registers when more.
+        subtiles: Column pieces (1, 2, 4; pair_forward: 1, 2) in which an epilogue handles the accumulator: fewer live registers.
         split_k: Programs that share one output tile along K (decode only); partial sums are added in a fixed order.
         tma: Load operands through tensor-memory-accelerator descriptors where their strides allow it (sm_90 and later).
         persistent: One program per multiprocessor that loops over tiles, instead of a program per tile.
@@ -67,16 +67,22 @@ _FIELDS = frozenset(field.name for field in fields(TileConfig))
 # Compiled without spills for sm_80, sm_90 and sm_100 (tools/check_triton.py); which is fastest is for `npt bench tune`.
 _TILES: dict[str, dict[str, TileConfig]] = {
     "segmented_gemm": {
-        "ampere": TileConfig(128, 128, 32, num_warps=4, num_stages=4),
+        "ampere": TileConfig(128, 128, 32, num_warps=8, num_stages=4),
         "hopper": TileConfig(128, 256, 64, num_warps=8, num_stages=3, subtiles=2, tma=True),
         "blackwell": TileConfig(128, 256, 64, num_warps=8, num_stages=3, subtiles=2, tma=True),
-        "other": TileConfig(128, 128, 32, num_warps=4, num_stages=3),
+        "other": TileConfig(128, 128, 32, num_warps=8, num_stages=3),
     },
     "pair_forward": {
-        "ampere": TileConfig(128, 64, 32, num_warps=4, num_stages=4),
+        "ampere": TileConfig(128, 64, 32, num_warps=8, num_stages=4),
         "hopper": TileConfig(128, 128, 64, num_warps=8, num_stages=3, tma=True),
         "blackwell": TileConfig(128, 128, 64, num_warps=8, num_stages=3, tma=True),
-        "other": TileConfig(128, 64, 32, num_warps=4, num_stages=3),
+        "other": TileConfig(128, 64, 32, num_warps=8, num_stages=3),
+    },
+    "gemm_act": {
+        "ampere": TileConfig(128, 128, 32, num_warps=8, num_stages=4, subtiles=2),
+        "hopper": TileConfig(128, 128, 64, num_warps=8, num_stages=4, subtiles=2, tma=True),
+        "blackwell": TileConfig(128, 128, 64, num_warps=8, num_stages=4, subtiles=2, tma=True),
+        "other": TileConfig(128, 128, 32, num_warps=8, num_stages=3, subtiles=2),
     },
     "pair_backward": {
         "ampere": TileConfig(128, 128, 32, num_warps=8, num_stages=4, subtiles=2),
@@ -92,7 +98,8 @@ _TILES: dict[str, dict[str, TileConfig]] = {
     },
 }
 # fp32: IEEE products run on the FMA units and hold their operands in registers, so the tile is small everywhere.
-_FP32_TILE = TileConfig(64, 64, 32, num_warps=8, num_stages=2)
+_FP32_TILE = TileConfig(64, 64, 16, num_warps=8, num_stages=2)
+_FP32_PAIR = TileConfig(64, 32, 16, num_warps=8, num_stages=2)
 _FP32_DECODE = TileConfig(16, 32, 64, num_warps=4, num_stages=3, persistent=False)
 # Interpreter: time goes with the number of Python-level operations; several tiles in every direction at test sizes.
 _INTERPRETER_TILE = TileConfig(16, 32, 16, num_warps=4, num_stages=2, group_t=2, subtiles=2, tma=False)
@@ -105,13 +112,10 @@ def generation(capability: tuple[int, int]) -> str:
 
 def default_config(kernel: str, capability: tuple[int, int], itemsize: int, tokens: int) -> TileConfig:
     """The tile that is known to compile clean, for a GPU without a tuned table."""
+    base = _TILES[kernel][generation(capability)]
     if itemsize == 4:
-        base = _FP32_DECODE if kernel == "decode" else _FP32_TILE
-    else:
-        base = _TILES[kernel][generation(capability)]
-    if tokens < base.block_t:  # do not multiply rows that do not exist
-        base = replace(base, block_t=max(16, next_power_of_2(tokens)))
-    elif kernel == "decode":
+        base = {"decode": _FP32_DECODE, "pair_forward": _FP32_PAIR}.get(kernel, _FP32_TILE)
+    if tokens < base.block_t or kernel == "decode":  # do not multiply rows that do not exist
         base = replace(base, block_t=max(16, next_power_of_2(tokens)))
     if base.block_t < 64 and kernel != "decode":
         base = replace(base, num_warps=4, block_n=min(base.block_n, 128))
@@ -129,7 +133,9 @@ def _index(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _cached_config(kernel: str, index: int, dtype: torch.dtype, tokens: int, shape: tuple[tuple[str, int], ...]) -> TileConfig:
+def _cached_config(
+    kernel: str, index: int, dtype: torch.dtype, tokens: int, shape: tuple[tuple[str, int], ...]
+) -> TileConfig:
     name, capability = _device_facts(index)
     base = default_config(kernel, capability, dtype.itemsize, tokens)
     found = _lookup(kernel, name, dtype=str(dtype).removeprefix("torch."), tokens=tokens, **dict(shape))
@@ -220,5 +226,3 @@ def describe(matrix: Tensor, block: Sequence[int], allowed: bool) -> Tensor | Te
     if pitch < matrix.shape[1] or pitch * matrix.element_size() % 16 or matrix.data_ptr() % 16:
         return matrix
     return TensorDescriptor(matrix, list(matrix.shape), [pitch, 1], list(block))
-
-

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .epilogues import finish
+from .epilogues import finish_in_pieces
 from .numerics import INTERPRET, dot_precision, next_power_of_2
 from .runtime import TileConfig, addressable, ceil_div, describe, launch, num_programs, tile_config
 from .tiles import accumulate, tile_position
@@ -63,23 +63,10 @@ def segmented_gemm_kernel(
                 acc, x2, w2, t0, n0, tokens, out, k2, 0, k2, x2_t, x2_k, w2_n, w2_k,
                 BT, BN, BK2, TMA_X2, TMA_W2, K_MAJOR2, EVEN2, PRECISION, INTERPRETED,
             )  # fmt: skip
-        if SUBTILES == 1:
-            finish(
-                acc, t0, n0, y, y2, bias, read0, read1, tokens, out, num_terms, v_t, v_j, v_n,
-                EPILOGUE, ACT, HAS_BIAS, WRITE_Y, WRITE_Y2, BT, BN, INTERPRETED,
-            )  # fmt: skip
-        else:
-            # Column halves one after the other: half the registers for what the epilogue reads and writes.
-            HALF: tl.constexpr = BN // 2
-            left, right = acc.reshape(BT, 2, HALF).permute(0, 2, 1).split()
-            finish(
-                left, t0, n0, y, y2, bias, read0, read1, tokens, out, num_terms, v_t, v_j, v_n,
-                EPILOGUE, ACT, HAS_BIAS, WRITE_Y, WRITE_Y2, BT, HALF, INTERPRETED,
-            )  # fmt: skip
-            finish(
-                right, t0, n0 + HALF, y, y2, bias, read0, read1, tokens, out, num_terms, v_t, v_j, v_n,
-                EPILOGUE, ACT, HAS_BIAS, WRITE_Y, WRITE_Y2, BT, HALF, INTERPRETED,
-            )  # fmt: skip
+        finish_in_pieces(
+            acc, t0, n0, y, y2, bias, read0, read1, tokens, out, num_terms, v_t, v_j, v_n,
+            EPILOGUE, ACT, HAS_BIAS, WRITE_Y, WRITE_Y2, BT, BN, SUBTILES, INTERPRETED,
+        )  # fmt: skip
 
 
 def k_major(w: Tensor) -> bool:
@@ -104,7 +91,12 @@ def segment_arguments(x: Tensor, w: Tensor, config: TileConfig) -> tuple[list[An
         else describe(w.t(), (block, config.block_n), config.tma)
     )
     strides = [x.stride(0), x.stride(1), w.stride(0), w.stride(1)]
-    return [x_source, w_source], strides, block, [x_source is not x, not isinstance(w_source, Tensor), along_k, k % block == 0]
+    return (
+        [x_source, w_source],
+        strides,
+        block,
+        [x_source is not x, not isinstance(w_source, Tensor), along_k, k % block == 0],
+    )
 
 
 def _run(
@@ -173,7 +165,9 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def segmented_gemm(segments: Sequence[Segment], bias: Tensor | None = None, *, config: TileConfig | None = None) -> Tensor:
+def segmented_gemm(
+    segments: Sequence[Segment], bias: Tensor | None = None, *, config: TileConfig | None = None
+) -> Tensor:
     """``Σ_i X_i W_iᵀ + bias  [T, N]`` from one to three segments ``(X_i [T, K_i], W_i [N, K_i])``."""
     y = _output(segments)
     _run(segments, "store", y, bias=_contiguous(bias), config=config)
@@ -186,7 +180,7 @@ def gemm_act(
     """``(act(pre), pre)`` with ``pre = Σ_i X_i W_iᵀ + bias``; ``pre`` is stored only if ``keep_pre``."""
     y = _output(segments)
     pre = y.new_empty(y.shape) if keep_pre else None
-    _run(segments, "act", y, pre, bias=_contiguous(bias), act=act, config=config)
+    _run(segments, "act", y, pre, bias=_contiguous(bias), act=act, kernel="gemm_act", config=config)
     return y, pre
 
 

@@ -46,7 +46,11 @@ def why_not(device: torch.device, dtype: torch.dtype, act: str | None = None) ->
     if act is not None and act not in FUSED_ACTIVATIONS:
         return f"act={act!r} has no fused kernel; fused are {', '.join(FUSED_ACTIVATIONS)}"
     if device.type == "cpu":
-        return None if interpreting() else "tensors are on the CPU (set TRITON_INTERPRET=1 before start to interpret kernels)"
+        return (
+            None
+            if interpreting()
+            else "tensors are on the CPU (set TRITON_INTERPRET=1 before start to interpret kernels)"
+        )
     if device.type != "cuda":
         return f"tensors are on {device.type!r}; it runs on CUDA devices"
     # While compiling, the device cannot be asked; the kernel launch itself still fails loudly on an old GPU.

@@ -74,15 +74,23 @@ def accumulate(
 
 @triton.jit
 def accumulate_pair(
-    acc0, acc1, x, w0, w1, t0, n0, tokens, out, k, x_t, x_k, w0_n, w0_k, w1_n, w1_k,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA_X: tl.constexpr, TMA_W: tl.constexpr,
+    acc0, acc1, x0, x1, w0, w1, t0, n0, tokens, out, k, x0_t, x0_k, x1_t, x1_k, w0_n, w0_k, w1_n, w1_k,
+    ONE_X: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA_X: tl.constexpr, TMA_W: tl.constexpr,
     K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Two products that share every X tile: ``(acc0 + X W0ᵀ, acc1 + X W1ᵀ)``."""
-    for k0 in tl.range(0, k, BK):
-        x_tile = load_tile(x, t0, k0, tokens, k, x_t, x_k, BT, BK, TMA_X, False, EVEN_K)  # [BT, BK]
+    """Two products in one loop: ``(acc0 + X0 W0ᵀ, acc1 + X1 W1ᵀ)``; with ONE_X both read the same X tile (x1 is ignored).
+
+    STAGES: depth of the pipeline, ``None`` for the launch's.
+    """
+    for k0 in tl.range(0, k, BK, num_stages=STAGES):
+        x0_tile = load_tile(x0, t0, k0, tokens, k, x0_t, x0_k, BT, BK, TMA_X, False, EVEN_K)  # [BT, BK]
         w0_tile = load_weight(w0, n0, k0, out, k, w0_n, w0_k, BN, BK, TMA_W, K_MAJOR, EVEN_K)  # [BK, BN]
         w1_tile = load_weight(w1, n0, k0, out, k, w1_n, w1_k, BN, BK, TMA_W, K_MAJOR, EVEN_K)
-        acc0 = dot(x_tile, w0_tile, acc0, PRECISION, INTERPRETED)
-        acc1 = dot(x_tile, w1_tile, acc1, PRECISION, INTERPRETED)
+        acc0 = dot(x0_tile, w0_tile, acc0, PRECISION, INTERPRETED)
+        if ONE_X:
+            acc1 = dot(x0_tile, w1_tile, acc1, PRECISION, INTERPRETED)
+        else:
+            x1_tile = load_tile(x1, t0, k0, tokens, k, x1_t, x1_k, BT, BK, TMA_X, False, EVEN_K)
+            acc1 = dot(x1_tile, w1_tile, acc1, PRECISION, INTERPRETED)
     return acc0, acc1

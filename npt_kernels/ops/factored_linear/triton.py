@@ -18,7 +18,9 @@ from .eager import add_key_grad, key_product
 __all__ = ["backward", "forward", "key_matrix", "linear_with_delta", "skinny_key_grad"]
 
 
-def linear_with_delta(u: Tensor, weight: Tensor, c: Tensor | None, w_b_up: Tensor | None, bias: Tensor | None) -> Tensor:
+def linear_with_delta(
+    u: Tensor, weight: Tensor, c: Tensor | None, w_b_up: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """``u Wᵀ + c @ w_b_up + bias`` as one GEMM; the vendor's where there is no delta."""
     if c is None or w_b_up is None:
         return F.linear(u, weight, bias)

@@ -6,7 +6,6 @@ delta, ``dx`` always: nothing there fuses. Maths: README.md in this folder.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...activations import get_activation

@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 from kernel_helpers import randn
-from test_triton_ops import mlp_functions, mlp_tensors
-
 from npt_kernels import BackendUnavailableError, npt_linear
 from npt_kernels.activations import ACTIVATIONS
 from npt_kernels.backends import BACKENDS, Call, explain, resolve_backend
 from npt_kernels.ops._triton import runtime, support
 from npt_kernels.ops._triton.runtime import TileConfig, addressable, describe
+from test_triton_ops import mlp_functions, mlp_tensors
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -57,7 +56,7 @@ def test_reasons_that_depend_on_the_machine(monkeypatch):
 
 def test_explicit_choice_raises_with_the_reason():
     x, w = randn(3, 4), randn(5, 4)
-    with pytest.raises(BackendUnavailableError, match="cannot run linear: .*float64"):
+    with pytest.raises(BackendUnavailableError, match=r"cannot run linear: .*float64"):
         npt_linear(x, w, randn(3, 4), randn(3, 5), backend="triton")
 
 
@@ -120,7 +119,9 @@ def test_descriptors_only_where_the_hardware_can():
 
 def test_tuned_values_override_the_default(monkeypatch):
     monkeypatch.setattr(runtime, "_device_facts", lambda index: ("Some GPU", (9, 0)))
-    monkeypatch.setattr(runtime, "_lookup", lambda kernel, name, **shape: {"block_n": 64, "num_stages": 2, "source": "test"})
+    monkeypatch.setattr(
+        runtime, "_lookup", lambda kernel, name, **shape: {"block_n": 64, "num_stages": 2, "source": "test"}
+    )
     runtime._cached_config.cache_clear()
     config = runtime._cached_config("segmented_gemm", 0, torch.float16, 8192, (("out", 64),))
     assert isinstance(config, TileConfig) and (config.block_n, config.num_stages, config.block_t) == (64, 2, 128)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_helpers import DTYPES, LAYOUTS, assert_within_twice, odd, randn
-
 from npt_kernels.activations import get_activation
 from npt_kernels.ops._triton import decode, explicit
 from npt_kernels.ops._triton.pair_forward import pair_forward
@@ -78,7 +77,12 @@ def test_segments(problem):
     ids=["one piece", "a program per tile", "descriptors", "descriptors, other tile", "tall"],
 )
 def test_every_kind_of_tile(dtype, config):
-    x, w, c, b = randn(50, 48, dtype=dtype), randn(72, 48, dtype=dtype), randn(50, 24, dtype=dtype), randn(24, 72, dtype=dtype)
+    x, w, c, b = (
+        randn(50, 48, dtype=dtype),
+        randn(72, 48, dtype=dtype),
+        randn(50, 24, dtype=dtype),
+        randn(24, 72, dtype=dtype),
+    )
     segments = [(x, w), (c, b.t()), (x, randn(48, 72, dtype=dtype).t())]
     assert_within_twice(segmented_gemm(segments, config=config), product(segments), product(wide(segments)))
 
@@ -87,7 +91,10 @@ def test_every_kind_of_tile(dtype, config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_activation(act, dtype):
     activation = get_activation(act)
-    segments = [(randn(19, 33, dtype=dtype, scale=0.4), randn(40, 33, dtype=dtype)), (randn(19, 7, dtype=dtype), randn(40, 7, dtype=dtype))]
+    segments = [
+        (randn(19, 33, dtype=dtype, scale=0.4), randn(40, 33, dtype=dtype)),
+        (randn(19, 7, dtype=dtype), randn(40, 7, dtype=dtype)),
+    ]
     bias = randn(40, dtype=dtype)
     pre = product(wide(segments), bias.double())
     y, kept = gemm_act(segments, bias, act, True)
@@ -126,7 +133,9 @@ def test_pair(seed, tokens, d, f, rank, dtype, low_rank, act, layouts, bias, tma
     activation = get_activation(act)
     x = odd(randn(tokens, d, dtype=dtype), layouts[0])
     wg, wu = (odd(randn(f, d, dtype=dtype, scale=d**-0.5), layout) for layout in layouts[1:])
-    segments = {s: (randn(tokens, rank, dtype=dtype), randn(rank, f, dtype=dtype, scale=rank**-0.5).t()) for s in low_rank}
+    segments = {
+        s: (randn(tokens, rank, dtype=dtype), randn(rank, f, dtype=dtype, scale=rank**-0.5).t()) for s in low_rank
+    }
     bg, bu = (randn(f, dtype=dtype), randn(f, dtype=dtype)) if bias else (None, None)
     gates = [(x, wg)] + [segments[s] for s in "g" if s in segments]
     ups = [(x, wu)] + [segments[s] for s in "u" if s in segments]

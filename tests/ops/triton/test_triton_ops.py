@@ -10,13 +10,12 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_helpers import DTYPES, LAYOUTS, assert_within_twice, odd, randn
-from torch import Tensor
-
 from npt_kernels import AdapterTensors, npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
 from npt_kernels.ops.factored_linear import naive as naive_factored
 from npt_kernels.ops.linear import naive as naive_linear
 from npt_kernels.ops.mlp import naive as naive_mlp
 from npt_kernels.rules import RULES, get_rule
+from torch import Tensor
 
 Tensors = dict[str, Tensor | None]
 tokens_ = st.sampled_from([0, 1, 16, 35, 80])
@@ -30,10 +29,14 @@ def budget(examples: int) -> settings:
     return settings(max_examples=examples, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 
 
-def run(function: Callable[..., Tensor], tensors: Tensors, needs: Sequence[str], dtype: torch.dtype | None = None) -> Any:
+def run(
+    function: Callable[..., Tensor], tensors: Tensors, needs: Sequence[str], dtype: torch.dtype | None = None
+) -> Any:
     """(y, gradient by name) with leaves of the given tensors' own layout."""
     leaves = {
-        name: None if t is None else (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_(name in needs)
+        name: None
+        if t is None
+        else (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_(name in needs)
         for name, t in tensors.items()
     }
     y = function(**leaves)
@@ -57,7 +60,9 @@ def check(op: Callable[..., Tensor], naive: Callable[..., Tensor], tensors: Tens
     for name, grad in grads.items():
         true = grads_true[name]
         assert grad is not None, name
-        assert_within_twice(grad, grads_ref[name], torch.zeros_like(grad).double() if true is None else true, f"d {name}")
+        assert_within_twice(
+            grad, grads_ref[name], torch.zeros_like(grad).double() if true is None else true, f"d {name}"
+        )
         assert torch.equal(grad, grads_again[name]), f"two runs differ in d {name}"
 
 
@@ -76,7 +81,9 @@ def key_shape(rule: str, rank: int, width: int) -> tuple[int, ...] | None:
 def test_linear(data):
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    tokens, d_in, d_out, k, dtype, layouts = draw(st.tuples(tokens_, width_, width_, st.sampled_from([1, 3]), dtypes_, layouts_))
+    tokens, d_in, d_out, k, dtype, layouts = draw(
+        st.tuples(tokens_, width_, width_, st.sampled_from([1, 3]), dtypes_, layouts_)
+    )
     tensors: Tensors = {
         "x": odd(randn(tokens, d_in, dtype=dtype), layouts[0]),
         "weight": odd(randn(d_out, d_in, dtype=dtype, scale=d_in**-0.5), layouts[1]),
