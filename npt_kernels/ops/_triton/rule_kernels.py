@@ -271,7 +271,7 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
         blocks = _blocks(width)
         warps = blocks.pop("num_warps")
         shared = {"RULE": RULE_IDS[rule], "WIDTH": width, "HAS_KEY_SCALE": True, "INTERPRETED": False, **blocks}
-        strides = ("stride_z", "stride_p", "stride_c")
+        strides: tuple[str, ...] = ("stride_z", "stride_p", "stride_c")
         specs.append(
             AotSpec(
                 f"rule_forward {rule} r={width}", rule_forward_kernel,
@@ -293,13 +293,13 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
         )  # fmt: skip
     blocks = _blocks(1024)
     warps = blocks.pop("num_warps")
-    pointers = ("first_ptr", "second_ptr", "down_ptr", "z_ptr", "key_scale_ptr", "dz_ptr", "dks_ptr")
+    merged = ("first_ptr", "second_ptr", "down_ptr", "z_ptr", "key_scale_ptr", "dz_ptr", "dks_ptr")
     specs.append(
         AotSpec(
-            "merge_dz R=1024", merge_dz_kernel, dict.fromkeys(pointers, pointer) | {"T": "i32", "stride_z": "i32"},
+            "merge_dz R=1024", merge_dz_kernel, dict.fromkeys(merged, pointer) | {"T": "i32", "stride_z": "i32"},
             {"WIDTH": 1024, "SHARES": 2, "HAS_DOWN": True, "HAS_KEY_SCALE": True, "NEED_KEY_SCALE": True,
              "INTERPRETED": False, **blocks},
-            num_warps=warps, divisible_by_16=(*pointers, "stride_z"), tensor_core=False,
+            num_warps=warps, divisible_by_16=(*merged, "stride_z"), tensor_core=False,
         )
     )  # fmt: skip
     return specs

@@ -205,7 +205,7 @@ def _fused(
     dc = torch.empty(tokens, rank, dtype=dy.dtype, device=dy.device) if need_dc else None
     db_shape = (width, rank) if transposed else (rank, width)
     db = torch.empty(db_shape, dtype=dy.dtype, device=dy.device) if need_db else None
-    fp32 = {"dtype": torch.float32, "device": dy.device}
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
     dc_parts = torch.empty(blocks, tokens, rank, **fp32) if need_dc and blocks > 1 else dc
     db_parts = torch.empty(parts, *db_shape, **fp32) if need_db and parts > 1 else db
     b_strides = w_b_up.stride() if need_dc and w_b_up is not None else (0, 0)
@@ -231,7 +231,8 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
     pointers = ("dy_ptr", "b_ptr", "c_ptr")
     strides = ("stride_dy", "stride_br", "stride_bn", "stride_ct", "stride_cr", "db_stride_r", "db_stride_n")
     numbers = ("T", "N", "R", "per_t", *strides)
-    signature = dict.fromkeys(pointers, f"*{dtype}") | {"dc_ptr": "*fp32", "db_ptr": "*fp32"} | dict.fromkeys(numbers, "i32")
+    signature = dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(("dc_ptr", "db_ptr"), "*fp32")
+    signature |= dict.fromkeys(numbers, "i32")
     specs = []
     for rank, need_dc in ((16, True), (64, True), (64, False)):
         tile = tuning.lookup("skinny", device_name, dtype=long_name, tokens=8192, rank=rank)

@@ -175,7 +175,7 @@ def backward(
     programs = triton.cdiv(tokens, per_program)
     dh = torch.empty(tokens, width, dtype=h.dtype, device=h.device) if need_h else None
     da = torch.empty(tokens, width, dtype=a.dtype, device=a.device) if need_a else None
-    fp32 = {"dtype": torch.float32, "device": h.device}
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": h.device}
     dw = torch.empty(programs, width, **fp32) if need_weight else None
     db = torch.empty(programs, width, **fp32) if need_bias else None
     with device_guard(h):
@@ -213,17 +213,17 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
                 shared | {"HAS_BIAS": layer}, num_warps=warps, divisible_by_16=(*inputs, *strides), tensor_core=False,
             )
         )  # fmt: skip
-        inputs = ("du_ptr", "dks_ptr", "h_ptr", "a_ptr", "weight_ptr", "dh_ptr", "da_ptr")
-        strides = ("width", "stride_du", "stride_h", "stride_a")
+        gradients = ("du_ptr", "dks_ptr", "h_ptr", "a_ptr", "weight_ptr", "dh_ptr", "da_ptr")
+        numbers = ("width", "stride_du", "stride_h", "stride_a")
         for trained in (False, True) if width <= MAX_TRAINED_WIDTH else (False,):
             specs.append(
                 AotSpec(
                     f"matched_norm {kind} d={width} backward" + (" +dγ" if trained else ""), backward_kernel,
-                    dict.fromkeys(inputs, f"*{dtype}") | {"dw_ptr": "*fp32", "db_ptr": "*fp32"}
-                    | dict.fromkeys(("T", "rows_per_program", *strides), "i32") | {"eps": "fp32"},
+                    dict.fromkeys(gradients, f"*{dtype}") | {"dw_ptr": "*fp32", "db_ptr": "*fp32"}
+                    | dict.fromkeys(("T", "rows_per_program", *numbers), "i32") | {"eps": "fp32"},
                     shared | {"HAS_DU": True, "HAS_DKS": True, "NEED_H": True, "NEED_A": True, "NEED_W": trained,
                               "NEED_B": trained and layer},
-                    num_warps=warps, divisible_by_16=(*inputs, "dw_ptr", "db_ptr", *strides), tensor_core=False,
+                    num_warps=warps, divisible_by_16=(*gradients, "dw_ptr", "db_ptr", *numbers), tensor_core=False,
                 )
             )  # fmt: skip
     return specs
