@@ -237,7 +237,8 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
     for rank, need_dc in ((16, True), (64, True), (64, False)):
         tile = tuning.lookup("skinny", device_name, dtype=long_name, tokens=8192, rank=rank)
         constants = {
-            "NEED_DC": need_dc, "NEED_DB": True, "PRECISION": "ieee", "BT": tile["BT"], "BN": tile["BN"], "BR": _padded(rank, tile),
+            "NEED_DC": need_dc, "NEED_DB": True, "PRECISION": "ieee",
+            "BT": tile["BT"], "BN": tile["BN"], "BR": _padded(rank, tile),
             "INTERPRETED": False,
         }  # fmt: skip
         specs.append(
