@@ -37,10 +37,12 @@ def _finish_pair(
         gate += tl.load(gate_bias + n0 + offs_n, mask=offs_n < out - n0, other=0.0).to(tl.float32)[None, :]
     if UP_BIAS:
         up += tl.load(up_bias + n0 + offs_n, mask=offs_n < out - n0, other=0.0).to(tl.float32)[None, :]
+    # This order of the stores: the others spill registers on sm_90, under Triton 3.6 or 3.9.
     if KEEP:
         tl.store(gate_out + tile + offs, rounded(gate, dtype, INTERPRETED), mask=mask)
-        tl.store(up_out + tile + offs, rounded(up, dtype, INTERPRETED), mask=mask)
     tl.store(inter + tile + offs, rounded(activate(gate, ACT) * up, dtype, INTERPRETED), mask=mask)
+    if KEEP:
+        tl.store(up_out + tile + offs, rounded(up, dtype, INTERPRETED), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])

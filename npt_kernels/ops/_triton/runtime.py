@@ -75,7 +75,7 @@ _TILES: dict[str, dict[str, TileConfig]] = {
     "pair_forward": {
         "ampere": TileConfig(128, 64, 32, num_warps=8, num_stages=4),
         "hopper": TileConfig(128, 128, 64, num_warps=8, num_stages=3, tma=True),
-        "blackwell": TileConfig(128, 128, 64, num_warps=8, num_stages=3, tma=True),
+        "blackwell": TileConfig(128, 128, 64, num_warps=8, num_stages=3, subtiles=2, tma=True),
         "other": TileConfig(128, 64, 32, num_warps=8, num_stages=3),
     },
     "gemm_act": {
