@@ -296,7 +296,7 @@ def _mlp(
         if key_scale.shape != leading:
             raise ValueError(f"{op}: key_scale has shape {list(key_scale.shape)}, expected [...] = {list(leading)}")
         key_scale = key_scale.reshape(-1)
-    chosen = resolve_backend("mlp", backend, x.device, x.dtype)
+    chosen = resolve_backend("mlp", backend, x.device, x.dtype, act=act)
     out = mlp(
         flat, a_flat, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down,
         keys[0], values[0], keys[1], values[1], keys[2], values[2],
