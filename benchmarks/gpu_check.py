@@ -66,7 +66,9 @@ def peak_memory(case: Case, backend: str, device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / unit - (2 if case.model.gated else 1)
 
 
-def measure(result: dict[str, Any], small: bool, compiled: bool, device: torch.device, late: Callable[[str], bool]) -> None:
+def measure(
+    result: dict[str, Any], small: bool, compiled: bool, device: torch.device, late: Callable[[str], bool]
+) -> None:
     """Fill ``timings``, ``ceilings``, ``clocks`` and ``memory`` of the result."""
     cuda = device.type == "cuda"
     rounds = 30 if cuda else 1  # a dry run shows that the code runs, nothing more
@@ -83,12 +85,23 @@ def measure(result: dict[str, Any], small: bool, compiled: bool, device: torch.d
                 function = compare_graphs if mode == "graph" else compare
                 measured = function(contenders, workload.baseline, device, rounds=rounds, sets=sets)
                 result["timings"].append(
-                    {"name": workload.name, "mode": mode, "baseline": workload.baseline, "sets": sets, "contenders": measured}
+                    {
+                        "name": workload.name,
+                        "mode": mode,
+                        "baseline": workload.baseline,
+                        "sets": sets,
+                        "contenders": measured,
+                    }
                 )
         except Exception as error:
             message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             result["timings"].append(
-                {"name": workload.name, "mode": "eager", "baseline": workload.baseline, "contenders": {"all": {"error": message}}}
+                {
+                    "name": workload.name,
+                    "mode": "eager",
+                    "baseline": workload.baseline,
+                    "contenders": {"all": {"error": message}},
+                }
             )
         contenders = {}
         if cuda:
@@ -115,7 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.exit(2, "gpu_check: torch sees no CUDA GPU here; --device cpu --small runs the same code at tiny shapes\n")
+        parser.exit(
+            2, "gpu_check: torch sees no CUDA GPU here; --device cpu --small runs the same code at tiny shapes\n"
+        )
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
@@ -149,7 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             record = check_case(case, backend, device)
             result["numerics"].append(record)
-            print(f"{'ok    ' if record['passed'] else 'FAILED'} {backend:7s} {case} ({record['seconds']} s)", flush=True)
+            print(
+                f"{'ok    ' if record['passed'] else 'FAILED'} {backend:7s} {case} ({record['seconds']} s)", flush=True
+            )
     for case, times in repeat_cases(options.small):
         for backend in backends:
             if backend == "eager" or options.only not in str(case):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .backends import BackendUnavailableError, available_backends
+    from .backends import BackendUnavailableError, available_backends, explain
     from .config import NPTConfig
     from .functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
     from .models.checkpoints import load_npt, save_npt
@@ -28,6 +28,7 @@ _LAZY = {
     "NPTConfig": ".config",
     "apply_npt": ".models.patching",
     "available_backends": ".backends",
+    "explain": ".backends",
     "load_npt": ".models.checkpoints",
     "npt_disabled": ".models.patching",
     "npt_factored_linear": ".functional",
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "apply_npt",
     "available_backends",
+    "explain",
     "load_npt",
     "npt_disabled",
     "npt_factored_linear",

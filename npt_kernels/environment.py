@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ._version import __version__
-from .backends import BACKENDS
+from .backends import BACKENDS, Call
 from .training.assets import default_cache_dir, demo_model_cached, demo_texts_cached
 
 __all__ = ["describe"]
@@ -98,7 +98,7 @@ def _backends() -> dict[str, str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = {}
     for backend in BACKENDS.values():
-        reasons = {backend.check(op, device, torch.float32) for op in backend.modules} - {None}
+        reasons = {backend.check(Call(op, device, torch.float32)) for op in backend.modules} - {None}
         here = f"not on this {device.type}: {reasons.pop()}" if reasons else f"runs on this {device.type}"
         verified = (
             "verified, chosen automatically" if backend.automatic else "not verified on hardware: only when asked for"

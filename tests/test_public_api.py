@@ -14,6 +14,7 @@ import npt_kernels
 PUBLIC = [
     "AdapterTensors", "ApplyReport", "BackendUnavailableError", "NPComponent", "NPTConfig", "__version__", "apply_npt",
     "available_backends",
+    "explain",
     "load_npt", "npt_disabled", "npt_factored_linear", "npt_gated_mlp", "npt_linear", "npt_mlp", "npt_parameters", "remove_npt",
     "save_npt",
 ]  # fmt: skip

@@ -107,7 +107,10 @@ def test_result_is_a_copy(user_table):
         ('{"entries": [{"kernel": "k", "config": {}, "source": "x"}]}', "no config"),
         ('{"entries": [{"kernel": "k", "config": {"a": []}, "source": "x"}]}', "no number or string"),
         ('{"entries": [{"kernel": "k", "config": {"a": 1}}]}', "does not say its source"),
-        ('{"entries": [{"kernel": "k", "config": {"a": 1}, "source": "x", "when": {"t": [1]}}]}', r"t must be \[low, high\]"),
+        (
+            '{"entries": [{"kernel": "k", "config": {"a": 1}, "source": "x", "when": {"t": [1]}}]}',
+            r"t must be \[low, high\]",
+        ),
         ('{"entries": [{"kernel": "k", "config": {"a": 1}, "source": "x", "when": []}]}', "must be an object"),
     ],
 )
@@ -146,7 +149,9 @@ def test_tunables_are_complete():
 
 def test_measured_points_become_ranges(tmp_path, monkeypatch):
     points = [
-        {"kernel": "k", "at": {"tokens": t, "rank": r}, "config": {"a": 10 * t + r}, "us": 1.0} for t in (2, 1) for r in (5, 3)
+        {"kernel": "k", "at": {"tokens": t, "rank": r}, "config": {"a": 10 * t + r}, "us": 1.0}
+        for t in (2, 1)
+        for r in (5, 3)
     ]
     path = module.table_path("My GPU", tmp_path)
     monkeypatch.setenv("NPT_TUNING_DIR", str(tmp_path))
@@ -161,7 +166,9 @@ def test_measured_points_become_ranges(tmp_path, monkeypatch):
 def test_writing_keeps_what_it_does_not_replace(tmp_path, monkeypatch):
     monkeypatch.setenv("NPT_TUNING_DIR", str(tmp_path))
     path = module.table_path("My GPU", tmp_path)
-    tuner.write_table(path, [entry({"a": 1}, {"dtype": "float16"}), entry({"b": 1}, {"dtype": ["x", "y"]}, "other")], "My GPU")
+    tuner.write_table(
+        path, [entry({"a": 1}, {"dtype": "float16"}), entry({"b": 1}, {"dtype": ["x", "y"]}, "other")], "My GPU"
+    )
     tuner.write_table(path, [entry({"a": 2}, {"dtype": "float16"})], "My GPU")
     assert tuning.lookup("k", "My GPU", dtype="float16")["a"] == 2
     assert tuning.lookup("other", "My GPU", dtype="x")["b"] == 1

@@ -72,7 +72,9 @@ def worst_ratio(actual: Tensor, reference: Tensor, truth: Tensor) -> float:
     error, allowed = ((t.double() - flat[2]).abs().amax(1) for t in flat[:2])
     size = flat[2].abs().amax(1)
     pad = -len(error) % BLOCK
-    error, allowed, size = (torch.nn.functional.pad(t, (0, pad)).reshape(-1, BLOCK).amax(1) for t in (error, allowed, size))
+    error, allowed, size = (
+        torch.nn.functional.pad(t, (0, pad)).reshape(-1, BLOCK).amax(1) for t in (error, allowed, size)
+    )
 
     def ratio(e: Tensor, a: Tensor, s: Tensor) -> Tensor:
         bound = 2 * a + 2 * eps * s
@@ -107,7 +109,9 @@ def _compare(problem: Problem, actual: dict[str, Tensor]) -> dict[str, float]:
     reference = problem.run("eager", rows, sums=False)
     truth = problem.run("eager", rows, torch.float64, sums=False)
     ratios = {
-        name: worst_ratio(actual[name][rows], reference[name], truth[name]) for name in actual if not name.startswith("sum ")
+        name: worst_ratio(actual[name][rows], reference[name], truth[name])
+        for name in actual
+        if not name.startswith("sum ")
     }
     sums = [name for name in actual if name.startswith("sum ")]
     if sums:

@@ -175,11 +175,15 @@ def _mlp_training(case: Case, backends: list[str], compiled: bool, device: torch
     contenders |= {f"npt {backend}": npt(backend) for backend in backends}
     if compiled:
         function = torch.compile(lambda t: _plain_npt(t, model, t["x"]), dynamic=False)
-        contenders["torch.compile"] = lambda _: torch.autograd.grad(function(leaves), [leaves[n] for n in trained], upstream)
+        contenders["torch.compile"] = lambda _: torch.autograd.grad(
+            function(leaves), [leaves[n] for n in trained], upstream
+        )
     return contenders, 1
 
 
-def _kernel(case: Case, names: tuple[str, str], backends: list[str], device: torch.device) -> tuple[dict[str, Call], int]:
+def _kernel(
+    case: Case, names: tuple[str, str], backends: list[str], device: torch.device
+) -> tuple[dict[str, Call], int]:
     """A kernel against the vendor's products: (vendor's name, ours)."""
     problems = _sets(case, device)
     contenders: dict[str, Call] = {names[0]: lambda i: problems[i].run("eager")}
@@ -236,7 +240,12 @@ def workloads(models: dict[str, ModelShape], backends: list[str], small: bool, c
     case, names = replace(base, op="coefficients", rule="rank1"), ("two GEMMs + rule", "one kernel")
     add(f"coefficients rank1 8B T={many} R={rank}", names[0],
         lambda device, case=case, names=names: _kernel(case, names, backends, device), many)  # fmt: skip
-    add(f"matched norm 8B T={many}", "npt eager", lambda device: _norm(replace(base, op="matched_norm"), backends, device), many)
+    add(
+        f"matched norm 8B T={many}",
+        "npt eager",
+        lambda device: _norm(replace(base, op="matched_norm"), backends, device),
+        many,
+    )
     case = replace(base, model=seventy, tokens=2048 if not small else many)
     add(f"MLP forward 70B T={case.tokens} R={rank}", "original",
         lambda device, case=case: _mlp_forward(case, backends, False, device), case.tokens)  # fmt: skip

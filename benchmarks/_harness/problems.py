@@ -141,7 +141,9 @@ class Problem:
         if case.op == "mlp":
             return {"y": self._mlp(tensors, backend)}
         if case.op == "matched_norm":
-            u, key_scale = matched_norm(tensors["h"], tensors["a"], t("weight_"), t("bias"), case.model.norm, 1e-5, backend)
+            u, key_scale = matched_norm(
+                tensors["h"], tensors["a"], t("weight_"), t("bias"), case.model.norm, 1e-5, backend
+            )
             return {"u": u, "key_scale": key_scale}
         return self._kernel(tensors, backend)
 

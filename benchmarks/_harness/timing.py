@@ -27,7 +27,11 @@ def clocks() -> str:
     query = "clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip().splitlines()[0]
+        return (
+            subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            .stdout.strip()
+            .splitlines()[0]
+        )
     except (OSError, subprocess.SubprocessError, IndexError):
         return ""
 
@@ -100,7 +104,9 @@ def compare(
         for _ in range(rounds):
             marks = []
             if device.type == "cuda":
-                torch.cuda._sleep(10_000_000)  # some 5 ms of backlog: the GPU never waits for Python between two launches
+                torch.cuda._sleep(
+                    10_000_000
+                )  # some 5 ms of backlog: the GPU never waits for Python between two launches
             for name in order:
                 mark = _Mark(device)
                 for _ in range(inner):

@@ -52,7 +52,7 @@ def mlp_input(layer: nn.Module, plan: LayerPlan, h: Tensor, a: Tensor) -> tuple[
     """``(u [..., d], key_scale [...] or None)``: the normed MLP input and 1/ρ_T."""
     norm = plan.shape.norm(layer)
     if plan.norm_match:
-        return matched_norm(norm, plan.norm_kind, h, a)
+        return matched_norm(norm, plan.norm_kind, h, a, backend=plan.backend)
     return norm(h), None
 
 

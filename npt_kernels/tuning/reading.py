@@ -130,7 +130,9 @@ def check_table(table: Any) -> list[dict[str, Any]]:
             if isinstance(wanted, list):
                 numbers = all(bound is None or isinstance(bound, int | float) for bound in wanted)
                 if (numbers and len(wanted) != 2) or not (numbers or all(isinstance(item, str) for item in wanted)):
-                    raise ValueError(f"entry {number} ({entry['kernel']}): {key} must be [low, high] or a list of strings")
+                    raise ValueError(
+                        f"entry {number} ({entry['kernel']}): {key} must be [low, high] or a list of strings"
+                    )
             elif not isinstance(wanted, int | float | str):
                 raise ValueError(f"entry {number} ({entry['kernel']}): {key} must be a number, a string or a list")
     return table["entries"]

@@ -88,7 +88,9 @@ def tune(
         for number, shape in enumerate(todo, 1):
             config, best, tried = _best(spec, dict(shape), dtype, device, rounds)
             # Every entry would match its own point only; _ranges widens it to the points up to the next one.
-            entries.append({"kernel": name, "at": {key: shape[key] for key in spec["keys"]}, "config": config, "us": best})
+            entries.append(
+                {"kernel": name, "at": {key: shape[key] for key in spec["keys"]}, "config": config, "us": best}
+            )
             report(f"{name} {number}/{len(todo)} {dict(shape)}: {best:.1f} us with {config} ({tried} candidates ran)")
     return write_table(path, _ranges(entries, str(dtype).removeprefix("torch."), source), gpu)
 
@@ -105,7 +107,10 @@ def _best(
             run(config)
             torch.cuda.synchronize(device)
         except Exception as error:  # a tile that does not fit this chip: not an error of the tuner
-            if "out of resource" not in str(error).lower() and type(error).__name__ not in ("OutOfResources", "CompilationError"):
+            if "out of resource" not in str(error).lower() and type(error).__name__ not in (
+                "OutOfResources",
+                "CompilationError",
+            ):
                 raise
         else:
             alive.append(config)

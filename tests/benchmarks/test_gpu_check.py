@@ -67,7 +67,9 @@ def test_wrong_results_fail(tmp_path, monkeypatch, damage, capsys):
         return {next(iter(outputs)): y}
 
     monkeypatch.setattr(Problem, "call", damaged)
-    monkeypatch.setattr(checking, "sample_rows", lambda tokens, widest: torch.arange(tokens - 1, -1, -1)[: max(1, tokens - 1)])
+    monkeypatch.setattr(
+        checking, "sample_rows", lambda tokens, widest: torch.arange(tokens - 1, -1, -1)[: max(1, tokens - 1)]
+    )
     code, result = run(tmp_path, "--backends", "eager", "--no-timings", "--only", "linear 8B-small T=70")
     assert code == 1 and result["failed"]
     assert "FAILED" in capsys.readouterr().out

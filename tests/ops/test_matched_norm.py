@@ -8,12 +8,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are defined
 
 import pytest
 import torch
+from helpers import assert_within_twice, randn, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
 
-from helpers import assert_within_twice, randn, subsets
 from npt_kernels.norms import identify_norm, matched_norm
 from npt_kernels.ops._triton.numerics import INTERPRET
 from npt_kernels.ops.matched_norm import matched_norm as op
@@ -55,7 +55,10 @@ def run(function, inputs, *, needs=NAMES, dtype=None, which=(True, True), extra=
     }
     outputs = function(*leaves.values(), *extra)
     generator = torch.Generator().manual_seed(7)
-    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(inputs["h"].dtype).to(o.dtype) for o in outputs]
+    upstream = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(inputs["h"].dtype).to(o.dtype)
+        for o in outputs
+    ]
     chosen = [(o, g) for o, g, use in zip(outputs, upstream, which, strict=True) if use and o.requires_grad]
     if chosen:
         torch.autograd.backward(*zip(*chosen, strict=True))
@@ -73,7 +76,11 @@ def test_gradcheck(kind, affine):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(tokens=st.integers(0, 5), width=st.integers(1, 40), which=st.sampled_from([(True, True), (True, False), (False, True)]))
+@given(
+    tokens=st.integers(0, 5),
+    width=st.integers(1, 40),
+    which=st.sampled_from([(True, True), (True, False), (False, True)]),
+)
 def test_any_shape_equals_definition(kind, tokens, width, which):
     inputs = tensors(tokens, width, kind)
     (outputs, grads), (truth, grads_true) = (

@@ -284,7 +284,20 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
     """The fused kernel at the tiles of a GPU's table (``""``: the default one), and its second pass."""
     specs = []
     pointers = ("a_ptr", "u_ptr", "w_down_ptr", "w_a_up_ptr", "key_scale_ptr", "z_ptr", "p_ptr", "c_ptr")
-    sizes = ("T", "D_A", "D_U", "R", "per_a", "per_u", "stride_a", "stride_u", "stride_dk", "stride_dr", "stride_kr", "stride_kk")
+    sizes = (
+        "T",
+        "D_A",
+        "D_U",
+        "R",
+        "per_a",
+        "per_u",
+        "stride_a",
+        "stride_u",
+        "stride_dk",
+        "stride_dr",
+        "stride_kr",
+        "stride_kk",
+    )
     signature = dict.fromkeys(pointers, f"*{dtype}") | {"workspace_ptr": "*fp32"} | dict.fromkeys(sizes, "i32")
     signature["scale"] = "fp32"
     long_name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
@@ -338,4 +351,6 @@ def tunables() -> dict[str, Any]:
         {"BM": bm, "BK": bk, "num_warps": warps, "num_stages": stages}
         for bm in (16, 32, 64, 128) for bk in (64, 128) for warps in (4, 8) for stages in (3, 4, 5)
     ]  # fmt: skip
-    return {"coefficients": {"shapes": shapes, "keys": ("tokens", "rank"), "candidates": candidates, "prepare": prepare}}
+    return {
+        "coefficients": {"shapes": shapes, "keys": ("tokens", "rank"), "candidates": candidates, "prepare": prepare}
+    }

@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["INTERPRET", "device_guard", "dot", "dot_precision", "multiprocessor_count", "next_power_of_2", "rounded", "tanh"]
+__all__ = [
+    "INTERPRET",
+    "device_guard",
+    "dot",
+    "dot_precision",
+    "multiprocessor_count",
+    "next_power_of_2",
+    "rounded",
+    "tanh",
+]
 
 #: Whether kernels run in Triton's CPU interpreter; fixed at import, as Triton itself fixes it when a kernel is defined.
 INTERPRET: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -83,7 +83,9 @@ def rule_forward_kernel(
     elif RULE != SELF_KEY:
         p = tl.load(p_ptr + row[:, None] * stride_p + column[None, :], mask=mask, other=0.0).to(tl.float32)
     c = apply_rule(z, p, column, scale, RULE, 1, WIDTH)
-    tl.store(c_ptr + row[:, None] * stride_c + column[None, :], rounded(c, c_ptr.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(
+        c_ptr + row[:, None] * stride_c + column[None, :], rounded(c, c_ptr.dtype.element_ty, INTERPRETED), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=["T"])

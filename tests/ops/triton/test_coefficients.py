@@ -8,10 +8,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are defined
 
 import pytest
 import torch
+from helpers import assert_within_twice, key_shape, plain_coefficients, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import assert_within_twice, key_shape, plain_coefficients, randn
 from npt_kernels.ops._triton import coefficients as module
 from npt_kernels.ops._triton import rule_kernels
 from npt_kernels.ops._triton.coefficients import coefficients_forward, merge_dz, rule_backward, rule_forward
@@ -94,7 +94,12 @@ def test_strides(rule):
     wide = torch.cat([u, u], 1)
     expected = coefficients_forward(u, a, w_down, w_down.t().contiguous(), key_scale, rule)
     strided = coefficients_forward(
-        wide[:, :32], a.t().contiguous().t(), w_down.t().contiguous().t(), w_down.t(), key_scale.repeat(2).view(2, -1)[0], rule
+        wide[:, :32],
+        a.t().contiguous().t(),
+        w_down.t().contiguous().t(),
+        w_down.t(),
+        key_scale.repeat(2).view(2, -1)[0],
+        rule,
     )
     for y, other in zip(strided, expected, strict=True):
         torch.testing.assert_close(y, other)

@@ -8,10 +8,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are defined
 
 import pytest
 import torch
+from helpers import assert_within_twice, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import assert_within_twice, randn
 from npt_kernels.ops._triton.numerics import INTERPRET
 from npt_kernels.ops._triton.skinny import pair_bytes, reduce_partials, skinny_grad, skinny_pair
 
@@ -20,7 +20,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def inputs(tokens, width, rank, dtype):
-    return randn(tokens, width, dtype=dtype), randn(rank, width, dtype=dtype, scale=width**-0.5), randn(tokens, rank, dtype=dtype)
+    return (
+        randn(tokens, width, dtype=dtype),
+        randn(rank, width, dtype=dtype, scale=width**-0.5),
+        randn(tokens, rank, dtype=dtype),
+    )
 
 
 def both(dy, b, c, dtype):
@@ -33,7 +37,9 @@ def both(dy, b, c, dtype):
 def test_twice(dtype, tokens, width, rank, parts):
     dy, b, c = inputs(tokens, width, rank, dtype)
     actual = skinny_pair(dy, b, c, method="fused", parts=parts)
-    for name, y, ref, true in zip(("dc", "dB"), actual, both(dy, b, c, dtype), both(dy, b, c, torch.float64), strict=True):
+    for name, y, ref, true in zip(
+        ("dc", "dB"), actual, both(dy, b, c, dtype), both(dy, b, c, torch.float64), strict=True
+    ):
         assert_within_twice(y, ref, true, name)
 
 
