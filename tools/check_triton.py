@@ -62,6 +62,7 @@ class Row:
 def _calls() -> dict[str, Any]:
     """Name → function that calls host code on meta tensors. Sizes: Llama-3.1-8B unless the name says otherwise."""
     import torch
+
     from npt_kernels.ops._triton import decode, explicit
     from npt_kernels.ops._triton.pair_forward import pair_forward
     from npt_kernels.ops._triton.segmented_gemm import (

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 from kernel_helpers import randn
+from test_triton_ops import mlp_functions, mlp_tensors
+
 from npt_kernels import BackendUnavailableError, npt_linear
 from npt_kernels.activations import ACTIVATIONS
 from npt_kernels.backends import BACKENDS, Call, explain, resolve_backend
 from npt_kernels.ops._triton import runtime, support
 from npt_kernels.ops._triton.runtime import TileConfig, addressable, describe
-from test_triton_ops import mlp_functions, mlp_tensors
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_helpers import DTYPES, LAYOUTS, assert_within_twice, odd, randn
+
 from npt_kernels.activations import get_activation
 from npt_kernels.ops._triton import decode, explicit
 from npt_kernels.ops._triton.pair_forward import pair_forward

@@ -10,12 +10,13 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_helpers import DTYPES, LAYOUTS, assert_within_twice, odd, randn
+from torch import Tensor
+
 from npt_kernels import AdapterTensors, npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
 from npt_kernels.ops.factored_linear import naive as naive_factored
 from npt_kernels.ops.linear import naive as naive_linear
 from npt_kernels.ops.mlp import naive as naive_mlp
 from npt_kernels.rules import RULES, get_rule
-from torch import Tensor
 
 Tensors = dict[str, Tensor | None]
 tokens_ = st.sampled_from([0, 1, 16, 35, 80])
