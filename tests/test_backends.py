@@ -20,7 +20,7 @@ from npt_kernels import (
     npt_linear,
 )
 
-OPS = ("linear", "factored_linear", "mlp")
+OPS = ("linear", "factored_linear", "mlp", "matched_norm")
 
 
 def test_registry():
@@ -60,8 +60,8 @@ def test_every_op_honours_the_name():
 def picky(monkeypatch):
     """A second backend, preferred, that cannot run float64."""
 
-    def check(op, device, dtype):
-        return "float64 is not supported" if dtype == torch.float64 else None
+    def check(call):
+        return "float64 is not supported" if call.dtype == torch.float64 else None
 
     eager = backends.BACKENDS["eager"]
     entry = backends.Backend("picky", eager.modules, True, "for this test", check)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryTerm", "Plan", "make_plan", "print_plan"]
 
 #: Tokens of the demo text's training part under SmolLM2's tokenizer, and characters per token of English for other texts.
-_DEMO_TRAIN_TOKENS, _CHARACTERS_PER_TOKEN = 100_600, 4.3
+_DEMO_TRAIN_TOKENS, _CHARACTERS_PER_TOKEN = 168_700, 4.3
 #: Tokens per forward of the calibration (``collect_moments``).
 _CALIBRATION_BATCH = 512
 

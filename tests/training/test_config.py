@@ -88,10 +88,10 @@ def test_a_file_with_the_keys_users_have_runs_unchanged(tmp_path: Path) -> None:
 
 def test_later_wins(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("model: {rank: 32}\ntraining: {max_steps: 5, batch_size: 2}\n")
+    file.write_text("model: {rank: 32}\ntraining: {max_steps: 5, batch_size: 3}\n")
     config = load_run_config("demo", file, ["training.max_steps=7"])
-    assert (config.model.rank, config.training.batch_size, config.training.max_steps) == (32, 2, 7)
-    assert config.data.max_length == 128
+    assert (config.model.rank, config.training.batch_size, config.training.max_steps) == (32, 3, 7)
+    assert config.data.max_length == 256
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_the_demo_in_numbers(tmp_path: Path) -> None:
     assert (plan.num_layers, len(plan.layers), plan.hidden_size) == (30, 30, 576)
     assert plan.frozen_parameters == 134_515_008
     assert plan.np_parameters == 30 * 128 * (576 + 1536 + 1536 + 576)
-    assert (plan.tokens_per_step, plan.steps) == (512, 32)
+    assert (plan.tokens_per_step, plan.steps) == (1024, 60)
     assert plan.dtype is torch.float32
     assert plan.memory_bytes < 4 * 2**30
     assert make_plan(plan.config, "cuda").dtype is torch.bfloat16
