@@ -188,6 +188,9 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     with open(os.path.join(metadata_directory, folder, "METADATA"), "w") as stream:
         stream.write("Metadata-Version: 2.1\\nName: " + NAME + "\\nVersion: " + VERSION + "\\n")
     return folder
+# The backend's name for a package without pyproject.toml is setuptools.build_meta:__legacy__.
+import sys
+__legacy__ = sys.modules[__name__]
 """
 
 
@@ -200,7 +203,7 @@ def _pip_download(package: Package, scratch: Path, by_hand: Path) -> Path:
     if package.filename.endswith(".whl"):
         command += ["--only-binary", package.name]
     else:
-        command += ["--no-binary", package.name, "--no-build-isolation"]
+        command += ["--no-binary", package.name, "--no-build-isolation", "--use-pep517"]
         stub = scratch / "stub" / "setuptools"
         stub.mkdir(parents=True)
         (stub / "__init__.py").touch()

@@ -49,8 +49,9 @@ def wheel(index: Path) -> Package:
     )
 
 
-@pytest.fixture
-def sdist(index: Path, tmp_path: Path) -> Package:
+@pytest.fixture(params=["pyproject.toml", "setup.py alone"])
+def sdist(index: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Package:
+    """Both kinds of source distribution: pip asks another backend when there is no pyproject.toml."""
     archive = index / "tiny_text-2.0.tar.gz"
     canary = tmp_path / "setup_ran"
     files = {
@@ -59,6 +60,8 @@ def sdist(index: Path, tmp_path: Path) -> Package:
         "PKG-INFO": b"Metadata-Version: 2.1\nName: tiny-text\nVersion: 2.0\n",
         "tests/book.txt": TEXT,
     }
+    if request.param == "setup.py alone":
+        del files["pyproject.toml"]
     with tarfile.open(archive, "w:gz") as tar:
         for name, payload in files.items():
             info = tarfile.TarInfo(f"tiny_text-2.0/{name}")
