@@ -21,7 +21,7 @@ using Matrix = std::pair<uint64_t, int64_t>;      // address, row pitch in eleme
 
 npt::LaunchSpec make_spec(int family, int epilogue, int dtype, bool mn_major, int cluster, int block_m, int64_t rows,
                           int64_t cols, const std::vector<Segment>& segments, const std::vector<Matrix>& in,
-                          const std::vector<Matrix>& out, uint64_t bias0, uint64_t bias1, float act_a, float act_b,
+                          const std::vector<Matrix>& out, uint64_t bias, float act_a, float act_b,
                           bool store_pre, int group_m, int device, uint64_t stream) {
   npt::LaunchSpec spec{};
   spec.family = static_cast<npt::Family>(family);
@@ -38,8 +38,7 @@ npt::LaunchSpec make_spec(int family, int epilogue, int dtype, bool mn_major, in
   }
   for (const Matrix& m : in) spec.in.push_back({pointer(m.first), m.second});
   for (const Matrix& m : out) spec.out.push_back({pointer(m.first), m.second});
-  spec.bias0 = pointer(bias0);
-  spec.bias1 = pointer(bias1);
+  spec.bias = pointer(bias);
   spec.act_a = act_a;
   spec.act_b = act_b;
   spec.store_pre = store_pre;
@@ -55,25 +54,25 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Hopper kernels of npt_kernels (csrc/). Unverified on hardware; see csrc/README.md.";
 #define NPT_SPEC_ARGUMENTS                                                                                              \
   py::arg("family"), py::arg("epilogue"), py::arg("dtype"), py::arg("mn_major"), py::arg("cluster"), py::arg("block_m"), \
-      py::arg("rows"), py::arg("cols"), py::arg("segments"), py::arg("inputs"), py::arg("outputs"), py::arg("bias0"),    \
-      py::arg("bias1"), py::arg("act_a"), py::arg("act_b"), py::arg("store_pre"), py::arg("group_m"), py::arg("device"), \
+      py::arg("rows"), py::arg("cols"), py::arg("segments"), py::arg("inputs"), py::arg("outputs"), py::arg("bias"),     \
+      py::arg("act_a"), py::arg("act_b"), py::arg("store_pre"), py::arg("group_m"), py::arg("device"), \
       py::arg("stream")
   m.def(
       "launch",
       [](int family, int epilogue, int dtype, bool mn_major, int cluster, int block_m, int64_t rows, int64_t cols,
-         const std::vector<Segment>& segments, const std::vector<Matrix>& in, const std::vector<Matrix>& out, uint64_t bias0,
-         uint64_t bias1, float act_a, float act_b, bool store_pre, int group_m, int device, uint64_t stream) {
-        npt::launch(make_spec(family, epilogue, dtype, mn_major, cluster, block_m, rows, cols, segments, in, out, bias0,
-                              bias1, act_a, act_b, store_pre, group_m, device, stream));
+         const std::vector<Segment>& segments, const std::vector<Matrix>& in, const std::vector<Matrix>& out, uint64_t bias,
+         float act_a, float act_b, bool store_pre, int group_m, int device, uint64_t stream) {
+        npt::launch(make_spec(family, epilogue, dtype, mn_major, cluster, block_m, rows, cols, segments, in, out, bias,
+                              act_a, act_b, store_pre, group_m, device, stream));
       },
       NPT_SPEC_ARGUMENTS, "Check, encode tensor maps and launch on `stream` (asynchronous).");
   m.def(
       "check",
       [](int family, int epilogue, int dtype, bool mn_major, int cluster, int block_m, int64_t rows, int64_t cols,
-         const std::vector<Segment>& segments, const std::vector<Matrix>& in, const std::vector<Matrix>& out, uint64_t bias0,
-         uint64_t bias1, float act_a, float act_b, bool store_pre, int group_m, int device, uint64_t stream) {
+         const std::vector<Segment>& segments, const std::vector<Matrix>& in, const std::vector<Matrix>& out, uint64_t bias,
+         float act_a, float act_b, bool store_pre, int group_m, int device, uint64_t stream) {
         const npt::LaunchSpec spec = make_spec(family, epilogue, dtype, mn_major, cluster, block_m, rows, cols, segments, in,
-                                               out, bias0, bias1, act_a, act_b, store_pre, group_m, device, stream);
+                                               out, bias, act_a, act_b, store_pre, group_m, device, stream);
         npt::check_launch(spec, npt::find_kernel(spec.family, spec.epilogue, spec.dtype, spec.mn_major, spec.cluster,
                                                  spec.block_m));
       },

@@ -93,7 +93,7 @@ const Kernel& find_kernel(Family family, Epilogue epilogue, Dtype dtype, bool mn
 
 void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
   if (spec.rows < 1 || spec.rows > INT32_MAX - 65536) fail("rows = " + text(spec.rows) + " is outside [1, 2^31)");
-  if (spec.cols < 1 || spec.cols > INT32_MAX - 65536) fail("cols = " + text(spec.cols) + " is outside [1, 2^31)");
+  if (spec.cols < 1 || spec.cols > INT32_MAX / 2) fail("cols = " + text(spec.cols) + " is outside [1, 2^31)");
   if (spec.cols % 8 != 0) fail("cols = " + text(spec.cols) + " must be a multiple of 8");
   if (kernel.family == Family::kDecode && spec.rows > kernel.block_m) {
     fail("rows = " + text(spec.rows) + " does not fit the decode instance of " + text(kernel.block_m) + " tokens");
@@ -104,11 +104,11 @@ void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
   int last = kMain;
   for (size_t i = 0; i < spec.segments.size(); ++i) {
     const SegmentSpec& s = spec.segments[i];
-    if (s.kind < kMain || s.kind > kLowSecond) fail("segment " + text(int64_t(i)) + " has kind " + text(s.kind));
+    if (s.kind < kMain || s.kind > kLowFirst) fail("segment " + text(int64_t(i)) + " has kind " + text(s.kind));
     if (i == 0 && s.kind != kMain) fail("the first segment must be of kind 0 (it overwrites the accumulators)");
     if (s.kind < last) fail("segments must be ordered by kind; segment " + text(int64_t(i)) + " has kind " + text(s.kind));
-    if (s.kind >= kLowFirst && !is_dual(spec.epilogue)) fail("half segments exist only in a dual tile");
-    const bool two = is_dual(spec.epilogue) && s.kind < kLowFirst;
+    if (s.kind >= kLowSecond && !is_dual(spec.epilogue)) fail("half segments exist only in a dual tile");
+    const bool two = is_dual(spec.epilogue) && s.kind < kLowSecond;
     if (two != (s.b1 != nullptr)) {
       fail("segment " + text(int64_t(i)) + (two ? " needs a second operand" : " takes one operand, got two"));
     }
@@ -120,11 +120,13 @@ void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
     fail("got " + text(int64_t(spec.out.size())) + " outputs, need " + text(num_outputs(spec.epilogue, spec.store_pre)));
   }
   for (const MatrixSpec& m : spec.out) {
+    if (m.ptr == nullptr && spec.epilogue == Epilogue::kDualBwd) continue;  // that gradient is not wanted
     if (m.ptr == nullptr || m.ld < spec.cols) fail("an output has row pitch " + text(m.ld) + " below its width " + text(spec.cols));
   }
-  for (const void* bias : {spec.bias0, spec.bias1}) {
-    if (reinterpret_cast<uintptr_t>(bias) % 4 != 0) fail("a bias does not start at a multiple of 4 bytes");
+  if (spec.bias != nullptr && spec.epilogue != Epilogue::kStore && spec.epilogue != Epilogue::kAct) {
+    fail("epilogue " + text(int(spec.epilogue)) + " takes no bias; pass it as a segment ones [T, 8] x [bias; 0]");
   }
+  if (reinterpret_cast<uintptr_t>(spec.bias) % 4 != 0) fail("the bias does not start at a multiple of 4 bytes");
   if (spec.group_m < 1) fail("group_m = " + text(spec.group_m) + " must be positive");
 }
 
@@ -143,7 +145,10 @@ void launch(const LaunchSpec& spec) {
     const std::string name = "segment " + text(i);
     p.segment_kind[i] = s.kind;
     p.segment_blocks[i] = int((s.k + kBlockK - 1) / kBlockK);
-    p.kind_blocks[s.kind] += p.segment_blocks[i];
+    (s.kind == kMain                    ? p.main_blocks
+     : s.kind == kLowFirst              ? p.first_blocks
+     : s.kind == kLowSecond && decode   ? p.second_blocks
+                                        : p.low_blocks) += p.segment_blocks[i];
     p.segment[i].a = maps().get({s.a, s.k, spec.rows, s.lda, kChunkCols, kernel.block_m, spec.dtype}, name + "'s activations");
     const bool mn = spec.mn_major || s.kind != kMain;
     const auto weights = [&](const void* ptr, int64_t ld) {
@@ -160,12 +165,12 @@ void launch(const LaunchSpec& spec) {
   for (size_t i = 0; i < spec.out.size(); ++i) {
     p.out_ptr[i] = spec.out[i].ptr;
     p.out_ld[i] = spec.out[i].ld;
-    if (!decode) {
+    if (!decode && spec.out[i].ptr != nullptr) {
+      p.wanted |= 1 << i;
       p.out[i] = maps().get({spec.out[i].ptr, spec.cols, spec.rows, spec.out[i].ld, kChunkCols, 64, spec.dtype}, "an output");
     }
   }
-  p.bias[0] = spec.bias0;
-  p.bias[1] = spec.bias1;
+  p.bias = spec.bias;
   p.rows = int(spec.rows);
   p.cols = int(spec.cols);
   p.store_pre = spec.store_pre ? 1 : 0;

@@ -44,8 +44,7 @@ struct LaunchSpec {
   int64_t rows, cols;
   std::vector<SegmentSpec> segments;
   std::vector<MatrixSpec> in, out;
-  const void* bias0;
-  const void* bias1;
+  const void* bias;  // kStore and kAct only
   float act_a, act_b;
   bool store_pre;
   int group_m;

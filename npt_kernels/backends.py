@@ -17,6 +17,8 @@ from types import ModuleType
 
 import torch
 
+from .ops._cuda import unavailable as _cuda_unavailable
+
 __all__ = ["Backend", "BackendUnavailableError", "available_backends", "get_backend", "resolve_backend"]
 
 
@@ -67,6 +69,13 @@ BACKENDS: dict[str, Backend] = {
             modules={op: f"npt_kernels.ops.{op}.eager" for op in _OPS},
             automatic=True,
             summary="plain PyTorch: in-place addmm on the vendor's GEMM; any device and dtype",
+        ),
+        Backend(
+            name="cuda",
+            modules={op: f"npt_kernels.ops.{op}.cuda" for op in ("factored_linear", "mlp")},
+            automatic=False,  # it never ran on a GPU: only when asked for by name
+            summary="hand-written Hopper kernels (sm_90a): fused segmented-K GEMMs; bf16, fp16; unverified on hardware",
+            check=_cuda_unavailable,
         ),
     )
 }

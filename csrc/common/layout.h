@@ -22,8 +22,10 @@ constexpr int kMaxDynamicSmem = 232448;  // sm_90: 227 KiB a block
 
 // ------------------------------------------------------------------------------------------------ segments
 // MAIN reads weights in the layout of the instance; the LOW kinds read w_b_up / w_a_up [R, N], which is N-contiguous
-// ("MN-major"), and differ in which half of a dual accumulator they feed.
-enum SegmentKind : int { kMain = 0, kLow = 1, kLowFirst = 2, kLowSecond = 3 };
+// ("MN-major"). In a dual tile LOW_FIRST feeds only the gate half of the accumulators, at half the price (m64n128), and
+// LOW_SECOND only the up half: at full price, its gate columns zero-filled by TMA, because an m64n128 on the upper 64 of 128
+// accumulators makes ptxas copy them and serialise the pipeline (C7511).
+enum SegmentKind : int { kMain = 0, kLow = 1, kLowSecond = 2, kLowFirst = 3 };
 
 NPT_HD int div_up(int a, int b) { return (a + b - 1) / b; }
 NPT_HD int64_t div_up64(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -70,7 +72,7 @@ constexpr uint32_t kMnChunkBytes = kBlockK * kRowBytes;  // 8192
 // Bytes that a stage's full barrier expects, both cluster peers' multicasts counted. TMA counts whole boxes, so rows and
 // columns outside the tensor (zero filled) are included.
 NPT_HD uint32_t stage_bytes(int block_m, int block_n, int kind) {
-  return uint32_t(block_m + (kind >= kLowFirst ? block_n / 2 : block_n)) * kRowBytes;
+  return uint32_t(block_m + (kind == kLowFirst ? block_n / 2 : block_n)) * kRowBytes;
 }
 struct RingPosition {
   int stage;

@@ -126,6 +126,14 @@ NPT_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Two 16-bit elements of read-only global memory. Volatile so that it stays below wgmma's wait: hoisted into the K loop, an
+// epilogue's bias loads took the registers that the wgmma pipeline needs (C7511).
+NPT_DEVICE uint32_t load_pair(const void* base, int pair) {
+  uint32_t value;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(value) : "l"(static_cast<const uint32_t*>(base) + pair) : "memory");
+  return value;
+}
+
 // ------------------------------------------------------------------------------------------------ registers ↔ tiles
 template <Dtype kType>
 NPT_DEVICE uint32_t pack(float lo, float hi) {

@@ -29,7 +29,7 @@ struct DecodeConfig {
 
 template <class C>
 NPT_DEVICE uint32_t decode_stage_bytes(int kind) {
-  return (kind >= kLowFirst ? C::kTileBytes : C::kWeightBytes) + C::kTokenBytes;
+  return (kind >= kLowSecond ? C::kTileBytes : C::kWeightBytes) + C::kTokenBytes;
 }
 
 template <class C>
@@ -42,7 +42,7 @@ NPT_DEVICE void decode_produce(const SegkParams& p, uint32_t base, uint32_t full
       const Segment& seg = p.segment[s];
       const int kind = p.segment_kind[s];
       const bool mn = C::kMnMajor || kind != kMain;
-      const int tiles = C::kDual && kind < kLowFirst ? 2 : 1;
+      const int tiles = C::kDual && kind < kLowSecond ? 2 : 1;
       for (int i = 0; i < p.segment_blocks[s]; ++i) {
         const uint32_t stage = base + at.stage * C::kStageBytes, full = full0 + 8 * at.stage;
         const int k = i * kBlockK;
@@ -136,19 +136,18 @@ __global__ void __launch_bounds__(160, 1) segk_decode(const __grid_constant__ Se
   for (int tile = blockIdx.x; tile < p.tiles_n; tile += gridDim.x) {
     int held = -1, accumulate = 0;
     constexpr int kBoth = C::kDual ? 1 : 0;
-    decode_multiply<C, C::kMnMajor, 0, kBoth>(acc, p.kind_blocks[kMain], at, held, accumulate, base, full0, empty0, lane);
-    decode_multiply<C, true, 0, kBoth>(acc, p.kind_blocks[kLow], at, held, accumulate, base, full0, empty0, lane);
+    decode_multiply<C, C::kMnMajor, 0, kBoth>(acc, p.main_blocks, at, held, accumulate, base, full0, empty0, lane);
+    decode_multiply<C, true, 0, kBoth>(acc, p.low_blocks, at, held, accumulate, base, full0, empty0, lane);
     if constexpr (C::kDual) {
-      decode_multiply<C, true, 0, 0>(acc, p.kind_blocks[kLowFirst], at, held, accumulate, base, full0, empty0, lane);
-      decode_multiply<C, true, 1, 1>(acc, p.kind_blocks[kLowSecond], at, held, accumulate, base, full0, empty0, lane);
+      decode_multiply<C, true, 1, 1>(acc, p.second_blocks, at, held, accumulate, base, full0, empty0, lane);
+      decode_multiply<C, true, 0, 0>(acc, p.first_blocks, at, held, accumulate, base, full0, empty0, lane);
     }
     wgmma_wait<0>();
     if (lane == 0) barrier_arrive(empty0 + 8 * held);
 
     const int n = tile * C::kRows;
-    decode_bias<C>(acc[0], p.bias[0], n, p.cols, warp, lane);
+    if constexpr (!C::kDual) decode_bias<C>(acc[0], p.bias, n, p.cols, warp, lane);  // dual: a segment, as in segk_coop.cuh
     if constexpr (kEpilogue == Epilogue::kDual) {
-      decode_bias<C>(acc[1], p.bias[1], n, p.cols, warp, lane);
       if (p.store_pre) {
         decode_store<C>(p, 1, acc[0], n, warp, lane);
         decode_store<C>(p, 2, acc[1], n, warp, lane);

@@ -27,19 +27,22 @@ NPT_DEVICE void put_tile(uint32_t tile, const float* v, int warp, int lane) {
   }
 }
 
-// acc[0..32) += bias[column ..]; `column` is that of the 64-column chunk. Pairs never straddle `cols`, a multiple of 8.
+// v[0..32) = acc[0..32) + bias[column ..]; `column` is that of the 64-column chunk. Pairs never straddle `cols`, a multiple
+// of 8. A copy and no branch around it: adding in place under `if (bias)` made ptxas serialise the dual kernel (C7511).
 template <Dtype kType>
-NPT_DEVICE void add_bias(float* acc, const void* bias, int column, int cols, int lane) {
-  if (bias == nullptr) return;
+NPT_DEVICE void add_bias(float* v, const float* acc, const void* bias, int column, int cols, int lane) {
+  const int end = bias == nullptr ? 0 : cols;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const int at = column + fragment_col(lane, 4 * j);
-    float lo = 0.0f, hi = 0.0f;
-    if (at < cols) unpack<kType>(__ldg(static_cast<const uint32_t*>(bias) + (at >> 1)), lo, hi);
-    acc[4 * j] += lo;
-    acc[4 * j + 1] += hi;
-    acc[4 * j + 2] += lo;
-    acc[4 * j + 3] += hi;
+    uint32_t pair = 0;
+    if (at < end) pair = load_pair(bias, at >> 1);
+    float lo, hi;
+    unpack<kType>(pair, lo, hi);
+    v[4 * j] = acc[4 * j] + lo;
+    v[4 * j + 1] = acc[4 * j + 1] + hi;
+    v[4 * j + 2] = acc[4 * j + 2] + lo;
+    v[4 * j + 3] = acc[4 * j + 3] + hi;
   }
 }
 

@@ -66,6 +66,8 @@ NPT_DEVICE void init_barriers(const Barriers& b) {
   }
 }
 
+constexpr int kOutside = INT32_MAX / 2;  // a coordinate beyond every tensor: TMA reads nothing and writes zeros
+
 // Loads of one k-block. Its bytes per block of the cluster: stage_bytes(kBM, kBN, kind).
 template <class C>
 NPT_DEVICE void load_block(const Segment& seg, int kind, uint32_t a_dst, uint32_t b_dst, uint32_t bar, int k, int m, int n,
@@ -91,13 +93,13 @@ NPT_DEVICE void load_block(const Segment& seg, int kind, uint32_t a_dst, uint32_
   } else {
     // 64-column boxes, one per 8 KiB chunk; in a cluster each block fetches its half of the 64 rows of K.
     constexpr int kRows = kBlockK / C::kCluster;
-    const int chunks = (kind >= kLowFirst ? C::kBN / 2 : C::kBN) / kChunkCols;
+    const int chunks = (C::kDual && kind == kLowFirst ? C::kBN / 2 : C::kBN) / kChunkCols;
 #pragma unroll
     for (int c = 0; c < C::kBN / kChunkCols; ++c) {
       if (c < chunks) {
-        const int in_half = C::kDual ? c % 2 : c;
-        load_b(b_dst + c * kMnChunkBytes + rank * kRows * kRowBytes, &seg.b[C::kDual ? c / 2 : 0], n + in_half * kChunkCols,
-               k + int(rank) * kRows);
+        int x = n + (C::kDual ? c % 2 : c) * kChunkCols;
+        if (C::kDual && c < 2 && kind == kLowSecond) x = kOutside;  // zeros for the gate half
+        load_b(b_dst + c * kMnChunkBytes + rank * kRows * kRowBytes, &seg.b[C::kDual ? c / 2 : 0], x, k + int(rank) * kRows);
       }
     }
   }
@@ -152,7 +154,7 @@ struct LoopState {
 };
 
 // `blocks` k-blocks of one kind into acc[slab][0..kCols/2). Leaves the last k-block in flight.
-template <class C, int kCols, bool kMn, int kFirst>
+template <class C, int kCols, bool kMn>
 NPT_DEVICE void multiply(float (&acc)[C::kSlabs][C::kAccumulators], int blocks, LoopState& s, uint32_t base,
                          const Barriers& bars, uint32_t a_offset, uint32_t lane) {
   for (int i = 0; i < blocks; ++i) {
@@ -166,7 +168,7 @@ NPT_DEVICE void multiply(float (&acc)[C::kSlabs][C::kAccumulators], int blocks, 
 #pragma unroll
       for (int slab = 0; slab < C::kSlabs; ++slab) {
         // 64 rows of 128 bytes are 8192 bytes: 512 in descriptor units.
-        Wgmma<kCols, C::kType, 0, kMn ? 1 : 0>::mma(acc[slab] + kFirst, a + slab * 512 + k * descriptor_step(false),
+        Wgmma<kCols, C::kType, 0, kMn ? 1 : 0>::mma(acc[slab], a + slab * 512 + k * descriptor_step(false),
                                                     b + k * descriptor_step(kMn), k == 0 ? s.accumulate : 1);
       }
     }
@@ -186,20 +188,28 @@ NPT_DEVICE void multiply_tile(float (&acc)[C::kSlabs][C::kAccumulators], const S
   s.held = -1;
   s.accumulate = 0;
   if constexpr (C::kMnMajor) {  // the same instruction: one loop, fewer registers (two made ptxas serialise one instance)
-    multiply<C, C::kBN, true, 0>(acc, p.kind_blocks[kMain] + p.kind_blocks[kLow], s, base, bars, a_offset, lane);
+    multiply<C, C::kBN, true>(acc, p.main_blocks + p.low_blocks, s, base, bars, a_offset, lane);
   } else {
-    multiply<C, C::kBN, false, 0>(acc, p.kind_blocks[kMain], s, base, bars, a_offset, lane);
-    multiply<C, C::kBN, true, 0>(acc, p.kind_blocks[kLow], s, base, bars, a_offset, lane);
+    multiply<C, C::kBN, false>(acc, p.main_blocks, s, base, bars, a_offset, lane);
+    multiply<C, C::kBN, true>(acc, p.low_blocks, s, base, bars, a_offset, lane);
   }
-  if constexpr (C::kDual) {
-    multiply<C, C::kBN / 2, true, 0>(acc, p.kind_blocks[kLowFirst], s, base, bars, a_offset, lane);
-    multiply<C, C::kBN / 2, true, C::kAccumulators / 2>(acc, p.kind_blocks[kLowSecond], s, base, bars, a_offset, lane);
+  if constexpr (C::kDual) multiply<C, C::kBN / 2, true>(acc, p.first_blocks, s, base, bars, a_offset, lane);
+}
+
+// Tells the compiler that every accumulator changes here, so nothing that reads one moves above a wgmma wait.
+template <class C>
+NPT_DEVICE void pin(float (&acc)[C::kSlabs][C::kAccumulators]) {
+#pragma unroll
+  for (int slab = 0; slab < C::kSlabs; ++slab) {
+#pragma unroll
+    for (int i = 0; i < C::kAccumulators; ++i) asm volatile("" : "+f"(acc[slab][i])::"memory");
   }
 }
 
 template <class C>
-NPT_DEVICE void finish_tile(LoopState& s, const Barriers& bars, uint32_t lane) {
+NPT_DEVICE void finish_tile(float (&acc)[C::kSlabs][C::kAccumulators], LoopState& s, const Barriers& bars, uint32_t lane) {
   wgmma_wait<0>();
+  pin<C>(acc);
   release<C>(bars, s.held, lane);  // [P7]
 }
 

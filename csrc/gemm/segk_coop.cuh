@@ -52,35 +52,34 @@ __global__ void __launch_bounds__(384, 1) segk_coop(const __grid_constant__ Segk
     const int tiles = p.tiles_m * p.tiles_n;
     for (int tile = blockIdx.x / C::kCluster; tile < tiles; tile += gridDim.x / C::kCluster) {
       multiply_tile<C>(acc, p, loop, base, bars, a_offset, lane);
-      finish_tile<C>(loop, bars, lane);
+      finish_tile<C>(acc, loop, bars, lane);
 
       const TileCoord c = tile_coord(tile, p.tiles_m, p.tiles_n, p.group_m);
       const int column = tile_column<C>(c.n);
       const CoopEpilogue<C> out{p, base + C::kStages * C::kStageBytes + consumer * 16384u, 1 + consumer, thread,
                                 thread / 32, lane, (c.m * C::kCluster + int(rank)) * C::kBM + consumer * 64};
-      float* const v = acc[0];
       if constexpr (kEpilogue == Epilogue::kDual) {
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
-          float* const gate = v + chunk * 32;
-          float* const up = v + 64 + chunk * 32;
+          // No bias here: with the half segments' loops it left ptxas too few registers (C7511). The host passes a bias as
+          // one more low-rank segment, ones [T, 8] times [bias; 0].
+          float* const gate = acc[0] + chunk * 32;
+          const float* const up = acc[0] + 64 + chunk * 32;
           const int at = column + chunk * kChunkCols;
-          add_bias<C::kType>(gate, p.bias[0], at, p.cols, lane);
-          add_bias<C::kType>(up, p.bias[1], at, p.cols, lane);
           if (p.store_pre) {
             out.store(&p.out[1], gate, 3 * chunk, at);
             out.store(&p.out[2], up, 3 * chunk + 1, at);
           }
 #pragma unroll
           for (int i = 0; i < 32; ++i) gate[i] = act_forward(gate[i], p.act_a, p.act_b) * up[i];
-          out.store(&p.out[0], gate, p.store_pre ? 3 * chunk + 2 : chunk, at);
+          out.store(&p.out[0], gate, chunk, at);  // or 3·chunk + 2 after the two above: the same parity
         }
       } else {
 #pragma unroll
         for (int chunk = 0; chunk < C::kBN / kChunkCols; ++chunk) {
-          float* const y = v + chunk * 32;
+          float y[32];
           const int at = column + chunk * kChunkCols;
-          add_bias<C::kType>(y, p.bias[0], at, p.cols, lane);
+          add_bias<C::kType>(y, acc[0] + chunk * 32, p.bias, at, p.cols, lane);
           if constexpr (kEpilogue == Epilogue::kAct) {
             if (p.store_pre) out.store(&p.out[1], y, 2 * chunk, at);
 #pragma unroll

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(384, 1) segk_pingpong(const __grid_constant__ 
     const int consumer = group - 1, thread = threadIdx.x % 128, lane = thread % 32;
     const int tiles = p.tiles_m * p.tiles_n, stride = gridDim.x / C::kCluster;
     const int tile_blocks =
-        p.kind_blocks[kMain] + p.kind_blocks[kLow];  // what the other warpgroup takes from the ring per tile
+        p.main_blocks + p.low_blocks;  // what the other warpgroup takes from the ring per tile
     const PingPongEpilogue<C> out{p, base + C::kStages * C::kStageBytes + consumer * 32768u,
                                   bars.epilogue + 16 * consumer, consumer, thread, thread / 32, lane};
     LoopState loop{ring_advance({0, 0}, consumer * tile_blocks, C::kStages), -1, 0};
@@ -117,24 +117,24 @@ __global__ void __launch_bounds__(384, 1) segk_pingpong(const __grid_constant__ 
       barrier_wait(bars.order + 8 * consumer, (turn & 1u) ^ (consumer == 0 ? 1u : 0u));  // [O1]
       multiply_tile<C>(acc, p, loop, base, bars, 0, lane);
       if (lane == 0) barrier_arrive(bars.order + 8 * (1 - consumer));  // [O2]
-      finish_tile<C>(loop, bars, lane);
+      finish_tile<C>(acc, loop, bars, lane);
       loop.at = ring_advance(loop.at, tile_blocks, C::kStages);
 
 #pragma unroll
       for (int j = 0; j < kParts; ++j) {
         const int slab = j / kChunks, chunk = j % kChunks;
         const int at_row = row + slab * 64, at = column + chunk * kChunkCols;
-        float* const y = acc[slab] + chunk * 32;
+        const float* const part = acc[slab] + chunk * 32;
         if constexpr (kBackward) {
           barrier_wait(out.barriers + 8 * (j & 1), (turn + uint32_t(j / 2)) & 1u);  // [E3] kParts/2 uses a tile, odd
-          out.template backward<kInputs>(y, j);
+          out.template backward<kInputs>(part, j);
           fence_async_proxy();
           out.sync();
           if (thread == 0) {
             if (at_row < p.rows && at < p.cols) {
 #pragma unroll
               for (int i = 0; i < kInputs; ++i) {
-                tma_store(&p.out[i], out.buffers + (j & 1) * 16384 + i * 8192, at, at_row);
+                if (kInputs == 1 || (p.wanted >> i & 1)) tma_store(&p.out[i], out.buffers + (j & 1) * 16384 + i * 8192, at, at_row);
               }
             }
             store_commit();
@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(384, 1) segk_pingpong(const __grid_constant__ 
             }
           }
         } else {
-          add_bias<C::kType>(y, p.bias[0], at, p.cols, lane);
+          float y[32];
+          add_bias<C::kType>(y, part, p.bias, at, p.cols, lane);
           if constexpr (kEpilogue == Epilogue::kAct) {
             if (p.store_pre) out.store(&p.out[1], y, 2 * j, at_row, at);
 #pragma unroll
