@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "common/ptx.cuh"
+#include "common/layout.h"
 #include "gemm/segk_params.h"
 
 namespace npt {

@@ -313,7 +313,7 @@ class Search:
             case ("drop", cta, stage):
                 return (*state[1:4], holds - {(cta, stage, process)}, stores)
             case ("wait_read", allowed):
-                older = stores[: len(stores) - allowed] if allowed else stores
+                older = stores[: max(0, len(stores) - allowed)]
                 return state[1:] if all(s[2] for s in older) else None
             case ("write", buffer, leader, tag):
                 if any(s[0] == (0, buffer) and not s[2] for s in stores):

@@ -14,6 +14,8 @@
 
 namespace npt {
 
+enum class Dtype : int { kBf16 = 0, kF16 = 1 };
+
 constexpr int kBlockK = 64;            // elements of K per stage: 128 bytes of a 16-bit type, one swizzle row
 constexpr int kRowBytes = 128;         // bytes of one swizzled row
 constexpr int kChunkCols = 64;         // columns of one TMA box along a contiguous dimension

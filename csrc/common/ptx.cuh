@@ -10,8 +10,6 @@
 
 namespace npt {
 
-enum class Dtype : int { kBf16 = 0, kF16 = 1 };
-
 NPT_DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // ------------------------------------------------------------------------------------------------ mbarrier

@@ -11,7 +11,7 @@
 #include <string>
 #include <unordered_map>
 
-#include "ptx.cuh"
+#include "layout.h"
 
 namespace npt {
 
