@@ -52,6 +52,9 @@ NPT_DEVICE uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// Index of this thread's warpgroup. Through a shuffle, so that ptxas knows it to be the same in the whole warp and keeps ring
+// positions and descriptors in uniform registers.
+NPT_DEVICE int warpgroup() { return __shfl_sync(0xFFFFFFFFu, int(threadIdx.x / 128), 0); }
 // Not .aligned: the producer's single thread arrives from a divergent branch.
 NPT_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");

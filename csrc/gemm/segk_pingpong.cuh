@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(384, 1) segk_pingpong(const __grid_constant__ 
   const uint32_t rank = C::kCluster > 1 ? cluster_rank() : 0;
   init_barriers<C>(bars);
 
-  const int group = threadIdx.x / 128;
+  const int group = warpgroup();
   if (group == 0) {
     registers_shrink<40>();
     if (threadIdx.x == 0) produce<C>(p, base, bars, rank);

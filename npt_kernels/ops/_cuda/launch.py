@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 FUSED_ACTIVATIONS = {
     "silu": (1.0, 0.0),
     "quick_gelu": (1.702, 0.0),
-    "gelu_tanh": (1.5957691216057308, 0.07135481282805222),  # 2·√(2/π) and that times 0.044715
+    "gelu_tanh": (2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715),
 }
 
 
