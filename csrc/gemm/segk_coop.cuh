@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(384, 1) segk_coop(const __grid_constant__ Segk
   const uint32_t rank = C::kCluster > 1 ? cluster_rank() : 0;
   init_barriers<C>(bars);
 
-  const int group = warpgroup();
+  const int group = threadIdx.x / 128;  // not warpgroup(): that costs the dual MN-major instance its registers (C7511)
   if (group == 0) {
     registers_shrink<40>();
     if (threadIdx.x == 0) produce<C>(p, base, bars, rank);
