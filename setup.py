@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
-import build_cuda  # noqa: E402
+import build_cuda
 
 
 class BuildCuda(build_ext):

@@ -1,6 +1,6 @@
 """Builds ``npt_kernels/_cuda*.so`` from ``csrc/`` with nvcc and ninja. Standard library only: it runs in an isolated build.
 
-``setup.py`` calls :func:`build`; ``python tools/build_cuda.py`` does the same by hand, and ``compile`` is what ninja runs for each
+``setup.py`` calls :func:`build`; ``python tools/build_cuda.py`` does the same by hand. ``compile`` is what ninja runs for each
 source: nvcc, then a refusal if ptxas reported a C75xx diagnostic, a spill or a stack frame (each costs far more than it
 looks: a serialised wgmma pipeline, or local memory inside the K loop).
 """

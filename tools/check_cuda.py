@@ -82,7 +82,11 @@ def run_tool(*arguments: str) -> str:
     tools = {str(Path(find_tool(n)).parent) for n in ("cuobjdump", "nvdisasm")}
     path = os.pathsep.join([*tools, os.environ.get("PATH", "")])
     done = subprocess.run(
-        [find_tool("cuobjdump"), *arguments], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+        [find_tool("cuobjdump"), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": path},
     )
     return done.stdout
 
@@ -116,7 +120,12 @@ def identify(name: str) -> dict[str, Any] | None:
     ints = [int(v) for v in re.findall(r"Li(\d+)E", name)]
     flags = [int(v) for v in re.findall(r"Lb([01])E", name)]
     dtype, epilogue = (int(v) for v in re.findall(r"E(\d)E", name[name.index("Dtype") :])[:2])
-    kernel: dict[str, Any] = {"family": family.group(1), "dtype": dtype, "epilogue": epilogue, "mn_major": bool(flags[0])}
+    kernel: dict[str, Any] = {
+        "family": family.group(1),
+        "dtype": dtype,
+        "epilogue": epilogue,
+        "mn_major": bool(flags[0]),
+    }
     if family.group(1) == "decode":
         return kernel | {"block_m": ints[0], "block_n": 64, "cluster": 1}
     return kernel | {"block_m": ints[0], "block_n": ints[1], "stages": ints[2], "cluster": ints[3]}
@@ -209,7 +218,9 @@ def main() -> int:
         ))  # fmt: skip
         findings += [f"{key}: {b}" for b in bad]
     findings += [f"{key}: not found in the binary" for key in set(smem) - met]
-    print(f"{'family':<9}{'epilogue':<10}{'type':<6}{'W':<4}{'cl':<4}{'tile':<9}{'regs':<6}{'smem':<8}{'HGMMA per loop':<34}result")
+    print(
+        f"{'family':<9}{'epilogue':<10}{'type':<6}{'W':<4}{'cl':<4}{'tile':<9}{'regs':<6}{'smem':<8}{'HGMMA per loop':<34}result"
+    )
     for row in sorted(rows, key=str):
         print("{:<9}{:<10}{:<6}{:<4}{:<4}{:<9}{:<6}{:<8}{:<34}{}".format(*map(str, row)))
     print(f"{len(rows)} kernels, {len(findings)} findings")

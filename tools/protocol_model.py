@@ -70,7 +70,7 @@ class Machine:
     exits: dict[int, int] = field(default_factory=dict)  # process -> block, to find accesses to a block that has left
 
 
-def ring_machine(sc: Scenario, fault: Faults = Faults()) -> Machine:  # noqa: B008
+def ring_machine(sc: Scenario, fault: Faults = Faults()) -> Machine:
     """Producers and consumer warpgroups of one cluster."""
     m = Machine()
     readers = 1 if sc.pingpong else sc.consumers
@@ -107,7 +107,9 @@ def ring_machine(sc: Scenario, fault: Faults = Faults()) -> Machine:  # noqa: B0
                     (other, stage, (cta, tile, block), b_share + (A_BYTES if other == cta else 0)) for other in peers
                 )
                 wait = ("empty", cta, stage) if fault.wait_for_empty else None
-                producer.append(("produce", wait, (use & 1) ^ fault.producer_phase, ("full", cta, stage), expected, loads))
+                producer.append(
+                    ("produce", wait, (use & 1) ^ fault.producer_phase, ("full", cta, stage), expected, loads)
+                )
         m.exits[len(m.programs)] = cta
         m.programs.append(producer)
 
@@ -243,9 +245,13 @@ class Search:
         phase, left, bytes_ = barriers[index]
         left, bytes_ = left - pending, bytes_ + tx
         if left < 0:
-            raise Violation(f"barrier {list(self.machine.counts)[index]} gets more arrivals than its count in one phase")
+            raise Violation(
+                f"barrier {list(self.machine.counts)[index]} gets more arrivals than its count in one phase"
+            )
         # Phases are kept modulo 4: parity waits and the check below see no more.
-        barriers[index] = ((phase + 1) % 4, self.counts[index], 0) if left == 0 and bytes_ == 0 else (phase, left, bytes_)
+        barriers[index] = (
+            ((phase + 1) % 4, self.counts[index], 0) if left == 0 and bytes_ == 0 else (phase, left, bytes_)
+        )
 
     def _passed(self, state: tuple, name: object, parity: int) -> bool:
         return (state[1][self.barriers[name]][0] & 1) != parity
@@ -308,7 +314,9 @@ class Search:
                 parts = {c[2] for c in contents if c[0] == cta and c[1] == stage}
                 producers = {p for p, prog in enumerate(self.machine.programs) if prog and prog[0][0] == "produce"}
                 if found != {(tile, block)} or len(parts) != len(producers):
-                    raise Violation(f"tile {tile} k-block {block} of block {cta} reads {sorted(found)} from stage {stage}")
+                    raise Violation(
+                        f"tile {tile} k-block {block} of block {cta} reads {sorted(found)} from stage {stage}"
+                    )
                 return (*state[1:4], holds | {(cta, stage, process)}, stores)
             case ("drop", cta, stage):
                 return (*state[1:4], holds - {(cta, stage, process)}, stores)
@@ -365,19 +373,25 @@ F3, F4 = (FULL, FULL, FULL), (FULL,) * 4
 #: What `python tools/protocol_model.py` and the tests check: name → machine.
 CASES: dict[str, Callable[[], Machine]] = {
     "coop, 2 stages, 2 warpgroups, ragged segment": lambda: ring_machine(Scenario()),
-    "coop, 3 stages, tile shorter than the ring": lambda: ring_machine(Scenario(stages=3, tiles=((FULL,), (FULL, HALF), (FULL,)))),
+    "coop, 3 stages, tile shorter than the ring": lambda: ring_machine(
+        Scenario(stages=3, tiles=((FULL,), (FULL, HALF), (FULL,)))
+    ),
     "coop, 3 stages, 4 k-blocks": lambda: ring_machine(Scenario(stages=3, tiles=(F4, F4))),
     "decode, 1 warpgroup": lambda: ring_machine(Scenario(stages=3, consumers=1, tiles=(F4, F3, F4))),
     "coop, cluster of 2, 1 warpgroup each": lambda: ring_machine(
         Scenario(cluster=2, consumers=1, tiles=((FULL, FULL, HALF), (FULL, HALF)))
     ),
-    "coop, cluster of 2, 2 warpgroups each": lambda: ring_machine(Scenario(cluster=2, consumers=2, tiles=((FULL, FULL, HALF),))),
+    "coop, cluster of 2, 2 warpgroups each": lambda: ring_machine(
+        Scenario(cluster=2, consumers=2, tiles=((FULL, FULL, HALF),))
+    ),
     "ping-pong, 2 stages, odd tiles": lambda: ring_machine(Scenario(pingpong=True, tiles=(F3, F3, F3))),
     "ping-pong, 3 stages, tile shorter than the ring": lambda: ring_machine(
         Scenario(stages=3, pingpong=True, tiles=((FULL,),) * 5)
     ),
     "ping-pong, 2 stages, even tiles": lambda: ring_machine(Scenario(pingpong=True, tiles=((FULL, FULL),) * 4)),
-    "ping-pong, cluster of 2": lambda: ring_machine(Scenario(cluster=2, pingpong=True, tiles=((FULL, FULL, FULL), (FULL,) * 3))),
+    "ping-pong, cluster of 2": lambda: ring_machine(
+        Scenario(cluster=2, pingpong=True, tiles=((FULL, FULL, FULL), (FULL,) * 3))
+    ),
     "epilogue stores, 2 buffers": lambda: store_machine(2),
     "epilogue stores, 4 buffers": lambda: store_machine(4, stores=9),
     "backward epilogue, 6 parts, 2 tiles": lambda: fetch_machine(),

@@ -46,7 +46,9 @@ def twice(got: Tensor, plain: Tensor, truth: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mn", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("cols", "depth", "rank"), [(768, 768, 8), (264, 72, 40), (4096, 4096, 64), (1600, 6400, 1024)])
+@pytest.mark.parametrize(
+    ("cols", "depth", "rank"), [(768, 768, 8), (264, 72, 40), (4096, 4096, 64), (1600, 6400, 1024)]
+)
 def test_store(dtype: torch.dtype, mn: bool, rows: int, cols: int, depth: int, rank: int) -> None:
     for make in (ternary, randn):
         x, w = make(rows, depth, dtype=dtype), weight(cols, depth, mn, lambda *s, m=make: m(*s, dtype=dtype))
@@ -64,7 +66,9 @@ def test_store(dtype: torch.dtype, mn: bool, rows: int, cols: int, depth: int, r
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("kinds", [(), (LOW,), (LOW_FIRST,), (LOW_SECOND,), (LOW_SECOND, LOW_FIRST), (LOW, LOW_SECOND, LOW_FIRST)])
+@pytest.mark.parametrize(
+    "kinds", [(), (LOW,), (LOW_FIRST,), (LOW_SECOND,), (LOW_SECOND, LOW_FIRST), (LOW, LOW_SECOND, LOW_FIRST)]
+)
 def test_dual_is_exact_on_integers(dtype: torch.dtype, rows: int, kinds: tuple[int, ...]) -> None:
     d, f, rank = 328, 456, 72
     for mn in (False, True):
@@ -143,5 +147,7 @@ def test_factored_linear_backward(rule: str) -> None:
         p = factored_eager.forward(x, z, w, key, value, None, rule, 1, 1.0)[1]
         args = (dy, x, z, w, key, value, p, rule, 1, 1.0, chosen)
         high = tuple(t.double() if isinstance(t, Tensor) else t for t in args)
-        for g, plain, truth in zip(factored_cuda.backward(*args), factored_eager.backward(*args), factored_eager.backward(*high), strict=True):
+        for g, plain, truth in zip(
+            factored_cuda.backward(*args), factored_eager.backward(*args), factored_eager.backward(*high), strict=True
+        ):
             twice(g, plain, truth)

@@ -277,7 +277,19 @@ def _check_mlp(rule: str, targets: str, act: str, gated: bool, bias: bool, conv1
 def test_unfused_activation_and_rank_fall_back_and_say_so(on_cpu: None) -> None:
     t, d, f, total = 4, 16, 24, 8
     pairs = [None, rand(total, f), None, rand(total, f), None, None]
-    common = (rand(t, d), rand(t, d), None, rand(f, d), rand(f, d), rand(d, f), None, None, None, rand(d, total), *pairs)
+    common = (
+        rand(t, d),
+        rand(t, d),
+        None,
+        rand(f, d),
+        rand(f, d),
+        rand(d, f),
+        None,
+        None,
+        None,
+        rand(d, total),
+        *pairs,
+    )
     with pytest.warns(UserWarning, match="relu"):
         got = mlp_cuda.forward(*common, "relu", "self_key", 1, 1.0, False)
     compare(got[:1], mlp_eager.forward(*common, "relu", "self_key", 1, 1.0, False)[:1])

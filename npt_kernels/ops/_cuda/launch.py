@@ -1,4 +1,4 @@
-"""Tensors → launches: layouts, alignment, segments. The rules that TMA imposes are checked here and again in csrc/dispatch.cpp."""
+"""Tensors → launches: layouts, alignment, segments. TMA's rules are checked here and again in csrc/dispatch.cpp."""
 
 from __future__ import annotations
 
