@@ -10,7 +10,7 @@ ARGS   ?=
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint check-cuda format clean distclean
+.PHONY: help train test lint format check-triton check-cuda gpu-check clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -34,6 +34,12 @@ check-cuda: $(VENV)/.cuda ## Build every CUDA kernel and check its machine code 
 format: $(VENV)/.dev ## Rewrite files in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+check-triton: $(VENV)/.dev ## Compile every Triton kernel for sm_80, sm_90, sm_100 (no GPU needed)
+	$(BIN)/python tools/check_triton.py
+
+gpu-check: $(VENV)/.dev ## Numerics and timings of every backend on a GPU (ARGS="--device cpu --small": dry run)
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean: ## Remove caches and builds (keeps .venv, runs and downloads)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Per-token dynamic weights for transformers: the rank-1 (rank-k) weight change rides inside the matmul, never materialised.
 
 Ops: :func:`npt_linear`, :func:`npt_factored_linear`, :func:`npt_gated_mlp`, :func:`npt_mlp`. Models: :func:`apply_npt` and
-friends. Importing this package never initialises CUDA; model code loads at first use.
+friends. Importing this package imports nothing heavy and never initialises CUDA.
 """
 
 from __future__ import annotations
@@ -10,24 +10,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .backends import BackendUnavailableError, available_backends
-from .functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
 
 if TYPE_CHECKING:
+    from .backends import BackendUnavailableError, available_backends, explain
     from .config import NPTConfig
+    from .functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
     from .models.checkpoints import load_npt, save_npt
     from .models.patching import ApplyReport, apply_npt, npt_disabled, npt_parameters, remove_npt
     from .nn import AdapterTensors, NPComponent
 
-
+#: Everything loads at first use, torch included, so that ``npt --help`` answers at once.
 _LAZY = {
     "AdapterTensors": ".nn",
     "ApplyReport": ".models.patching",
+    "BackendUnavailableError": ".backends",
     "NPComponent": ".nn",
     "NPTConfig": ".config",
     "apply_npt": ".models.patching",
+    "available_backends": ".backends",
+    "explain": ".backends",
     "load_npt": ".models.checkpoints",
     "npt_disabled": ".models.patching",
+    "npt_factored_linear": ".functional",
+    "npt_gated_mlp": ".functional",
+    "npt_linear": ".functional",
+    "npt_mlp": ".functional",
     "npt_parameters": ".models.patching",
     "remove_npt": ".models.patching",
     "save_npt": ".models.checkpoints",
@@ -42,6 +49,7 @@ __all__ = [
     "__version__",
     "apply_npt",
     "available_backends",
+    "explain",
     "load_npt",
     "npt_disabled",
     "npt_factored_linear",

@@ -13,6 +13,8 @@ __all__ = ["autocast_dtype", "check_shape", "check_tensors", "flatten_tokens"]
 def check_tensors(op: str, tensors: Sequence[tuple[str, object]], reference: Tensor) -> None:
     """All present tensors are floating, on one device, of one dtype (that of ``x``)."""
     device, dtype = reference.device, reference.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"{op}: x must be floating point, got {dtype}")
     for name, tensor in tensors:
         if tensor is None:
             continue
@@ -27,8 +29,6 @@ def check_tensors(op: str, tensors: Sequence[tuple[str, object]], reference: Ten
             )
         if tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {device}; use {name}.to('{device}')")
-    if not dtype.is_floating_point:
-        raise TypeError(f"{op}: x must be floating point, got {dtype}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | torch.SymInt, ...], meaning: str) -> None:

@@ -75,7 +75,7 @@ def get_activation(name: str) -> Activation:
 
 def identify_activation(module: Callable[[Tensor], Tensor]) -> str | None:
     """Name of the activation that a module computes, found by running it on a grid; ``None`` if it is none of ours."""
-    grid = torch.linspace(-6.0, 6.0, 193)
+    grid = torch.linspace(-24.0, 24.0, 385)  # wide enough to tell relu6 and clipped gelus from the plain ones
     with torch.no_grad():
         try:
             expected = module(grid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -32,6 +32,8 @@ class NPTConfig:
         init: ``"auto"`` (closed form if a calibration is given and the rule has one, else small), ``"closed_form"``,
             ``"small"`` (ΔW = 0 at the start), ``"published"`` (small Gaussians on every factor, as earlier recipes).
         basis: Directions the closed form keeps: ``"fisher"`` (weighted by what the loss feels) or ``"pca"``.
+        refit: Closed form: fit each layer on the converted model's own stream, so that it also mends the drift of the layers
+            below (``calibration/sequential.py``).
         norm_match: Divide by the norm of h + a instead of that of h. ``None``: on for ``self_key``, off for other rules.
         modulation_scale: Scale of the ``diagonal`` rule.
         seed: Seed of the random initialisations.
@@ -47,6 +49,7 @@ class NPTConfig:
     targets: Sequence[str] = ("gate", "up", "down")
     init: str = "auto"
     basis: str = "fisher"
+    refit: bool = True
     norm_match: bool | None = None
     modulation_scale: float = 1.0
     seed: int = 0
@@ -59,15 +62,37 @@ class NPTConfig:
             raise ValueError(f"num_ranks={self.num_ranks!r} must be a whole number ≥ 1")
         if isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(t.strip() for t in self.targets.split(",") if t.strip()))
-        object.__setattr__(self, "targets", tuple(self.targets))
+        try:
+            object.__setattr__(self, "targets", tuple(self.targets))
+        except TypeError:
+            raise ValueError(
+                f"targets={self.targets!r} must be a list of names: gate, up, down (GPT-2: c_fc, c_proj)"
+            ) from None
+        for target in self.targets:
+            if not isinstance(target, str):
+                raise ValueError(
+                    f"targets contains {target!r}; names are strings: gate, up, down (GPT-2: c_fc, c_proj)"
+                )
         if not self.targets:
             raise ValueError("targets is empty; name at least one of gate, up, down (GPT-2: c_fc, c_proj)")
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets={list(self.targets)} names one target twice")
         parse_rank(self.rank)
         if not isinstance(self.layers, str):
+            if not isinstance(self.layers, Iterable):
+                raise ValueError(
+                    f"layers={self.layers!r} is not understood; one layer is written as a list: [{self.layers!r}]"
+                )
             object.__setattr__(self, "layers", list(self.layers))
         resolve_layers(self.layers, None)
+        if not isinstance(self.refit, bool):
+            raise ValueError(f"refit={self.refit!r} must be True or False")
+        if not isinstance(self.norm_match, bool | None):
+            raise ValueError(f"norm_match={self.norm_match!r} must be True, False or None (on for self_key)")
+        if isinstance(self.modulation_scale, bool) or not isinstance(self.modulation_scale, int | float):
+            raise ValueError(f"modulation_scale={self.modulation_scale!r} must be a number")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} must be a whole number")
         if self.init == "closed_form" and self.rule != "self_key":
             raise ValueError(
                 f"init='closed_form' exists for rule='self_key' only, not for rule={self.rule!r}; use init='small'"
@@ -126,6 +151,8 @@ def parse_rank(rank: int | float | str | Sequence[int]) -> tuple[str, Any]:
         if not 0 < rank <= 1:
             raise ValueError(message)
         return "fraction", rank
+    if not isinstance(rank, Iterable):
+        raise ValueError(message)
     ranks = list(rank)
     if not ranks or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
         raise ValueError(message)

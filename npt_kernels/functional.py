@@ -134,11 +134,13 @@ def npt_factored_linear(
     x, z, weight, w_a_up, w_b_up, bias = _cast(x, z, weight, w_a_up, w_b_up, bias)  # type: ignore[assignment]
     check_tensors(op, (("z", z), ("weight", weight), ("w_a_up", w_a_up), ("w_b_up", w_b_up), ("bias", bias)), x)
     leading, d_in, d_out = _check_linear(op, x, weight, bias)
-    total_rank = z.shape[-1] if z.dim() else 0
+    z = flatten_tokens(op, "z", z, leading, 1, "[..., R]")
+    total_rank = z.shape[-1]
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"{op}: scale={scale!r} must be a number")
     _check_num_ranks(op, num_ranks, total_rank)
     _check_adapter(op, "w_a_up", "w_b_up", w_a_up, w_b_up, rule_, total_rank, d_in, d_out)
     flat = flatten_tokens(op, "x", x, leading, 1, "[..., in]")
-    z = flatten_tokens(op, "z", z, leading, 1, "[..., R]")
     chosen = resolve_backend("factored_linear", backend, x.device, x.dtype)
     y = factored_linear(flat, z, weight, w_a_up, w_b_up, bias, rule, num_ranks, float(scale), chosen)[0]
     return y if len(leading) == 1 else y.reshape(*leading, d_out)
@@ -169,8 +171,8 @@ def npt_gated_mlp(
         gate_proj, up_proj: ``[f, d]``.
         down_proj: ``[d, f]``.
         adapter: An :class:`~npt_kernels.NPComponent`, or its tensors: :class:`~npt_kernels.nn.AdapterTensors` or a mapping
-            with keys ``w_down`` ``[d_a, R]``, ``w_a_up`` and ``w_b_up`` (each a mapping ``gate``/``up``/``down`` → tensor) and
-            optionally ``rule``, ``num_ranks``, ``scale``.
+            with keys ``w_down`` ``[d_a, R]``, ``w_a_up`` and ``w_b_up`` (each a mapping ``gate``/``up``/``down`` → tensor, or
+            flat as in ``state_dict()``: ``w_b_up.gate``) and optionally ``rule``, ``num_ranks``, ``scale``.
         act: Name of the activation, as in transformers (``silu``, ``gelu``, ``gelu_new``, ``relu``, ...).
         key_scale: ``[...]``: 1/ρ_T per token, multiplies ``z`` for gate and up (norm matching); ``None`` is 1.
         gate_bias, up_bias, down_bias: ``[f]``, ``[f]``, ``[d]`` or ``None``.
@@ -247,6 +249,7 @@ def _mlp(
     from .nn import as_adapter_tensors
 
     get_activation(act)
+    bias_names = ("gate_bias", "up_bias", "down_bias") if weight_names[0] else ("", "c_fc_bias", "c_proj_bias")
     _require_tensors(op, x=x, a=a, **{weight_names[1]: up_weight, weight_names[2]: down_weight})
     if weight_names[0]:
         _require_tensors(op, **{weight_names[0]: gate_weight})
@@ -261,23 +264,24 @@ def _mlp(
     x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down = cast[:10]
     keys, values = cast[10:13], cast[13:]
     names = (
-        *weight_names, *(f"{n} bias" for n in weight_names), "a", "key_scale", "w_down",
+        *weight_names, *bias_names, "a", "key_scale", "w_down",
         *(f"w_a_up[{t}]" for t in targets), *(f"w_b_up[{t}]" for t in targets),
     )  # fmt: skip
     tensors = (
         gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, a, key_scale, w_down, *keys, *values
     )  # fmt: skip
     check_tensors(op, tuple(zip(names, tensors, strict=True)), x)
-    leading, d, f = _check_linear(op, x, up_weight, up_bias, weight_names[1])
+    leading, d, f = _check_linear(op, x, up_weight, up_bias, weight_names[1], bias_names[1])
     if gate_weight is not None:
         check_shape(op, weight_names[0], gate_weight, (f, d), "[f, d]")
     if gate_bias is not None:
-        check_shape(op, f"{weight_names[0]} bias", gate_bias, (f,), "[f]")
+        check_shape(op, bias_names[0], gate_bias, (f,), "[f]")
     d_out = down_weight.shape[0] if down_weight.dim() else 0
     check_shape(op, weight_names[2], down_weight, (d_out, f), "[d_out, f]")
     if down_bias is not None:
-        check_shape(op, f"{weight_names[2]} bias", down_bias, (d_out,), "[d_out]")
+        check_shape(op, bias_names[2], down_bias, (d_out,), "[d_out]")
     rule = get_rule(adapter.rule)
+    a_flat = flatten_tokens(op, "a", a, leading, 1, "[..., d_a]")
     if w_down.dim() != 2 or w_down.shape[0] != a.shape[-1]:
         raise ValueError(f"{op}: w_down has shape {list(w_down.shape)}, expected [d_a, R] = [{a.shape[-1]}, R]")
     total_rank = w_down.shape[1]
@@ -288,14 +292,13 @@ def _mlp(
         elif key is not None:
             raise ValueError(f"{op}: w_a_up[{target}] is given without w_b_up[{target}]; give both or neither")
     flat = flatten_tokens(op, "x", x, leading, 1, "[..., d]")
-    a = flatten_tokens(op, "a", a, leading, 1, "[..., d_a]")
     if key_scale is not None:
         if key_scale.shape != leading:
             raise ValueError(f"{op}: key_scale has shape {list(key_scale.shape)}, expected [...] = {list(leading)}")
         key_scale = key_scale.reshape(-1)
-    chosen = resolve_backend("mlp", backend, x.device, x.dtype)
+    chosen = resolve_backend("mlp", backend, x.device, x.dtype, act=act)
     out = mlp(
-        flat, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down,
+        flat, a_flat, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down,
         keys[0], values[0], keys[1], values[1], keys[2], values[2],
         act, adapter.rule, adapter.num_ranks, adapter.scale, torch.is_grad_enabled(), chosen,
     )[0]  # fmt: skip
@@ -309,7 +312,7 @@ def _require_tensors(op: str, **tensors: object) -> None:
 
 
 def _check_linear(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "weight"
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "weight", bias_name: str = "bias"
 ) -> tuple[torch.Size, int, int]:
     """Shapes of x, weight and bias; returns (leading dims, in, out)."""
     if weight.dim() != 2:
@@ -321,12 +324,12 @@ def _check_linear(
             + (" (GPT-2's Conv1D stores [in, out]: pass weight.t())" if x.dim() and x.shape[-1] == d_out else "")
         )
     if bias is not None:
-        check_shape(op, "bias" if name == "weight" else f"{name} bias", bias, (d_out,), "[out]")
+        check_shape(op, bias_name, bias, (d_out,), "[out]")
     return x.shape[:-1], d_in, d_out
 
 
 def _check_num_ranks(op: str, num_ranks: int, total_rank: int) -> None:
-    if not isinstance(num_ranks, int) or num_ranks < 1 or total_rank % num_ranks:
+    if not isinstance(num_ranks, int) or isinstance(num_ranks, bool) or num_ranks < 1 or total_rank % num_ranks:
         raise ValueError(f"{op}: num_ranks={num_ranks!r} must be a positive whole number that divides R = {total_rank}")
 
 

@@ -67,8 +67,14 @@ class NPComponent(nn.Module):
         for name, value in (("hidden_size", hidden_size), ("rank", rank), ("num_ranks", num_ranks)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"NPComponent: {name}={value!r} must be a positive whole number")
+        if not isinstance(targets, Mapping):
+            raise TypeError(
+                f"NPComponent: targets={targets!r} must map a name to (in, out), such as {{'down': (512, 128)}}"
+            )
         if not targets:
             raise ValueError("NPComponent: targets is empty; name at least one, such as 'down'")
+        if not isinstance(scale, int | float):
+            raise TypeError(f"NPComponent: scale={scale!r} must be a number")
         self.rule_name, self.rank, self.num_ranks, self.scale = rule, rank, num_ranks, float(scale)
         self.hidden_size, self.target_shapes = hidden_size, dict(targets)
         #: False inside ``npt_disabled``: the layer then runs its original forward.
@@ -135,7 +141,27 @@ class NPComponent(nn.Module):
         return f"rule={self.rule_name}, rank={self.rank}, num_ranks={self.num_ranks}, targets: {targets}"
 
 
-_MAPPING_KEYS = ("w_down", "w_a_up", "w_b_up", "rule", "num_ranks", "scale")
+def _from_mapping(mapping: Mapping[str, Any]) -> AdapterTensors:
+    """Nested (``{"w_b_up": {"gate": ...}}``) or flat as in ``state_dict()`` (``{"w_b_up.gate": ...}``); the rule may be left out.
+
+    Without ``rule`` it follows from the keys' shapes: none → ``self_key``, vectors → ``anchored``, matrices → ``rank1``.
+    """
+    known = ("w_down", "w_a_up", "w_b_up", "rule", "num_ranks", "scale")
+    fields: dict[str, Any] = {"w_a_up": {}, "w_b_up": {}}
+    for name, value in mapping.items():
+        group, _, target = name.partition(".")
+        if group not in known or (target and group not in ("w_a_up", "w_b_up")):
+            raise ValueError(f"adapter has a key {name!r}; expected {', '.join(known)} (or w_b_up.gate, ...)")
+        if target:
+            fields[group][target] = value
+        else:
+            fields[group] = dict(value) if isinstance(value, Mapping) else value
+    if "w_down" not in fields:
+        raise ValueError(f"adapter has no w_down; it has {', '.join(mapping) or 'no keys'}")
+    if "rule" not in fields:
+        keys = list(fields["w_a_up"].values()) if isinstance(fields["w_a_up"], dict) else []
+        fields["rule"] = "self_key" if not keys else "anchored" if keys[0].dim() == 1 else "rank1"
+    return AdapterTensors(**fields)
 
 
 def as_adapter_tensors(
@@ -145,15 +171,17 @@ def as_adapter_tensors(
     if isinstance(adapter, NPComponent):
         adapter = adapter.tensors(dtype)
     elif isinstance(adapter, Mapping):
-        unknown = [key for key in adapter if key not in _MAPPING_KEYS]
-        if unknown or "w_down" not in adapter:
-            raise ValueError(
-                f"adapter has keys {list(adapter)}; expected w_down, w_b_up and optionally {_MAPPING_KEYS[1:]}"
-            )
-        adapter = AdapterTensors(**adapter)
+        adapter = _from_mapping(adapter)
     elif not isinstance(adapter, AdapterTensors):
         raise TypeError(f"adapter must be an NPComponent, AdapterTensors or a mapping, got {type(adapter).__name__}")
     get_rule(adapter.rule)
+    if not isinstance(adapter.scale, int | float):
+        raise TypeError(f"adapter has scale={adapter.scale!r}, which must be a number")
+    for name, entry in (("w_a_up", adapter.w_a_up), ("w_b_up", adapter.w_b_up)):
+        if not isinstance(entry, Mapping):
+            raise TypeError(
+                f"adapter has {name} of type {type(entry).__name__}; expected a mapping {targets} -> tensor"
+            )
     unknown = [t for t in (*adapter.w_a_up, *adapter.w_b_up) if t not in targets]
     if unknown:
         raise ValueError(f"adapter has target {unknown[0]!r}; this MLP has {', '.join(targets)}")

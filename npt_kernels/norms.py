@@ -16,6 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .backends import resolve_backend
+from .ops.matched_norm import matched_norm as matched_norm_op
+
 __all__ = ["NormKind", "identify_norm", "matched_norm", "norm_eps"]
 
 NormKind = Literal["rms", "layer"]
@@ -30,24 +33,31 @@ def norm_eps(norm: nn.Module) -> float:
     return 0.0
 
 
-def matched_norm(norm: nn.Module, kind: NormKind, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def matched_norm(
+    norm: nn.Module, kind: NormKind, h: Tensor, a: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """``(u [..., d], key_scale [...])`` from the layer input ``h`` and the attention output ``a``, both ``[..., d]``.
 
-    Statistics are taken in float32 at least, over the same rounded sum ``h + a`` that the original layer norms.
+    Both results are differentiable. Statistics are taken in float32 at least, over the same rounded sum ``h + a`` that the
+    original layer norms. Maths, gradients and the fused kernel: ``ops/matched_norm``.
+
+    Args:
+        norm: The layer's norm module; its ``weight`` and ``bias`` (either may be absent) and its epsilon are read.
+        kind: What it computes, as :func:`identify_norm` finds.
+        backend: Backend by name; ``None`` (or ``NPT_BACKEND``) chooses.
+
+    Raises:
+        ValueError: ``h`` and ``a`` differ in shape.
+        BackendUnavailableError: The backend asked for cannot run this call.
     """
-    compute = torch.promote_types(h.dtype, torch.float32)
-    total, wide = (h + a).to(compute), h.to(compute)
+    if h.shape != a.shape:
+        raise ValueError(f"matched_norm: h has shape {list(h.shape)} but a {list(a.shape)}; both are [..., d]")
+    width = h.shape[-1]
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if kind == "rms":
-        key_scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + norm_eps(norm))
-        u = (wide * key_scale).to(h.dtype)
-        u = u if weight is None else weight * u
-    else:
-        key_scale = torch.rsqrt(total.var(-1, unbiased=False, keepdim=True) + norm_eps(norm))
-        u = (wide - wide.mean(-1, keepdim=True)) * key_scale
-        u = u if weight is None else u * weight.to(compute)
-        u = u if bias is None else u + bias.to(compute)
-    return u.to(h.dtype), key_scale.squeeze(-1).to(h.dtype)
+    chosen = resolve_backend("matched_norm", backend, h.device, h.dtype)
+    flat_h, flat_a = h.reshape(-1, width), a.reshape(-1, width)
+    u, key_scale = matched_norm_op(flat_h, flat_a, weight, bias, kind, norm_eps(norm), chosen)
+    return u.reshape(h.shape), key_scale.reshape(h.shape[:-1])
 
 
 def identify_norm(norm: nn.Module, width: int) -> NormKind | None:
@@ -62,7 +72,9 @@ def identify_norm(norm: nn.Module, width: int) -> NormKind | None:
         kinds: tuple[NormKind, ...] = ("rms", "layer")
         for kind in kinds:
             ours = matched_norm(norm, kind, probe, torch.zeros_like(probe))[0].float()
-            tolerance = 8 * torch.finfo(weight.dtype).eps * expected.abs().max().clamp_min(1e-3)
+            # float32 at best: RMSNorm modules compute in it whatever they are given.
+            eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+            tolerance = 8 * eps * expected.abs().max().clamp_min(1e-3)
             if torch.allclose(ours, expected, rtol=0, atol=float(tolerance)):
                 return kind
     return None

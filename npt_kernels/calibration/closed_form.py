@@ -18,14 +18,18 @@ from torch import Tensor, nn
 from ..config import NPTConfig
 from ..models.base import linear_weight
 from ..nn import NPComponent
-from .bases import Basis, make_basis
+from .bases import Basis, make_basis, make_metric
 from .ranks import allot_ranks
-from .statistics import check_tokens, collect_moments
+from .sequential import refit_sequentially
+from .statistics import check_tokens, collect_moments, evaluating
 
 if TYPE_CHECKING:
     from ..models.patching import LayerChoice
 
 __all__ = ["closed_form_components", "fill_closed_form"]
+
+#: Tokens of the sequential refit: four full streams of them are held at once (4 × tokens × d numbers).
+_REFIT_TOKENS = 16384
 
 
 @torch.no_grad()
@@ -59,7 +63,7 @@ def closed_form_components(
 
     ``ranks=None`` allots them (``rank="auto:MEAN"``). Returns the components and notes for the report.
     """
-    from ..models.patching import make_component
+    from ..models.patching import find_layers, make_component
     from ..progress import progress_bar
 
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -69,20 +73,29 @@ def closed_form_components(
         moments = collect_moments(
             model, attention, tokens, fisher=config.basis == "fisher", seed=config.seed, advance=advance
         )
-    bases = [make_basis(config.basis, entry) for entry in moments]
+    metrics = [make_metric(config.basis, entry) for entry in moments]
+    covariances = [entry.covariance / entry.tokens for entry in moments]
+    bases = [make_basis(metric, covariance) for metric, covariance in zip(metrics, covariances, strict=True)]
     if ranks is None:
         mean = int(str(config.rank).partition(":")[2])
         ranks = allot_ranks([basis.worth for basis in bases], mean)
-    components = []
-    for choice, rank, basis in zip(choices, ranks, bases, strict=True):
-        component = make_component(choice, config, rank)
+    components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]
+    for component, choice, basis in zip(components, choices, bases, strict=True):
         fill_closed_form(component, choice, basis)
-        components.append(component)
+    if config.refit:
+        _, layers = find_layers(model)
+        sample = tokens[: max(1, _REFIT_TOKENS // tokens.shape[1])]
+        bar = progress_bar("refitting on the converted stream", len(layers), "layers", enabled=progress)
+        with evaluating(model), bar as advance:
+            refit_sequentially(
+                model, layers, choices, components, metrics, covariances, sample, fill_closed_form, advance=advance
+            )
     dropped = [float(b.worth[c.total_rank :].sum()) for b, c in zip(bases, components, strict=True)]
     notes = {
         "tokens": tokens.numel(),
         "basis": config.basis,
+        "refit": config.refit,
         "dropped_worth": dropped,
-        "worth_unit": "nats/token" if config.basis == "fisher" else "energy",
+        "worth_unit": metrics[0].unit,
     }
     return components, notes

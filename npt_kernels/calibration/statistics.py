@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Moments", "check_tokens", "collect_moments"]
+__all__ = ["Moments", "check_tokens", "collect_moments", "evaluating", "second_moment"]
 
 
 @dataclass
 class Moments:
-    """Sums over tokens at one layer, float64: ``covariance``, ``fisher`` ``[d, d]`` (divide by ``tokens``)."""
+    """Sums over tokens at one layer, float64 ``[d, d]``: ``covariance`` over ``tokens``, ``fisher`` over ``fisher_tokens``."""
 
     covariance: Tensor
     fisher: Tensor | None
     tokens: int = 0
+    fisher_tokens: int = 0
 
 
 def check_tokens(tokens: Tensor, vocab_size: int | None) -> Tensor:
@@ -47,6 +48,18 @@ def check_tokens(tokens: Tensor, vocab_size: int | None) -> Tensor:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The whole model in evaluation mode (no dropout); afterwards every module is in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def _hooked(modules: list[nn.Module], hook: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """Pass the first output of every module through ``hook(position, a)``."""
 
@@ -66,13 +79,24 @@ def _hooked(modules: list[nn.Module], hook: Callable[[int, Tensor], Tensor]) -> 
             handle.remove()
 
 
+def second_moment(rows: Tensor, other: Tensor | None = None) -> Tensor:
+    """``rowsᵀ @ other`` (``other`` defaults to ``rows``) ``[d, d]`` as float64, in float32 also under autocast.
+
+    Under autocast the product would be rounded to bf16, and a relative error of 1/256 buries every direction whose energy is
+    less than that: measured, the converted SmolLM2 then lost .20 nats per token instead of .075.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return (rows.t() @ (rows if other is None else other)).double()
+
+
 def collect_moments(
     model: nn.Module,
     attention_modules: list[nn.Module],
     tokens: Tensor,
     *,
     fisher: bool,
-    batch_tokens: int = 1024,
+    fisher_tokens: int = 24576,
+    batch_tokens: int = 512,
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
 ) -> list[Moments]:
@@ -84,12 +108,16 @@ def collect_moments(
         attention_modules: One per layer of interest; the first output of each is ``a [batch, seq, d]``.
         tokens: Token ids on any device.
         fisher: Also collect the Fisher; needs ``logits``.
+        fisher_tokens: Tokens of the backward passes at most; the rest run forward only, through the decoder alone. Measured
+            on SmolLM2: the Fisher saturates at 16 to 32 thousand tokens, the covariance still gains at 98 thousand.
         batch_tokens: Tokens per forward.
         seed: Seed of the sampled labels.
         advance: Called with the number of tokens done, for a progress bar.
     """
     device = next(model.parameters()).device
     moments: list[Moments | None] = [None] * len(attention_modules)
+    decoder = getattr(model, "base_model", model)
+    backward = fisher
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def hook(position: int, a: Tensor) -> Tensor:
@@ -99,38 +127,41 @@ def collect_moments(
         if entry is None:
             zeros = torch.zeros(width, width, dtype=torch.float64, device=a.device)
             entry = moments[position] = Moments(zeros, torch.zeros_like(zeros) if fisher else None)
-        entry.covariance += (flat.t() @ flat).double()
+        entry.covariance += second_moment(flat)
         entry.tokens += flat.shape[0]
-        if fisher:
+        if backward:
+            entry.fisher_tokens += flat.shape[0]
             if not a.requires_grad:
                 a = a.detach().requires_grad_()
 
             def accumulate(grad: Tensor, entry: Moments = entry) -> None:
                 g = grad.detach().reshape(-1, width).float()
                 assert entry.fisher is not None
-                entry.fisher += (g.t() @ g).double()
+                entry.fisher += second_moment(g)
 
             a.register_hook(accumulate)
         return a
 
-    was_training = model.training
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     model.requires_grad_(False)
     try:
-        with _hooked(attention_modules, hook), torch.set_grad_enabled(fisher):
+        done = 0
+        with evaluating(model), _hooked(attention_modules, hook):
             for batch in tokens.split(max(1, batch_tokens // tokens.shape[1])):
                 ids = batch.to(device)
-                output = model(input_ids=ids, use_cache=False)
-                if fisher:
-                    logits = getattr(output, "logits", None)
-                    if logits is None:
-                        raise ValueError(f"{type(model).__name__} returns no logits; use basis='pca'")
-                    _sampled_nll(logits, generator).backward()
+                backward = fisher and done < fisher_tokens
+                with torch.set_grad_enabled(backward):
+                    if backward:
+                        logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+                        if logits is None:
+                            raise ValueError(f"{type(model).__name__} returns no logits; use basis='pca'")
+                        _sampled_nll(logits, generator).backward()
+                    else:
+                        decoder(input_ids=ids, use_cache=False)
+                done += ids.numel()
                 if advance is not None:
                     advance(ids.numel())
     finally:
-        model.train(was_training)
         for parameter in trainable:
             parameter.requires_grad_(True)
     assert all(entry is not None for entry in moments)

@@ -66,19 +66,24 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "targets": list(next(iter(layers.values())).np_component.target_shapes),
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
-    temporary = path / f".{WEIGHTS_NAME}.{os.getpid()}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    _replace(temporary, path / WEIGHTS_NAME)
-    temporary = path / f".{CONFIG_NAME}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(header, indent=2) + "\n")
-    _replace(temporary, path / CONFIG_NAME)
+    written: list[tuple[Path, Path]] = []
+    try:
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            temporary = path / f".{name}.{os.getpid()}.tmp"
+            written.append((temporary, path / name))
+            if name == WEIGHTS_NAME:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            else:
+                temporary.write_text(json.dumps(header, indent=2) + "\n")
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        # Only now, with both complete on disk, does the earlier adapter go.
+        for temporary, final in written:
+            os.replace(temporary, final)
+    finally:
+        for temporary, _ in written:
+            temporary.unlink(missing_ok=True)
     return path
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, final)
 
 
 def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
@@ -104,6 +109,8 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
     config, layers, ranks, tensors = _read(path)
     converted = bool(converted_layers(model))
     choices, skipped, total = plan_layers(model, replace(config, layers=layers))
+    if len(choices) != len(ranks):
+        raise ValueError(f"{path} has {len(ranks)} ranks for {len(choices)} layers {layers}; one per layer is needed")
     components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]
     _fill(path, choices, components, tensors)
     if converted:

@@ -18,7 +18,16 @@ from ..nn import NPComponent
 from ..norms import NormKind, matched_norm
 from .base import LayerShape, linear_bias, linear_weight
 
-__all__ = ["LayerPlan", "NPTLayer", "convert_layer", "is_converted", "restore_layer"]
+__all__ = [
+    "LayerPlan",
+    "NPTLayer",
+    "convert_layer",
+    "is_converted",
+    "mlp_input",
+    "restore_layer",
+    "student_output",
+    "teacher_output",
+]
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,43 @@ class LayerPlan:
     norm_kind: NormKind
     norm_match: bool
     backend: str | None = None
+
+
+def teacher_output(layer: nn.Module, shape: LayerShape, h: Tensor, a: Tensor) -> Tensor:
+    """What the original layer returns for its input ``h`` and attention output ``a``: ``h + a + MLP(norm(h + a))``."""
+    total = h + a
+    return total + shape.mlp(layer)(shape.norm(layer)(total))  # type: ignore[no-any-return]
+
+
+def mlp_input(layer: nn.Module, plan: LayerPlan, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``(u [..., d], key_scale [...] or None)``: the normed MLP input and 1/ρ_T."""
+    norm = plan.shape.norm(layer)
+    if plan.norm_match:
+        return matched_norm(norm, plan.norm_kind, h, a, backend=plan.backend)
+    return norm(h), None
+
+
+def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor, a: Tensor) -> Tensor:
+    """What the converted layer returns: ``h + MLP_Δ(u; a)``."""
+    u, key_scale = mlp_input(layer, plan, h, a)
+    weights, biases = {}, {}
+    for target, place in plan.shape.targets.items():
+        linear = plan.shape.linear(layer, target)
+        weights[place.slot], biases[place.slot] = linear_weight(linear), linear_bias(linear)
+    dtype = weights["up"].dtype
+    u, a = u.to(dtype), a.to(dtype)
+    key_scale = None if key_scale is None else key_scale.to(dtype)
+    if "gate" in weights:
+        out = npt_gated_mlp(
+            u, a, weights["gate"], weights["up"], weights["down"], component, act=plan.act, key_scale=key_scale,
+            gate_bias=biases["gate"], up_bias=biases["up"], down_bias=biases["down"], backend=plan.backend,
+        )  # fmt: skip
+    else:
+        out = npt_mlp(
+            u, a, weights["up"], weights["down"], component, act=plan.act, key_scale=key_scale,
+            c_fc_bias=biases["up"], c_proj_bias=biases["down"], backend=plan.backend,
+        )  # fmt: skip
+    return plan.shape.output(layer, h, out.to(h.dtype))
 
 
 class NPTLayer:
@@ -64,41 +110,15 @@ class NPTLayer:
 
     def npt_teacher(self, hidden_states: Tensor, a: Tensor) -> Tensor:
         """What the original layer returns: ``h + a + MLP(norm(h + a))``."""
-        shape, layer = self.npt_plan.shape, self
-        total = hidden_states + a
-        return total + shape.mlp(layer)(shape.norm(layer)(total))  # type: ignore[arg-type]
+        return teacher_output(self, self.npt_plan.shape, hidden_states, a)  # type: ignore[arg-type]
 
     def npt_mlp_input(self, hidden_states: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(u [..., d], key_scale [...] or None)``: the normed MLP input and 1/ρ_T."""
-        plan = self.npt_plan
-        norm = plan.shape.norm(self)  # type: ignore[arg-type]
-        if plan.norm_match:
-            return matched_norm(norm, plan.norm_kind, hidden_states, a)
-        return norm(hidden_states), None
+        return mlp_input(self, self.npt_plan, hidden_states, a)  # type: ignore[arg-type]
 
     def npt_student(self, hidden_states: Tensor, a: Tensor) -> Tensor:
         """What the converted layer returns: ``h + MLP_Δ(u; a)``."""
-        plan = self.npt_plan
-        u, key_scale = self.npt_mlp_input(hidden_states, a)
-        weights, biases = {}, {}
-        for target, place in plan.shape.targets.items():
-            linear = plan.shape.linear(self, target)  # type: ignore[arg-type]
-            weights[place.slot], biases[place.slot] = linear_weight(linear), linear_bias(linear)
-        u, a_cast = u.to(weights["up"].dtype), a.to(weights["up"].dtype)
-        if key_scale is not None:
-            key_scale = key_scale.to(u.dtype)
-        if "gate" in weights:
-            out = npt_gated_mlp(
-                u, a_cast, weights["gate"], weights["up"], weights["down"], self.np_component, act=plan.act,
-                key_scale=key_scale, gate_bias=biases["gate"], up_bias=biases["up"], down_bias=biases["down"],
-                backend=plan.backend,
-            )  # fmt: skip
-        else:
-            out = npt_mlp(
-                u, a_cast, weights["up"], weights["down"], self.np_component, act=plan.act, key_scale=key_scale,
-                c_fc_bias=biases["up"], c_proj_bias=biases["down"], backend=plan.backend,
-            )  # fmt: skip
-        return plan.shape.output(self, hidden_states, out.to(hidden_states.dtype))  # type: ignore[arg-type]
+        return student_output(self, self.npt_plan, self.np_component, hidden_states, a)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The subclass is made at run time, so pickle must rebuild it from the original class.
@@ -147,7 +167,20 @@ def restore_layer(layer: nn.Module) -> None:
     _rebind_hooked_forward(layer)
 
 
+def own_forward(layer: nn.Module) -> bool:
+    """Whether an instance attribute ``forward`` is just the class's own (accelerate leaves it so when it removes a hook)."""
+    forward = layer.__dict__.get("forward")
+    own = (type(layer).forward, getattr(layer, "npt_original_class", type(layer)).forward, NPTLayer.forward)
+    return getattr(forward, "__self__", None) is layer and getattr(forward, "__func__", None) in own
+
+
 def _rebind_hooked_forward(layer: nn.Module) -> None:
+    if (
+        "forward" in layer.__dict__
+        and not hasattr(layer, "_hf_hook")
+        and getattr(layer.forward, "__self__", None) is layer
+    ):
+        del layer.forward  # a removed hook's leftover, bound to the class the layer had then
     # accelerate's hooks (device_map) call the forward they found when they were attached; show them the present one.
     if "_old_forward" in layer.__dict__ and hasattr(layer, "_hf_hook"):
         layer._old_forward = types.MethodType(type(layer).forward, layer)  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from ..norms import identify_norm
 from . import LAYER_SHAPES
 from .base import LayerShape, linear_shape
 from .initialise import initialise
-from .layer import LayerPlan, NPTLayer, convert_layer, is_converted, restore_layer
+from .layer import LayerPlan, NPTLayer, convert_layer, is_converted, own_forward, restore_layer
 
 __all__ = [
     "ApplyReport",
@@ -146,6 +146,8 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def converted_layers(model: nn.Module) -> dict[int, Any]:
     """Index → converted layer, in order; empty for a model without NPT."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return {m.npt_plan.index: m for m in model.modules() if isinstance(m, NPTLayer)}
 
 
@@ -178,12 +180,13 @@ def plan_layers(model: nn.Module, config: NPTConfig) -> tuple[list[LayerChoice],
             raise ValueError(f"layer {index} cannot be converted: {reason}")
         skipped[index] = reason
     if not choices:
-        raise ValueError(f"no layer of {type(model).__name__} was converted: {next(iter(skipped.values()))}")
+        reason = next(iter(skipped.values()), f"layers={config.layers!r} selects none of its {len(layers)}")
+        raise ValueError(f"no layer of {type(model).__name__} was converted: {reason}")
     return choices, skipped, len(layers)
 
 
 def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig) -> LayerChoice | str:
-    if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
+    if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook") and not own_forward(layer):
         return "another library has replaced forward on this instance; convert before that one patches"
     targets = {t: linear_shape(shape.linear(layer, t)) for t in shape.canonical_targets(tuple(config.targets))}
     hidden_size = linear_shape(shape.linear(layer, next(iter(shape.targets))))[0]
@@ -279,6 +282,12 @@ def apply_npt(
         config.init == "auto" and config.rule == "self_key" and calibration is not None
     )
     ranks = fixed_ranks(config, choices)
+    for rank, choice in zip(ranks or (), choices, strict=False):
+        if closed_form and rank * config.num_ranks > choice.hidden_size:
+            raise ValueError(
+                f"num_ranks={config.num_ranks} times rank={rank} of layer {choice.plan.index} is more than the hidden size "
+                f"{choice.hidden_size}, all the directions the closed form has; use num_ranks=1 or a smaller rank"
+            )
     notes: dict[str, Any] = {}
     if closed_form:
         from ..calibration import closed_form_components
@@ -332,13 +341,15 @@ def remove_npt(model: nn.Module) -> None:
         raise ValueError("the model has no NPT layers; nothing to remove")
     for layer in layers.values():
         restore_layer(layer)
-    state: NPTState | None = getattr(model, _STATE, None)
-    if state is not None:
+    for module in model.modules():  # the state sits on the module that was given to apply_npt, perhaps a submodule
+        state: NPTState | None = module.__dict__.get(_STATE)
+        if state is None:
+            continue
         trainable = set(state.trainable_before)
-        for name, parameter in model.named_parameters():
+        for name, parameter in module.named_parameters():
             if name in trainable:
                 parameter.requires_grad_(True)
-        delattr(model, _STATE)
+        delattr(module, _STATE)
 
 
 @contextmanager
@@ -370,6 +381,8 @@ def npt_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def npt_config(model: nn.Module) -> NPTConfig:
     """The configuration a converted model was made with. Raises ``ValueError`` if the model is not converted."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         state = getattr(module, _STATE, None)
         if state is not None:

@@ -24,7 +24,7 @@ __all__ = ["Op", "define_op"]
 
 @dataclass(frozen=True)
 class Op:
-    """A callable op. ``num_outputs`` counts the leading outputs a user sees; the rest is saved for the backward."""
+    """A callable op: the differentiable outputs first, then what is saved for the backward."""
 
     name: str
     function: type[torch.autograd.Function]
@@ -47,21 +47,24 @@ def define_op(
     forward: Callable[..., tuple[Tensor, ...]],
     fake: Callable[..., tuple[Tensor, ...]],
     setup_context: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None],
-    backward: Callable[[Any, Tensor, Callable[..., list[Tensor]]], list[Tensor]],
+    backward: Callable[[Any, Any, Callable[..., list[Tensor]]], list[Tensor]],
     raw_backward: Callable[..., list[Tensor]],
     fake_backward: Callable[..., list[Tensor]],
+    num_outputs: int = 1,
 ) -> Op:
     """Build an :class:`Op`.
 
     Args:
         name: Op name below the namespace ``npt_kernels``.
         num_tensors: The first ``num_tensors`` arguments of ``forward`` are tensors or ``None``; the others are constants.
-        forward: Annotated function (the schema is inferred from it) returning ``(output, *saved)``.
+        forward: Annotated function (the schema is inferred from it) returning ``(*outputs, *saved)``.
         fake: Shapes of ``forward`` without computing.
         setup_context: Saves what ``ctx.needs_input_grad`` asks for; runs for both callers.
-        backward: ``(ctx, grad_output, run) -> gradients asked for, in argument order``; calls ``run(...)`` once.
+        backward: ``(ctx, grad_output, run) -> gradients asked for, in argument order``; calls ``run(...)`` once. With more
+            than one output, ``grad_output`` is a tuple in which an output that nothing depends on has ``None``.
         raw_backward: What ``run`` is in eager mode; annotated, with ``needs: list[bool]`` as its last argument.
         fake_backward: Shapes of ``raw_backward``.
+        num_outputs: How many leading outputs are differentiable; the rest is only saved.
     """
     library_op = torch.library.custom_op(f"npt_kernels::{name}", forward, mutates_args=())
     library_op.register_fake(fake)
@@ -71,16 +74,17 @@ def define_op(
     def shared_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*output[num_outputs:])
         setup_context(ctx, inputs, output)
 
     def run_backward(ctx: Any, grads: Sequence[Tensor | None], run: Callable[..., list[Tensor]]) -> Any:
         result: list[Tensor | None] = [None] * ctx.num_inputs
-        if grads[0] is None:
+        if all(grad is None for grad in grads[:num_outputs]):
             return tuple(result)
         needed = [i for i in range(num_tensors) if ctx.needs_input_grad[i]]
         if needed:
-            for index, grad in zip(needed, backward(ctx, grads[0], run), strict=True):
+            grad_output = grads[0] if num_outputs == 1 else tuple(grads[:num_outputs])
+            for index, grad in zip(needed, backward(ctx, grad_output, run), strict=True):
                 result[index] = grad
         return tuple(result)
 

@@ -43,6 +43,7 @@ class ModelSection(_Section):
     )
     init: str = Field("auto", description="auto, closed_form, small or published.")
     basis: str = Field("fisher", description="Directions the closed form keeps: fisher or pca.")
+    refit: bool = Field(True, description="Closed form: fit each layer on the converted stream, mending earlier drift.")
     norm_match: bool | None = Field(None, description="Divide by the norm of h + a; default: on for self_key.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the frozen base; auto: float32 on a CPU, bfloat16 on a GPU."
@@ -187,6 +188,7 @@ class RunConfig(_Section):
             targets=tuple(m.targets),
             init=m.init,
             basis=m.basis,
+            refit=m.refit,
             norm_match=m.norm_match,
             modulation_scale=m.modulation_scale,
             seed=self.training.seed,

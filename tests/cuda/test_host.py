@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import npt_kernels
-from npt_kernels.backends import BACKENDS, BackendUnavailableError, resolve_backend
+from npt_kernels.backends import BACKENDS, BackendUnavailableError, Call, resolve_backend
 from npt_kernels.ops import _cuda
 from npt_kernels.ops._cuda import heuristics, launch
 from npt_kernels.ops._cuda.heuristics import Epilogue, Family, choose
@@ -48,10 +48,11 @@ def test_never_chosen_by_itself() -> None:
         ("mlp", "cpu", torch.bfloat16, "on cpu"),
         ("mlp", "cuda", torch.float32, "torch.float32"),
         ("factored_linear", "cuda", torch.float64, "torch.float64"),
+        ("matched_norm", "cuda", torch.bfloat16, "no kernel for matched_norm"),
     ],
 )
 def test_reasons(op: str, device: str, dtype: torch.dtype, part: str) -> None:
-    reason = BACKENDS["cuda"].check(op, torch.device(device), dtype)
+    reason = BACKENDS["cuda"].check(Call(op, torch.device(device), dtype))
     assert reason is not None and part in reason
 
 

@@ -45,6 +45,8 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None
     """Why the backend cannot run ``op`` there, or ``None``; the registry's ``check``."""
     if op == "linear":
         return "it has no kernel for the explicit form (nothing fuses there); use 'eager' or 'triton'"
+    if op not in ("factored_linear", "mlp"):
+        return f"it has no kernel for {op}; use 'eager' or 'triton'"
     if device.type != "cuda":
         return f"the tensors are on {device}, and it needs an sm_90 GPU (H100, H200)"
     if dtype not in (torch.bfloat16, torch.float16):

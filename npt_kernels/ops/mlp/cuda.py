@@ -218,8 +218,8 @@ def backward(
     p_gate: Tensor,
     p_up: Tensor,
     p_down: Tensor,
-    gate: Tensor,
-    up: Tensor,
+    gate: Tensor | None,
+    up: Tensor | None,
     gated: bool,
     act: str,
     rule: str,
@@ -237,8 +237,10 @@ def backward(
     has_key = rule_.key != "none"
     need_z = need_a or need_w_down
     need_z_in = need_z or need_key_scale
-    gate_first = need_x or need_z_in or need_gate_weight or need_gate_bias or need_gate_key or need_gate_value
-    up_first = need_x or need_z_in or need_up_weight or need_up_bias or need_up_key or need_up_value
+    # A gradient of z̃ passes only through targets that have a delta.
+    z_gate, z_up = need_z_in and gate_value is not None, need_z_in and up_value is not None
+    gate_first = need_x or z_gate or need_gate_weight or need_gate_bias or need_gate_key or need_gate_value
+    up_first = need_x or z_up or need_up_weight or need_up_bias or need_up_key or need_up_value
     need_inter = gate_first or up_first
 
     dz = dp_down = down_coefficients = None
@@ -252,13 +254,14 @@ def backward(
     d_down_weight = d_down_key = None
     if need_down_weight or need_down_key:
         activation = get_activation(act)
-        inter = activation.forward(gate).mul_(up) if gated else activation.forward(up)
+        assert up is not None
+        inter = activation.forward(gate).mul_(up) if gated and gate is not None else activation.forward(up)
         d_down_weight = dout.t() @ inter if need_down_weight else None
         d_down_key = key_grad(dp_down, inter, rule_) if need_down_key else None
         del inter
     dgate = dup = None
     if need_inter:
-        assert down_weight is not None
+        assert down_weight is not None and gate is not None and up is not None
         dgate, dup = _act_backward(
             dout, down_weight, dp_down, down_key, gate, up, gated, act, rule_, gate_first, up_first or not gated
         )

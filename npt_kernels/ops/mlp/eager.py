@@ -90,8 +90,8 @@ def backward(
     p_gate: Tensor,
     p_up: Tensor,
     p_down: Tensor,
-    gate: Tensor,
-    up: Tensor,
+    gate: Tensor | None,
+    up: Tensor | None,
     gated: bool,
     act: str,
     rule: str,
@@ -109,8 +109,10 @@ def backward(
     has_key = rule_.key != "none"
     need_z = need_a or need_w_down
     need_z_in = need_z or need_key_scale
-    gate_first = need_x or need_z_in or need_gate_weight or need_gate_bias or need_gate_key or need_gate_value
-    up_first = need_x or need_z_in or need_up_weight or need_up_bias or need_up_key or need_up_value
+    # A gradient of z̃ passes only through targets that have a delta.
+    z_gate, z_up = need_z_in and gate_value is not None, need_z_in and up_value is not None
+    gate_first = need_x or z_gate or need_gate_weight or need_gate_bias or need_gate_key or need_gate_value
+    up_first = need_x or z_up or need_up_weight or need_up_bias or need_up_key or need_up_value
     need_inter = gate_first or up_first
 
     # The down projection: its delta, then dinter = dout @ Wd + dp_d @ A_d.
@@ -124,19 +126,21 @@ def backward(
     d_down_value = None if down_coefficients is None else down_coefficients.t() @ dout
     d_down_weight = d_down_key = None
     if need_down_weight or need_down_key:
-        inter = activation.forward(gate).mul_(up) if gated else activation.forward(up)
+        assert up is not None
+        inter = activation.forward(gate).mul_(up) if gated and gate is not None else activation.forward(up)
         d_down_weight = dout.t() @ inter if need_down_weight else None
         d_down_key = key_grad(dp_down, inter, rule_) if need_down_key else None
         del inter
     dgate = dup = None
     if need_inter:
-        assert down_weight is not None
+        assert down_weight is not None and up is not None
         dinter = dout @ down_weight
         if down_value is not None:
             add_key_grad(dinter, dp_down, down_key, rule_)
         if not gated:
             dup = activation.backward(dinter, up)
         else:
+            assert gate is not None
             dup = activation.forward(gate).mul_(dinter) if up_first else None
             dgate = activation.backward(dinter.mul_(up), gate) if gate_first else None
         del dinter

@@ -87,8 +87,8 @@ def _raw_backward(
     p_gate: Tensor,
     p_up: Tensor,
     p_down: Tensor,
-    gate: Tensor,
-    up: Tensor,
+    gate: Optional[Tensor],
+    up: Optional[Tensor],
     sizes: list[int],
     gated: bool,
     act: str,
@@ -126,15 +126,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     (x, a, key_scale, gate_weight, up_weight, down_weight, _, _, _, w_down,
      gate_key, gate_value, up_key, up_value, down_key, down_value,
      *constants, _, backend) = inputs  # fmt: skip
-    (need_x, need_a, need_key_scale, need_gate_weight, need_up_weight, _, need_gate_bias, need_up_bias, _, need_w_down,
-     need_gate_key, need_gate_value, need_up_key, need_up_value, *_) = ctx.needs_input_grad[:_NUM_TENSORS]  # fmt: skip
+    (need_x, need_a, need_key_scale, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, _,
+     need_w_down, need_gate_key, need_gate_value, need_up_key, need_up_value, need_down_key,
+     _) = ctx.needs_input_grad[:_NUM_TENSORS]  # fmt: skip
     ctx.constants, ctx.backend, ctx.gated = constants, backend, gate_weight is not None
     ctx.sizes = [x.shape[1], a.shape[1], up_weight.shape[0]]
     need_z = need_a or need_w_down or need_key_scale
+    # Whether a gradient flows through the down projection into gate or up: only then is dout @ Wd formed.
     upstream = any((
-        need_x, need_z, need_gate_weight, need_up_weight, need_gate_bias, need_up_bias,
+        need_x, need_gate_weight, need_up_weight, need_gate_bias, need_up_bias,
         need_gate_key, need_gate_value, need_up_key, need_up_value,
+        need_z and (gate_value is not None or up_value is not None),
     ))  # fmt: skip
+    z, p_gate, p_up, p_down, gate, up = output[1:]
+    wide = (gate, up) if upstream or need_down_weight or need_down_key else (None, None)
     ctx.save_for_backward(
         x if need_gate_weight or need_up_weight or need_gate_key or need_up_key else None,
         a if need_w_down else None,
@@ -149,7 +154,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         up_value,
         down_key if upstream else None,
         down_value,
-        *output[1:],
+        z,
+        p_gate,
+        p_up,
+        p_down,
+        *wide,
     )
 
 

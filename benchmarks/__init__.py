@@ -1,0 +1,1 @@
+"""Measurements: what runs on a GPU machine and writes ``results/<device>/*.json``."""

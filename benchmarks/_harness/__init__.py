@@ -1,0 +1,1 @@
+"""Pieces shared by the benchmarks: shapes, problems, checking, timing, contenders, report."""

@@ -1,0 +1,8 @@
+"""``python -m npt_kernels`` is ``npt``."""
+
+from __future__ import annotations
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

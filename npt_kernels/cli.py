@@ -1,0 +1,455 @@
+"""The ``npt`` command. Nothing heavy is imported before a command needs it; errors of ours are one line and exit code 2."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+try:
+    import typer
+except ImportError:
+    raise SystemExit("the npt command needs typer, rich and transformers: pip install 'npt_kernels[train]'") from None
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .training.config import RunConfig
+
+__all__ = ["app", "main"]
+
+_HELP = """Neuro-Plastic Transformers: convert a language model so that attention acts through per-token weight changes.
+
+[bold]First steps[/bold]
+
+\b
+npt train              the demo: a real model, real text, minutes
+npt train --dry-run    what it would do, without downloading
+npt eval runs/demo     original and converted side by side
+npt configs            the configurations that ship
+npt env                versions, hardware, backends
+"""
+
+_TRAIN_HELP = """Convert a model and train its NP components to return what the original layers returned.
+
+NAME is a configuration that ships (`npt configs`; default: demo), --config a YAML file of yours; after them any key of any
+section can be set as section.key=value. Later wins: NAME, then --config, then key=value.
+
+[bold]Examples[/bold]
+
+\b
+npt train
+npt train demo model.rank=auto:64 training.max_steps=10
+npt train small --dry-run
+npt train --config mine.yaml paths.output_dir=runs/second
+npt train model.base_model_name=./llama data.train_files='["*.txt"]'
+npt train demo --resume runs/demo training.max_steps=100
+npt train --help-config    (every key, its default, its meaning)
+
+Ctrl-C saves what has been trained and stops.
+"""
+
+_EVAL_HELP = """Measure a trained adapter: perplexity of original and converted model, KL, top-1 agreement, samples side by side.
+
+Base model, text and prompts are those of the training run, if its config.yaml lies beside the adapter; any key can be set
+as section.key=value.
+
+[bold]Examples[/bold]
+
+\b
+npt eval runs/demo
+npt eval runs/demo evaluation.tokens=32768
+npt eval runs/demo --json > result.json
+npt eval checkpoint.pt --model ./llama data.eval_files='[new.txt]'
+"""
+
+app = typer.Typer(
+    name="npt",
+    help=_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _reports_errors(command: _Command) -> _Command:
+    """Our own errors become one red line and exit code 2; Ctrl-C becomes 130. ``NPT_DEBUG=1`` shows the traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _stderr().print("stopped", style="yellow")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            message = _message(error)
+            if message is None or os.environ.get("NPT_DEBUG", "") not in {"", "0"}:
+                raise
+            for line in message.splitlines():
+                _stderr().print("error: " + line, style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell a user; ``None`` for an error that nobody foresaw, whose traceback is the message."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _EXTRA_MODULES:
+        return f"{error.name} is not installed; pip install 'npt_kernels[train]'"
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "the GPU is out of memory; lower training.batch_size or data.max_length, set "
+            "optimization.gradient_checkpointing=true or training.mode=local, and see `npt train --dry-run`"
+        )
+    foreseen = isinstance(error, (ValueError, TypeError, RuntimeError, FileNotFoundError))
+    return str(error) if foreseen and _raised_here(error) else None
+
+
+_EXTRA_MODULES = {"pydantic", "yaml", "rich", "transformers", "accelerate", "datasets", "matplotlib", "gguf"}
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether a ``raise`` of this package made the error, not a library below it."""
+    traceback = error.__traceback__
+    if traceback is None:
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    frame = traceback.tb_frame
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "npt_kernels"
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+# ---- npt -------------------------------------------------------------------------------------------------------------
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ._version import __version__
+
+        typer.echo(f"npt_kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _npt(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+# ---- npt train -------------------------------------------------------------------------------------------------------
+
+
+@app.command(help=_TRAIN_HELP)
+@_reports_errors
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME] [section.key=value]...", show_default=False, help="See above.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file with the keys of --help-config.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", "-o", help="Short for paths.output_dir=…")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print configuration and plan; load and fetch nothing.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="ADAPTER_DIR", help="Start from a saved adapter instead of converting."),
+    ] = None,
+    help_config: Annotated[bool, typer.Option("--help-config", help="Print every configuration key and exit.")] = False,
+) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if help_config:
+        _print_keys(console)
+        return
+    run_config = _run_config(arguments or [], config, output_dir)
+    adapter = _adapter_path(resume, "--resume") if resume is not None else None
+    if dry_run:
+        from .training.planning import make_plan, print_plan
+
+        print_plan(make_plan(run_config), console)
+        return
+    from .training.data import check_sources, load_token_blocks
+    from .training.loading import choose_device, load_model, optimization_notes
+
+    check_sources(run_config)
+    _save_config(run_config)
+    _set_threads(run_config)
+    device = choose_device()
+    for note in optimization_notes(run_config, device):
+        console.print(note, style="yellow", markup=False)
+    console.print(f"loading {run_config.model.base_model_name} on {device}", markup=False)
+    model, tokenizer = load_model(run_config, device)
+    blocks = load_token_blocks(run_config, tokenizer)
+    for line in blocks.sources:
+        console.print(line, markup=False, highlight=False)
+    from .training.engine import run_training
+    from .training.resources import keep_freed_memory
+
+    if device.type == "cpu":
+        keep_freed_memory()
+    run_training(run_config, model, tokenizer, blocks, resume=adapter, console=console)
+
+
+def _run_config(arguments: Sequence[str], file: Path | None, output_dir: Path | None) -> RunConfig:
+    from .configs import load_run_config
+    from .training.config import ConfigError
+
+    name: str | None = None
+    overrides = list(arguments)
+    if overrides and "=" not in overrides[0]:
+        name = overrides.pop(0)
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(
+                f"{text!r}: only one NAME is taken, and it comes first; settings look like training.max_steps=10"
+            )
+    run_config = load_run_config(name, file, overrides)
+    if output_dir is not None:
+        run_config.paths.output_dir = str(output_dir)
+    return run_config
+
+
+def _save_config(config: RunConfig) -> None:
+    """``output_dir/config.yaml``: what ran, in the form that ``--config`` takes."""
+    import yaml
+
+    from .training.config import ConfigError
+
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (config.output_dir / "config.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"paths.output_dir={config.paths.output_dir!r} cannot be written: {error.strerror}"
+        ) from error
+
+
+def _set_threads(config: RunConfig) -> None:
+    if config.optimization.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(config.optimization.num_threads)
+
+
+def _adapter_path(path: Path, argument: str) -> Path:
+    """The adapter in ``path``: itself, or the folder of a run's output that holds it."""
+    from .training.config import ConfigError
+
+    path = path.expanduser()
+    if path.is_file() or (path / "npt_config.json").is_file():
+        return path
+    for folder in ("adapter", "final"):
+        if (path / folder / "npt_config.json").is_file():
+            return path / folder
+    if path.is_dir() and any(p.suffix in {".pt", ".pth", ".bin"} for p in path.iterdir()):
+        return path
+    what = "has no npt_config.json" if path.is_dir() else "does not exist"
+    raise ConfigError(
+        f"{argument}: {path} {what}; give the output of `npt train` or of save_npt, or a published checkpoint"
+    )
+
+
+def _print_keys(console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .training.config import RunConfig
+
+    for section, info in RunConfig.model_fields.items():
+        model: Any = info.annotation
+        table = Table(title=section, title_justify="left", title_style="bold", caption=None, box=None, padding=(0, 2))
+        table.add_column("key", no_wrap=True)
+        table.add_column("default")
+        table.add_column("meaning")
+        for key, field in model.model_fields.items():
+            default = json.dumps(field.get_default(call_default_factory=True), ensure_ascii=False)
+            table.add_row(key, escape(default), escape(field.description or _type_name(field.annotation)))
+        console.print(table)
+        console.print()
+
+
+def _type_name(annotation: Any) -> str:
+    return getattr(annotation, "__name__", str(annotation)).replace("typing.", "").replace("NoneType", "null")
+
+
+# ---- npt eval --------------------------------------------------------------------------------------------------------
+
+
+@app.command("eval", help=_EVAL_HELP)
+@_reports_errors
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="Output of `npt train` or of save_npt.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", show_default=False, help="As in `npt train`."),
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base model, where the adapter does not say or it moved.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
+    ] = False,
+) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=as_json)
+    path = _adapter_path(adapter, "ADAPTER_DIR")
+    config = _eval_config(path, overrides or [], model_name)
+    from .models.checkpoints import load_npt
+    from .training.data import load_token_blocks
+    from .training.evaluation import evaluate as measure
+    from .training.evaluation import generate_samples
+    from .training.loading import choose_device, load_model
+
+    _set_threads(config)
+    console.print(f"loading {config.model.base_model_name} and {path}", markup=False)
+    model, tokenizer = load_model(config, choose_device())
+    report = load_npt(model, path)
+    console.print(str(report), markup=False, highlight=False)
+    blocks = load_token_blocks(config, tokenizer)
+    result = measure(model, blocks.heldout)
+    samples = generate_samples(model, tokenizer, config.evaluation.prompts, config.evaluation.max_new_tokens)
+    if as_json:
+        from dataclasses import asdict
+
+        payload = {
+            "adapter": str(path),
+            "base_model": config.model.base_model_name,
+            "converted_layers": list(report.layers),
+            "np_parameters": report.parameters,
+            "metrics": result.to_dict(),
+            "samples": [asdict(sample) for sample in samples],
+        }
+        typer.echo(json.dumps(payload, ensure_ascii=False, indent=2))
+        return
+    _print_evaluation(console, result, samples)
+
+
+def _eval_config(path: Path, overrides: Sequence[str], model_name: str | None) -> RunConfig:
+    """The training run's configuration if it lies beside the adapter, else the demo's text with the adapter's base model."""
+    from .configs import load_run_config
+    from .training.config import ConfigError
+
+    folder = path if path.is_dir() else path.parent
+    saved = next((f for f in (folder / "config.yaml", folder.parent / "config.yaml") if f.is_file()), None)
+    base = _recorded_base(path)
+    config = load_run_config(None, saved, overrides)
+    if model_name is not None:
+        config.model.base_model_name = model_name
+    elif saved is None and not any(text.startswith("model.base_model_name=") for text in overrides):
+        if base is None:
+            raise ConfigError(f"{path} does not say which model it belongs to; add --model NAME")
+        config.model.base_model_name = base
+    return config
+
+
+def _recorded_base(path: Path) -> str | None:
+    try:
+        return json.loads((path / "npt_config.json").read_text(encoding="utf-8")).get("base_model")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _print_evaluation(console: Console, result: Any, samples: Sequence[Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = f"\n{result.tokens:,} held-out tokens"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("± standard error", justify="right")
+    for label, value, error, form in (
+        ("perplexity, original", result.base_perplexity, result.base_perplexity_se, ".3f"),
+        ("perplexity, converted", result.npt_perplexity, result.npt_perplexity_se, ".3f"),
+        ("ratio", result.perplexity_ratio, result.perplexity_ratio_se, ".4f"),
+        ("KL(original‖converted), nats per token", result.kl, result.kl_se, ".4f"),
+        ("top-1 agreement", result.top1_agreement, result.top1_agreement_se, ".2%"),
+    ):
+        table.add_row(label, format(value, form), format(error, form))
+    console.print(table)
+    side_by_side = Table(title="\ngreedy continuations", title_justify="left", title_style="bold", show_lines=True)
+    for column in ("prompt", "original", "converted"):
+        side_by_side.add_column(column, ratio=1)
+    for sample in samples:
+        side_by_side.add_row(*(escape(text.strip()) for text in (sample.prompt, sample.base, sample.npt)))
+    console.print(side_by_side)
+
+
+# ---- npt configs, npt env --------------------------------------------------------------------------------------------
+
+
+@app.command(help="List the configurations that ship; with a NAME, print its YAML (a start for your own).")
+@_reports_errors
+def configs(name: Annotated[str | None, typer.Argument(help="A configuration.", show_default=False)] = None) -> None:
+    from .configs import named_configs, read_named
+
+    if name is not None:
+        typer.echo(read_named(name), nl=False)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    for known, summary in named_configs().items():
+        table.add_row(f"[bold]{known}[/bold]", escape(summary))
+    Console().print(table)
+
+
+@app.command(help="Versions, hardware, backends and caches: what a bug report needs. --json for machines.")
+@_reports_errors
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    from .environment import describe
+
+    facts = describe()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    for group, entries in facts.items():
+        table.add_row(f"[bold]{group}[/bold]", "")
+        for key, value in entries.items():
+            table.add_row("  " + escape(key), escape(value))
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the ``npt`` script."""
+    # Windows and LC_ALL=C terminals: a progress bar's character must not end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app(prog_name="npt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from .op import matched_norm
+
+__all__ = ["matched_norm"]

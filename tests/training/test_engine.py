@@ -1,0 +1,390 @@
+"""Whole runs on tiny models: what is written, what is frozen, what a stop leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers import tiny_model, token_ids
+from rich.console import Console
+from test_evaluation import Words
+
+from npt_kernels import NPTConfig, apply_npt, load_npt, npt_parameters, remove_npt
+from npt_kernels.models.checkpoints import adapter_state_dict
+from npt_kernels.training import engine, loop
+from npt_kernels.training.config import RunConfig
+from npt_kernels.training.engine import TrainingError, run_training
+from npt_kernels.training.evaluation import evaluate
+from npt_kernels.training.loop import StopRequest, make_scheduler, plan_phases
+from npt_kernels.training.resources import is_out_of_memory, memory_advice
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@dataclasses.dataclass
+class Blocks:
+    train: torch.Tensor
+    calibration: torch.Tensor
+    heldout: torch.Tensor
+    sources: list[str]
+
+
+#: A start far from the original, so that a few steps show; the closed form leaves a random model little to learn.
+FAR = {"rank": 16, "init": "small"}
+
+
+def blocks(train=24):
+    return Blocks(token_ids(train, 16, 1), token_ids(8, 16, 2), token_ids(6, 16, 3), ["random numbers"])
+
+
+def make_config(path, sections: dict[str, dict[str, Any]] | None = None, **training) -> RunConfig:
+    settings = {
+        "mode": "end_to_end",
+        "batch_size": 4,
+        "learning_rate": 3e-3,
+        "max_steps": 6,
+        "num_epochs": 20,
+        "logging_steps": 2,
+    }
+    data: dict[str, Any] = {
+        "model": {"rank": 8, "basis": "pca"},
+        "training": settings | training,
+        "evaluation": {"tokens": 60, "prompts": ["1 2", "3"], "max_new_tokens": 4},
+        "paths": {"output_dir": str(path)},
+    }
+    for name, values in (sections or {}).items():
+        data[name] = data.get(name, {}) | values
+    return RunConfig.from_mapping(data)
+
+
+def start(path, family="llama", *, sections=None, resume=None, tokenizer=None, text=None, model=None, **training):
+    model = model or tiny_model(family, layers=3)
+    stream = io.StringIO()
+    console = Console(file=stream, width=150)
+    config = make_config(path, sections, **training)
+    try:
+        summary = run_training(config, model, tokenizer, text or blocks(), resume=resume, console=console)
+    finally:
+        start.output = stream.getvalue()
+    return summary, model
+
+
+def records(path, kind):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def checksum(model):
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if "np_component" not in name:
+            digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_run_writes_everything_and_learns(tmp_path, family):
+    summary, _ = start(
+        tmp_path, family, sections={"model": FAR}, tokenizer=Words(), max_steps=20, eval_steps=8, save_steps=10,
+        prediction_logging_steps=10, learning_rate=1e-2,
+    )  # fmt: skip
+    assert summary.trained.kl < 0.8 * summary.converted.kl
+    assert summary.base.kl == 0 and summary.base.perplexity_ratio == 1
+    assert summary.converted.base_nll == summary.base.base_nll == summary.trained.base_nll
+    assert summary.steps == 20 and summary.tokens_per_second > 0 and summary.peak_memory["rss"] > 2**20
+    for name in ("adapter", "metrics", "summary", "config", "samples"):
+        assert summary.paths[name].exists()
+    assert {p.name for p in summary.paths["plots"].glob("*.png")} >= {"loss.png", "perplexity.png", "delta_norms.png"}
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert saved["trained"]["kl"] == summary.trained.kl and len(saved["fidelity_trained"]) == 3
+    assert RunConfig.from_mapping(yaml.safe_load((tmp_path / "config.yaml").read_text())).training.max_steps == 20
+    assert [r["step"] for r in records(tmp_path, "train")] == [1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert [r["stage"] for r in records(tmp_path, "eval")] == [
+        "original", "after conversion", "training", "training", "after training",
+    ]  # fmt: skip
+    assert (tmp_path / "checkpoints" / "end_to_end-000010" / "npt_config.json").is_file()
+    assert (tmp_path / "samples.md").read_text().count("## ") == 3
+    for text in ("KL(original‖converted)", "after conversion", "peak memory", "ratio to original", "1 2"):
+        assert text in start.output
+    # The adapter on disk is the trained one.
+    fresh = tiny_model(family, layers=3)
+    load_npt(fresh, tmp_path / "adapter")
+    assert evaluate(fresh, blocks().heldout[:4]) == summary.trained
+
+
+@pytest.mark.parametrize("mode", ["local", "end_to_end", "local+polish"])
+def test_the_base_is_frozen_bit_for_bit(tmp_path, mode):
+    model = tiny_model("llama", layers=3)
+    before = checksum(model)
+    _, model = start(tmp_path, model=model, mode=mode, polish_steps=3, weight_decay=0.1, learning_rate=1e-2)
+    assert checksum(model) == before
+    own = {id(p) for p in npt_parameters(model)}
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters() if id(p) not in own)
+    remove_npt(model)
+    assert checksum(model) == before and not model.training
+
+
+@pytest.mark.parametrize("mode", ["local", "local+polish"])
+def test_local_training_lowers_the_layer_losses(tmp_path, mode):
+    summary, _ = start(tmp_path, sections={"model": FAR}, mode=mode, max_steps=30, polish_steps=5, learning_rate=1e-2)
+    log = records(tmp_path, "train")
+    assert log[0]["phase"] == "local" and set(log[0]["layers"]) == {"0", "1", "2"}
+    local = [r for r in log if r["phase"] == "local"]
+    assert local[-1]["loss"] < 0.8 * local[0]["loss"]
+    means = [
+        sum(e.explained_variance for e in part) / 3 for part in (summary.fidelity_converted, summary.fidelity_trained)
+    ]
+    assert means[1] > means[0]
+    assert [r["step"] for r in log if r["phase"] == "polish"][-1:] == ([5] if mode == "local+polish" else [])
+    assert "EV mean/min" in start.output
+
+
+def test_layer_objective_with_checkpointing_learns(tmp_path):
+    sections = {"model": FAR, "optimization": {"gradient_checkpointing": True}}
+    start(tmp_path, objective="layer", max_steps=20, learning_rate=1e-2, sections=sections)
+    log = records(tmp_path, "train")
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+
+
+def test_conversion_only(tmp_path):
+    summary, _ = start(tmp_path, mode="none")
+    assert summary.trained is None and summary.steps == 0 and not records(tmp_path, "train")
+    assert (tmp_path / "adapter" / "npt_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("mode", ["local+polish", "end_to_end"])
+def test_two_runs_give_the_same_bits(tmp_path, mode):
+    states = []
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) + len(states))  # whatever the process did before
+        summary, model = start(tmp_path / name, mode=mode, polish_steps=3, regularization_weight=1e-4)
+        states.append(
+            (adapter_state_dict(model), summary.trained, [r["loss"] for r in records(tmp_path / name, "train")])
+        )
+    (first, *numbers), (second, *others) = states
+    assert numbers == others
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    _, other = start(tmp_path / "three", mode=mode, polish_steps=3, regularization_weight=1e-4, seed=1)
+    assert any(not torch.equal(first[name], tensor) for name, tensor in adapter_state_dict(other).items())
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path):
+    results = []
+    for name, batch, accumulation in (("large", 8, 1), ("small", 2, 4)):
+        _, model = start(tmp_path / name, batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=3)
+        results.append((adapter_state_dict(model), records(tmp_path / name, "train")))
+    (large, large_log), (small, small_log) = results
+    assert large_log[-1]["tokens"] == small_log[-1]["tokens"]
+    assert small_log[-1]["loss"] == pytest.approx(large_log[-1]["loss"], rel=1e-4)
+    for name, tensor in large.items():
+        # Same gradient up to rounding; Adam turns rounding of tiny gradients into at most 2·lr per step.
+        assert float((tensor - small[name]).abs().mean()) < 1e-5, name
+
+
+def test_resume_starts_at_the_adapters_numbers_and_keeps_its_metrics(tmp_path):
+    first, _ = start(tmp_path, max_steps=4)
+    lines = len(records(tmp_path, "train"))
+    second, _ = start(tmp_path, max_steps=4, resume=tmp_path / "adapter")
+    assert second.converted == first.trained
+    assert second.trained != first.trained
+    assert len(records(tmp_path, "train")) > lines
+    assert "resumed adapter" in start.output
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
+    steps = []
+    plain = engine.TrainingDisplay.step
+
+    def press(self, report, eta, *, logged):
+        plain(self, report, eta, logged=logged)
+        steps.append(report.step)
+        if report.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(engine.TrainingDisplay, "step", press)
+    before = signal.getsignal(signal.SIGINT)
+    model = tiny_model("llama", layers=3)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, model=model, max_steps=20)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert steps == [1, 2, 3]
+    assert "interrupted after 3 steps" in start.output and f"--resume {tmp_path / 'adapter'}" in start.output
+    trained = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    fresh = tiny_model("llama", layers=3)
+    load_npt(fresh, tmp_path / "adapter")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in adapter_state_dict(fresh).items())
+    assert records(tmp_path, "save")[-1]["stopped"]
+
+
+def test_an_interrupt_inside_a_step_saves_too(tmp_path, monkeypatch):
+    plain = loop.KLObjective.accumulate
+    calls = []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+
+    monkeypatch.setattr(loop.KLObjective, "accumulate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path)
+    assert "interrupted after 2 steps; adapter of step 2 saved" in start.output
+    load_npt(tiny_model("llama", layers=3), tmp_path / "adapter")
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with StopRequest().listen() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [])  # a bytecode boundary for the handler
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient norm"])
+def test_what_is_not_finite_stops_with_the_last_good_adapter(tmp_path, monkeypatch, bad, where):
+    plain = loop.KLObjective.accumulate
+    calls, good = [], {}
+
+    def broken(self, ids, share, backward):
+        calls.append(1)
+        if len(calls) < 4:
+            return plain(self, ids, share, backward)
+        good.update({name: tensor.clone() for name, tensor in adapter_state_dict(self.model).items()})
+        losses = plain(self, ids, share, lambda loss: backward(loss * bad))
+        return dataclasses.replace(losses, loss=losses.loss * bad) if where == "loss" else losses
+
+    monkeypatch.setattr(loop.KLObjective, "accumulate", broken)
+    with pytest.raises(
+        TrainingError, match=rf"{where} is (nan|inf) at step 4 .*learning_rate \(now 0.003\).*step 3 saved"
+    ):
+        start(tmp_path)
+    fresh = tiny_model("llama", layers=3)
+    load_npt(fresh, tmp_path / "adapter")
+    assert all(torch.equal(tensor, good[name]) for name, tensor in adapter_state_dict(fresh).items())
+    assert all(tensor.isfinite().all() for tensor in good.values())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_out_of_memory_names_what_to_change_and_saves(tmp_path, monkeypatch, error):
+    plain = loop.KLObjective.accumulate
+    calls = []
+
+    def hungry(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return plain(self, *args)
+
+    monkeypatch.setattr(loop.KLObjective, "accumulate", hungry)
+    with pytest.raises(TrainingError) as caught:
+        start(tmp_path)
+    message = str(caught.value)
+    for text in (
+        "training.batch_size=2 with gradient_accumulation_steps=2", "gradient_checkpointing=true", "training.mode=local",
+        "adapter of step 2 saved",
+    ):  # fmt: skip
+        assert text in message
+    assert "\n" not in message
+
+
+def test_memory_advice_leaves_out_what_is_already_done(tmp_path):
+    config = make_config(
+        tmp_path, {"optimization": {"gradient_checkpointing": True}, "data": {"max_length": 128}, "model": {"dtype": "bfloat16"}},
+        mode="local", batch_size=1,
+    )  # fmt: skip
+    assert "checkpointing" not in memory_advice(config, MemoryError()) and "batch_size" not in memory_advice(
+        config, MemoryError()
+    )
+    assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"))
+    assert not is_out_of_memory(RuntimeError("shapes"))
+
+
+def test_a_run_cannot_start_without_text_or_a_named_package(tmp_path, monkeypatch):
+    empty = torch.zeros(0, 16, dtype=torch.long)
+    with pytest.raises(TrainingError, match="no training text"):
+        start(tmp_path, text=dataclasses.replace(blocks(), train=empty))
+    with pytest.raises(TrainingError, match="no held-out text"):
+        start(tmp_path, text=dataclasses.replace(blocks(), heldout=empty))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match="pip install wandb"):
+        start(tmp_path, sections={"wandb": {"enabled": True}})
+
+
+def test_a_failed_conversion_leaves_the_model_alone(tmp_path):
+    model = tiny_model("llama", layers=3)
+    before = checksum(model)
+    with pytest.raises(ValueError, match="larger than the hidden size 32"):
+        start(tmp_path, model=model, sections={"model": {"rank": 64}})
+    assert checksum(model) == before and "np_component" not in "".join(model.state_dict())
+
+
+@pytest.mark.parametrize("rule", ["rank1", "diagonal", "anchored"])
+def test_rules_without_a_closed_form_train(tmp_path, rule):
+    model = {**FAR, "rule": rule, "targets": ["gate", "down"]}
+    summary, _ = start(tmp_path, sections={"model": model}, max_steps=20, learning_rate=1e-2)
+    assert summary.trained.kl < summary.converted.kl
+
+
+def test_bf16_autocast_keeps_fp32_masters(tmp_path):
+    sections = {"model": FAR, "optimization": {"mixed_precision": "bf16"}}
+    summary, model = start(tmp_path, sections=sections, max_steps=15, learning_rate=1e-2)
+    assert all(p.dtype == torch.float32 for p in npt_parameters(model))
+    assert summary.trained.kl < summary.converted.kl
+    start(tmp_path, max_steps=1)  # and another precision in the same process
+
+
+def test_a_converted_model_is_converted_anew_and_threads_come_back(tmp_path):
+    model = tiny_model("llama", layers=3)
+    apply_npt(model, NPTConfig(layers=[0], rank=2, init="small"))
+    threads = torch.get_num_threads()
+    summary, _ = start(tmp_path, model=model, max_steps=1, sections={"optimization": {"num_threads": threads}})
+    assert summary.report.layers == (0, 1, 2) and torch.get_num_threads() == threads
+
+
+def test_terminal_output_is_a_live_table(tmp_path):
+    stream = io.StringIO()
+    console = Console(file=stream, width=120, force_terminal=True)
+    run_training(make_config(tmp_path), tiny_model("llama", layers=3), None, blocks(), console=console)
+    assert "learning rate" in stream.getvalue() and "time left" in stream.getvalue()
+
+
+def test_phases_and_schedule(tmp_path):
+    config = make_config(
+        tmp_path, batch_size=4, gradient_accumulation_steps=3, num_epochs=2, max_steps=None, warmup_steps=2
+    )
+    (phase,) = plan_phases(config, 25)
+    assert (phase.steps, phase.objective, phase.warmup_steps) == (6, "kl", 2)  # 7 batches, 3 steps an epoch
+    config = make_config(tmp_path, mode="local+polish", polish_steps=40, warmup_steps=50, max_steps=5)
+    local, polish = plan_phases(config, 100)
+    assert (local.objective, local.steps, local.warmup_steps) == ("local", 5, 5)
+    assert (polish.objective, polish.steps, polish.warmup_steps) == ("kl", 40, 4)
+    assert plan_phases(make_config(tmp_path, mode="none"), 100) == []
+    for kind, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        scheduler = make_scheduler(optimizer, kind, 4, 20)
+        rates = []
+        for _ in range(20):
+            rates.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+        assert rates[4] == max(rates) and scheduler.get_last_lr()[0] == pytest.approx(last, abs=1e-6)
