@@ -12,7 +12,10 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["extension", "unavailable"]
+__all__ = ["OPS", "extension", "unavailable"]
+
+#: Ops with a kernel.
+OPS = ("factored_linear", "mlp")
 
 
 @lru_cache(maxsize=None)
@@ -45,7 +48,7 @@ def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None
     """Why the backend cannot run ``op`` there, or ``None``; the registry's ``check``."""
     if op == "linear":
         return "it has no kernel for the explicit form (nothing fuses there); use 'eager' or 'triton'"
-    if op not in ("factored_linear", "mlp"):
+    if op not in OPS:
         return f"it has no kernel for {op}; use 'eager' or 'triton'"
     if device.type != "cuda":
         return f"the tensors are on {device}, and it needs an sm_90 GPU (H100, H200)"
