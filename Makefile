@@ -10,7 +10,7 @@ ARGS   ?=
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format check-triton gpu-check clean distclean
+.PHONY: help train test lint format check-triton check-cuda gpu-check clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -25,6 +25,11 @@ lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check-cuda: $(VENV)/.cuda ## Build every CUDA kernel and check its machine code (needs nvcc, no GPU)
+	$(BIN)/python tools/gen_wgmma.py --check
+	$(BIN)/python tools/protocol_model.py
+	$(BIN)/python tools/check_cuda.py
 
 format: $(VENV)/.dev ## Rewrite files in the house style
 	$(BIN)/ruff check --fix .
@@ -57,3 +62,7 @@ $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "installing npt_kernels[dev] into $(VENV) (first time: a few minutes)"
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.train
+
+$(VENV)/.cuda: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) ninja pybind11 nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	@touch $@

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .activations import get_activation
+from .ops import _cuda as cuda_support
 from .ops._triton import support as triton_support
 
 __all__ = [
@@ -54,6 +55,10 @@ def _always(call: Call) -> str | None:
 def _triton(call: Call) -> str | None:
     act = None if call.act is None else get_activation(call.act).name
     return triton_support.why_not(call.device, call.dtype, act)
+
+
+def _cuda(call: Call) -> str | None:
+    return cuda_support.unavailable(call.op, call.device, call.dtype)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,14 @@ BACKENDS: dict[str, Backend] = {
             automatic=False,  # its kernels have been interpreted and compiled, but never run on a GPU
             summary="portable fused kernels: the delta and the activation inside the GEMM; CUDA devices, fp16, bf16, fp32",
             check=_triton,
+        ),
+        Backend(
+            name="cuda",
+            # The other ops have no kernel: `check` refuses them, their entries only complete the table.
+            modules={op: f"npt_kernels.ops.{op}.{'cuda' if op in cuda_support.OPS else 'eager'}" for op in _OPS},
+            automatic=False,  # it never ran on a GPU: only when asked for by name
+            summary="hand-written Hopper kernels (sm_90a): fused segmented-K GEMMs; bf16, fp16; unverified on hardware",
+            check=_cuda,
         ),
     )
 }

@@ -1,0 +1,122 @@
+"""Which instance runs a shape, and why. Every number here is a prediction: none was measured (benchmarks/notes.md).
+
+``NPT_PRINT_CONFIG=1`` prints each choice once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+__all__ = ["Config", "Epilogue", "Family", "choose"]
+
+
+class Family(IntEnum):
+    """Kernel families, numbered as ``npt::Family`` in csrc/dispatch.h."""
+
+    COOP = 0
+    PINGPONG = 1
+    DECODE = 2
+
+
+class Epilogue(IntEnum):
+    """Epilogues, numbered as ``npt::Epilogue`` in csrc/gemm/segk_params.h."""
+
+    STORE = 0
+    ACT = 1
+    DUAL = 2
+    ACT_BWD = 3
+    DUAL_BWD = 4
+
+
+#: Decode pads the tokens to one of these; above 64 a 128-row tile wastes less than half of the tensor core.
+DECODE_TOKENS = (8, 16, 32, 64)
+#: K up to which the epilogue of a cooperative tile (not overlapped, ~3000 clocks predicted) costs more than 10 % of its K loop
+#: (64 clocks a k16 step of 128 x 256): there two warpgroups taking turns win.
+PINGPONG_MAX_DEPTH = 2048
+#: A cluster of 2 halves the traffic for weights (48 → 32 bytes per clock and SM), but its row tiles come in pairs.
+MAX_PAIR_WASTE = 0.05
+#: Row tiles of a raster group: 16 x 128 token rows stay in L2 while the weights' columns pass.
+GROUP_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """One instance: the arguments of ``_cuda.launch`` that are not data."""
+
+    family: Family
+    epilogue: Epilogue
+    cluster: int
+    block_m: int
+    block_n: int
+    group_m: int
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.family.name.lower()} {self.epilogue.name.lower()} {self.block_m}x{self.block_n} cluster {self.cluster} "
+            f"group {self.group_m}: {self.reason}"
+        )
+
+
+def _div_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _wave_efficiency(rows: int, cols: int, block_m: int, block_n: int, slots: int) -> float:
+    """Share of the last wave's slots and of the tiles' area that does work."""
+    tiles = _div_up(rows, block_m) * _div_up(cols, block_n)
+    return rows * cols / (_div_up(tiles, slots) * slots * block_m * block_n)
+
+
+def choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int = 132) -> Config:
+    """The instance for outputs ``[rows, cols]`` and a K of ``depth`` over all segments."""
+    config = _choose(epilogue, rows, cols, depth, sms)
+    if os.environ.get("NPT_PRINT_CONFIG") == "1":
+        _print_once(rows, cols, depth, config)
+    return config
+
+
+@lru_cache(maxsize=4096)
+def _choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int) -> Config:
+    backward = epilogue in (Epilogue.ACT_BWD, Epilogue.DUAL_BWD)
+    if rows <= DECODE_TOKENS[-1] and not backward:
+        tokens = next(n for n in DECODE_TOKENS if rows <= n)
+        return Config(
+            Family.DECODE, epilogue, 1, tokens, 64, 1, f"{rows} tokens: bound by weight bandwidth, operands swapped"
+        )
+
+    row_tiles = _div_up(rows, 128)
+    waste = (row_tiles % 2) / (row_tiles + row_tiles % 2)
+    cluster = 2 if waste <= MAX_PAIR_WASTE else 1
+    paired = (
+        f"cluster of 2 shares the weights' loads ({row_tiles} row tiles)"
+        if cluster == 2
+        else f"no cluster: {row_tiles} row tiles would leave {waste:.0%} of the pairs empty"
+    )
+    group = max(1, GROUP_ROWS // cluster)
+
+    def config(family: Family, block_n: int, why: str) -> Config:
+        return Config(family, epilogue, cluster, 128, block_n, group, f"{why}; {paired}")
+
+    if backward:
+        return config(Family.PINGPONG, 192, "its epilogue moves T·f elements, which the other warpgroup's K loop hides")
+    if epilogue == Epilogue.DUAL:
+        return config(Family.COOP, 256, "gate and up share one stage of 128 + 128 weight rows")
+    if depth <= PINGPONG_MAX_DEPTH:
+        return config(Family.PINGPONG, 128, f"K = {depth} is short, so the epilogue must overlap")
+    wide = _wave_efficiency(rows, cols, 128, 256, sms)
+    narrow = _wave_efficiency(rows, cols, 128, 128, sms)
+    if narrow > 1.1 * wide:
+        return config(
+            Family.PINGPONG, 128, f"128 x 256 tiles would fill {wide:.0%} of the SMs, 128 x 128 fill {narrow:.0%}"
+        )
+    return config(Family.COOP, 256, "the widest tile reads the fewest bytes per flop")
+
+
+@lru_cache(maxsize=4096)
+def _print_once(rows: int, cols: int, depth: int, config: Config) -> None:
+    print(f"npt_kernels cuda: [{rows}, {cols}] K {depth}: {config}", file=sys.stderr)

@@ -1,0 +1,97 @@
+"""The build's and check-cuda's refusals: each finding is provoked on made-up compiler output."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import build_cuda
+import check_cuda
+
+CLEAN = (
+    "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+    "ptxas info    : Used 168 registers, used 16 barriers\n"
+)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...",
+        "    8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
+        "    0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads",
+        "ptxas warning : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum register requirements.",
+    ],
+)
+def test_build_refuses(line: str) -> None:
+    assert build_cuda.faults(CLEAN) == []
+    assert build_cuda.faults(CLEAN + line) != []
+
+
+def test_failed_compile_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert build_cuda.run_compile([sys.executable, "-c", "print('x')"]) == 0
+    assert build_cuda.run_compile([sys.executable, "-c", "print('(C7510) serialized')"]) == 1
+    assert "refused" in capsys.readouterr().err
+
+
+def test_no_nvcc_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NVCC", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build_cuda.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build_cuda.Path, "is_file", lambda self: False)
+    with pytest.raises(build_cuda.Unavailable, match=r"no nvcc found: install the CUDA toolkit"):
+        build_cuda.find_nvcc()
+
+
+def test_old_nvcc_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "nvcc").write_text("")
+    monkeypatch.setenv("NVCC", str(tmp_path / "nvcc"))
+    answer = SimpleNamespace(stdout="Cuda compilation tools, release 11.8, V11.8.89")
+    monkeypatch.setattr(build_cuda.subprocess, "run", lambda *a, **k: answer)
+    with pytest.raises(build_cuda.Unavailable, match=r"release 11\.8"):
+        build_cuda.find_nvcc()
+
+
+KERNEL: dict[str, Any] = {
+    "family": "coop", "dtype": 0, "epilogue": 0, "mn_major": False, "cluster": 2, "block_m": 128, "block_n": 256,
+}  # fmt: skip
+USE = {"REG": 168, "STACK": 0, "LOCAL": 0}
+BODY = ["SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R0", *["HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24"] * 4,
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1", "SYNCS.ARRIVE.TRANS64 RZ, [UR4], RZ", "@!P0 BRA 0x10"]  # fmt: skip
+REST = ["USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8", "USETMAXREG.DEALLOC.CTAPOOL 0x28", "STSM.16.M88.4 [R0], R4",
+        "UTMASTG.2D [UR16], [UR10]", "UTMALDG.2D.MULTICAST [UR8], [UR4], UR6", "EXIT"]  # fmt: skip
+
+
+def code(body: list[str], rest: list[str]) -> check_cuda.Code:
+    return check_cuda.Code("k", [(0x10 * (i + 1), t) for i, t in enumerate([*body, *rest])])
+
+
+def test_a_clean_kernel_passes() -> None:
+    assert check_cuda.check(KERNEL, code(BODY, REST), USE, 230512) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "rest", "use", "smem", "part"),
+    [
+        ([BODY[0], "STL [R1], R2", *BODY[1:]], REST, USE, 1024, "local memory in a K loop"),
+        ([BODY[0], "MEMBAR.ALL.GPU", *BODY[1:]], REST, USE, 1024, "a fence in a K loop"),
+        ([BODY[0], *BODY[2:]], REST, USE, 1024, "HGMMA"),
+        ([t.replace("256x16", "128x16") for t in BODY], REST, USE, 1024, "expected"),
+        ([t for t in BODY if "DEPBAR" not in t], REST, USE, 1024, "wgmma waits"),
+        (BODY[:-1], REST, USE, 1024, "no K loop"),
+        (BODY, [t for t in REST if "USETMAXREG.D" not in t], USE, 1024, "register reallocation"),
+        (BODY, [t for t in REST if "UTMASTG" not in t], USE, 1024, "no TMA store"),
+        (BODY, [t.replace(".MULTICAST", "") for t in REST], USE, 1024, "multicast"),
+        (BODY, REST, USE | {"REG": 200}, 1024, "200 registers"),
+        (BODY, REST, USE | {"STACK": 8}, 1024, "8 bytes of stack"),
+        (BODY, REST, USE, 232449, "shared memory"),
+    ],
+)
+def test_findings(body: list[str], rest: list[str], use: dict[str, int], smem: int, part: str) -> None:
+    found = check_cuda.check(KERNEL, code(body, rest), use, smem)
+    assert any(part in f for f in found), found

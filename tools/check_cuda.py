@@ -1,0 +1,231 @@
+"""Builds every Hopper kernel and reads its machine code: what a GPU would run, checked without one (``make check-cuda``).
+
+Per kernel: tensor-core instructions per k-block, one wait and no local memory or GPU-wide fence inside the K loops, TMA loads
+(multicast in clusters) and stores, register reallocation, registers, stack and shared memory. Prints the table; exit 1 on
+any finding. Needs nvcc, and cuobjdump + nvdisasm: of the toolkit, or ``pip install -e '.[cuda]'``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import build_cuda
+
+FAMILIES = ("coop", "pingpong", "decode")
+EPILOGUES = ("store", "act", "dual", "act_bwd", "dual_bwd")
+ENTRY_REGISTERS = 168  # 65536 / 384: the register file at launch; setmaxnreg then gives 40 and 232
+DECODE_REGISTERS = 160
+SMEM_LIMIT = 232448
+
+
+@dataclass
+class Loop:
+    """An innermost loop that issues wgmma."""
+
+    widths: dict[int, int]
+    body: list[str]
+
+
+@dataclass
+class Code:
+    """One kernel's SASS: ``(address, instruction)`` in order."""
+
+    name: str
+    lines: list[tuple[int, str]]
+
+    def count(self, pattern: str) -> int:
+        return sum(1 for _, text in self.lines if re.search(pattern, text))
+
+    def loops(self) -> list[Loop]:
+        """Innermost loops with HGMMA. A span with EXIT is no loop: it is a spin wait that ptxas moved behind the code."""
+        spans = []
+        for address, text in self.lines:
+            branch = re.search(r"\bBRA(?:\.\S+)?\s+(?:\S+,\s*)?0x([0-9a-f]+)", text)
+            if branch and (target := int(branch.group(1), 16)) < address:
+                body = [t for a, t in self.lines if target <= a <= address]
+                if any("HGMMA" in t for t in body) and not any(re.search(r"\bEXIT\b", t) for t in body):
+                    spans.append((target, address, body))
+        inner = [
+            s for s in spans if not any(o is not s and s[0] <= o[0] and o[1] <= s[1] and o[:2] != s[:2] for o in spans)
+        ]
+        found = []
+        for _, _, body in inner:
+            widths: dict[int, int] = {}
+            for text in body:
+                if hit := re.search(r"HGMMA\.64x(\d+)x16", text):
+                    widths[int(hit.group(1))] = widths.get(int(hit.group(1)), 0) + 1
+            found.append(Loop(widths, body))
+        return found
+
+
+def find_tool(name: str) -> str:
+    """cuobjdump or nvdisasm: PATH, the toolkit, or NVIDIA's PyPI package."""
+    candidates = [shutil.which(name), f"/usr/local/cuda/bin/{name}"]
+    spec = importlib.util.find_spec("nvidia")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        candidates += [str(p) for p in Path(place).glob(f"*/bin/{name}")]
+    for candidate in candidates:
+        if candidate and Path(candidate).is_file():
+            return candidate
+    raise build_cuda.Unavailable(f"no {name} found: pip install -e '.[cuda]' brings it")
+
+
+def run_tool(*arguments: str) -> str:
+    tools = {str(Path(find_tool(n)).parent) for n in ("cuobjdump", "nvdisasm")}
+    path = os.pathsep.join([*tools, os.environ.get("PATH", "")])
+    done = subprocess.run(
+        [find_tool("cuobjdump"), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": path},
+    )
+    return done.stdout
+
+
+def read_code(binary: Path) -> dict[str, Code]:
+    """Kernel name → code."""
+    codes: dict[str, Code] = {}
+    current: Code | None = None
+    for line in run_tool("-sass", str(binary)).splitlines():
+        if header := re.search(r"Function : (\S+)", line):
+            current = codes.setdefault(header.group(1), Code(header.group(1), []))
+        elif current is not None and (hit := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", line)):
+            current.lines.append((int(hit.group(1), 16), hit.group(2)))
+    return codes
+
+
+def read_resources(binary: Path) -> dict[str, dict[str, int]]:
+    """Kernel name → REG, STACK, LOCAL."""
+    found = {}
+    text = run_tool("-res-usage", str(binary))
+    for name, usage in re.findall(r"Function (\S+):\s*\n\s*(.*)", text):
+        found[name] = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    return found
+
+
+def identify(name: str) -> dict[str, Any] | None:
+    """Template arguments from the mangled name; ``None`` for a function that is no kernel of ours."""
+    family = re.search(r"segk_(coop|pingpong|decode)", name)
+    if family is None:
+        return None
+    ints = [int(v) for v in re.findall(r"Li(\d+)E", name)]
+    flags = [int(v) for v in re.findall(r"Lb([01])E", name)]
+    dtype, epilogue = (int(v) for v in re.findall(r"E(\d)E", name[name.index("Dtype") :])[:2])
+    kernel: dict[str, Any] = {
+        "family": family.group(1),
+        "dtype": dtype,
+        "epilogue": epilogue,
+        "mn_major": bool(flags[0]),
+    }
+    if family.group(1) == "decode":
+        return kernel | {"block_m": ints[0], "block_n": 64, "cluster": 1}
+    return kernel | {"block_m": ints[0], "block_n": ints[1], "stages": ints[2], "cluster": ints[3]}
+
+
+def check(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: int) -> list[str]:
+    """What is wrong with one kernel."""
+    bad: list[str] = []
+    epilogue, decode = EPILOGUES[kernel["epilogue"]], kernel["family"] == "decode"
+    dual, backward = epilogue == "dual", epilogue.endswith("bwd")
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            bad.append(what)
+
+    # HGMMA per k-block of 64: 4 k16 steps x slabs (ping-pong: two of 64 rows) or x weight tiles (decode, dual).
+    width = kernel["block_m"] if decode else kernel["block_n"]
+    per_block = 8 if kernel["family"] == "pingpong" or (decode and dual) else 4
+    expected = [(width, per_block)]
+    if dual:
+        expected.append((width, 4) if decode else (width // 2, 4))
+    loops = code.loops()
+    need(bool(loops), "no K loop found")
+    for loop in loops:
+        need(len(loop.widths) == 1, f"a K loop mixes widths {loop.widths}")
+        # ptxas may unroll a loop: whole k-blocks only, each with its wait.
+        ((n, count),) = loop.widths.items() if len(loop.widths) == 1 else ((0, 0),)
+        unit = [u for w, u in expected if w == n]
+        blocks = count // unit[0] if unit and count % unit[0] == 0 else 0
+        if not blocks and decode and dual and n == width and count % 4 == 0:
+            blocks = count // 4
+        need(blocks >= 1, f"a K loop has {loop.widths} HGMMA, expected {expected}")
+        waits = sum("WARPGROUP.DEPBAR" in t for t in loop.body)
+        need(blocks == 0 or waits in (blocks, count // 4), f"{waits} wgmma waits for {blocks} k-blocks")
+        for pattern, what in ((r"\b(LDL|STL)\b", "local memory"), ("MEMBAR", "a fence"), ("ERRBAR|CCTL", "an error barrier"),
+                              (r"\b(LDG|STG|LDS|STS)\b", "a plain memory access")):  # fmt: skip
+            need(not any(re.search(pattern, t) for t in loop.body), f"{what} in a K loop")
+    seen = {n for loop in loops for n in loop.widths}
+    need({w for w, _ in expected} <= seen, f"widths {seen} in K loops, expected {expected}")
+    need(code.count(r"\b(LDL|STL)\b") == 0, "local memory")
+    need(code.count("UTMALDG") > 0, "no TMA load")
+    need((code.count(r"UTMALDG\S*MULTICAST") > 0) == (kernel["cluster"] > 1), "multicast does not match the cluster")
+    if not decode:
+        need(code.count("UTMASTG") > 0, "no TMA store")
+        need(code.count("USETMAXREG") == 2, "no register reallocation")
+        need(code.count(r"\bSTSM\b") > 0, "no stmatrix")
+        need((code.count(r"\bLDSM\b") > 0) == backward, "ldmatrix does not match the epilogue")
+    limit = DECODE_REGISTERS if decode else ENTRY_REGISTERS
+    need(use.get("REG", 999) <= limit, f"{use.get('REG')} registers, plan {limit}")
+    need(use.get("STACK", 1) == 0, f"{use.get('STACK')} bytes of stack")
+    need(use.get("LOCAL", 1) == 0, f"{use.get('LOCAL')} bytes of local memory")
+    need(0 < smem <= SMEM_LIMIT, f"{smem} bytes of shared memory")
+    return bad
+
+
+def planned_smem(module_path: Path) -> dict[tuple[Any, ...], int]:
+    """Shared memory by instance, as the launcher requests it."""
+    spec = importlib.util.spec_from_file_location("npt_kernels._cuda", module_path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {
+        (FAMILIES[k["family"]], k["epilogue"], k["dtype"], k["mn_major"], k["cluster"], k["block_m"]): k["smem"]
+        for k in module.kernels()
+    }
+
+
+def main() -> int:
+    try:
+        binary = build_cuda.build()
+        codes, resources = read_code(binary), read_resources(binary)
+    except build_cuda.Unavailable as error:
+        print(f"check-cuda: {error}", file=sys.stderr)
+        return 1
+    smem = planned_smem(binary)
+    rows, findings, met = [], [], set()
+    for name, code in codes.items():
+        kernel = identify(name)
+        if kernel is None:
+            continue
+        key = tuple(kernel[f] for f in ("family", "epilogue", "dtype", "mn_major", "cluster", "block_m"))
+        met.add(key)
+        bad = check(kernel, code, resources.get(name, {}), smem.get(key, 0))
+        loops = " ".join("+".join(f"{c}x n{n}" for n, c in loop.widths.items()) for loop in code.loops())
+        tile = f"{kernel['block_m']}x{kernel['block_n']}"
+        rows.append((
+            kernel["family"], EPILOGUES[kernel["epilogue"]], "f16" if kernel["dtype"] else "bf16",
+            "mn" if kernel["mn_major"] else "k", kernel["cluster"], tile, resources.get(name, {}).get("REG"),
+            smem.get(key), loops, "ok" if not bad else "; ".join(bad),
+        ))  # fmt: skip
+        findings += [f"{key}: {b}" for b in bad]
+    findings += [f"{key}: not found in the binary" for key in set(smem) - met]
+    print(
+        f"{'family':<9}{'epilogue':<10}{'type':<6}{'W':<4}{'cl':<4}{'tile':<9}{'regs':<6}{'smem':<8}{'HGMMA per loop':<34}result"
+    )
+    for row in sorted(rows, key=str):
+        print("{:<9}{:<10}{:<6}{:<4}{:<4}{:<9}{:<6}{:<8}{:<34}{}".format(*map(str, row)))
+    print(f"{len(rows)} kernels, {len(findings)} findings")
+    return 1 if findings or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,415 @@
+"""Exhaustive search of the kernels' barrier protocol on small rings: deadlock, a stage overwritten too early, stale data.
+
+The model mirrors, line by line where marked in the sources:
+
+* ``csrc/gemm/mainloop.cuh``: ``init_barriers`` [P1] [P2], ``produce`` [P3] [P4], ``multiply`` [P5], ``release`` [P6],
+  ``finish_tile`` [P7]; ``csrc/decode/segk_swapab.cuh`` is the same with one consumer and no cluster.
+* ``csrc/gemm/segk_pingpong.cuh``: the turn order [O1] [O2] and the epilogue's fetches and stores [E1] to [E4].
+* ``csrc/gemm/segk_coop.cuh``: ``CoopEpilogue::store`` (two buffers in rotation) and the final ``cluster_sync``.
+
+What is modelled: mbarriers with their parity waits (so that aliasing two laps apart is seen), pending counts and byte
+counts (bytes may arrive before they are expected); TMA loads that land at any later time, per destination block; wgmma reads
+that last until the wait that covers them; TMA stores that read shared memory until ``wait_group.read``; named barriers. A
+warpgroup is one process in the ring programs and a leader and a follower thread in the store programs.
+
+What is not: memory ordering below the barriers (proxies, fences), the tensor cores, timing. Each program is a straight line of
+atomic steps; the search visits every interleaving of steps and landings.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+A_BYTES, B_BYTES = 4, 8  # any numbers that make a full and a half stage differ
+FULL, HALF = 0, 1
+
+
+def stage_bytes(kind: int) -> int:
+    """As ``npt::stage_bytes``: LOW_FIRST loads half of B."""
+    return A_BYTES + (B_BYTES // 2 if kind == HALF else B_BYTES)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A small launch: what the kernels' template parameters and SegkParams are to the model."""
+
+    stages: int = 2
+    cluster: int = 1
+    consumers: int = 2
+    pingpong: bool = False
+    tiles: tuple[tuple[int, ...], ...] = ((FULL, FULL, HALF), (FULL, FULL, HALF))  # k-blocks (kinds) of each tile
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Deliberate mistakes, for the mutation tests. The default is the protocol as written in csrc."""
+
+    producer_phase: int = 1  # what [P3] XORs into its parity
+    consumer_phase_flip: bool = True
+    arrive_at_peer: bool = True
+    empty_counts_peer: bool = True
+    release_early: bool = False  # before the wgmma that reads the stage is known to be done
+    half_expects_full: bool = False
+    half_expects_less: bool = False
+    restart_ring_per_segment: bool = False
+    order_wait: bool = True
+    order_arrive: bool = True
+    skip_other_tile: bool = True
+    wait_for_empty: bool = True
+    final_sync: bool = True
+
+
+@dataclass
+class Machine:
+    """Barrier counts and one straight-line program per process."""
+
+    counts: dict[object, int] = field(default_factory=dict)
+    programs: list[list[tuple]] = field(default_factory=list)
+    exits: dict[int, int] = field(default_factory=dict)  # process -> block, to find accesses to a block that has left
+
+
+def ring_machine(sc: Scenario, fault: Faults = Faults()) -> Machine:
+    """Producers and consumer warpgroups of one cluster."""
+    m = Machine()
+    readers = 1 if sc.pingpong else sc.consumers
+    peers = range(sc.cluster)
+    for cta in peers:
+        for s in range(sc.stages):
+            m.counts["full", cta, s] = 1
+            m.counts["empty", cta, s] = readers * (sc.cluster if fault.empty_counts_peer else 1)
+        for w in range(sc.consumers):
+            m.counts["order", cta, w] = 1
+    m.counts["exit"] = sc.cluster * (1 + sc.consumers)
+
+    def position(tile: int, block: int) -> tuple[int, int]:
+        """(stage, use number) of a k-block; the ring runs on through tiles and segments."""
+        if fault.restart_ring_per_segment and sc.tiles[tile][block] == HALF:
+            first = next(i for i, kind in enumerate(sc.tiles[tile]) if kind == HALF)
+            number = sum(map(len, sc.tiles[:tile])) + block - first
+        else:
+            number = sum(map(len, sc.tiles[:tile])) + block
+        return number % sc.stages, number // sc.stages
+
+    for cta in peers:
+        producer: list[tuple] = []
+        for tile, kinds in enumerate(sc.tiles):
+            for block, kind in enumerate(kinds):
+                stage, use = position(tile, block)
+                expected = stage_bytes(kind)
+                if kind == HALF and fault.half_expects_full:
+                    expected = stage_bytes(FULL)
+                if kind == HALF and fault.half_expects_less:
+                    expected = A_BYTES
+                b_share = (stage_bytes(kind) - A_BYTES) // sc.cluster
+                loads = tuple(
+                    (other, stage, (cta, tile, block), b_share + (A_BYTES if other == cta else 0)) for other in peers
+                )
+                wait = ("empty", cta, stage) if fault.wait_for_empty else None
+                producer.append(
+                    ("produce", wait, (use & 1) ^ fault.producer_phase, ("full", cta, stage), expected, loads)
+                )
+        m.exits[len(m.programs)] = cta
+        m.programs.append(producer)
+
+        for w in range(sc.consumers):
+            program: list[tuple] = []
+            tiles = range(w, len(sc.tiles), sc.consumers) if sc.pingpong else range(len(sc.tiles))
+            done_here = 0
+
+            def release(stage: int, program: list[tuple] = program, cta: int = cta) -> None:
+                program.append(("drop", cta, stage))
+                for other in peers:
+                    if other == cta or fault.arrive_at_peer:
+                        program.append(("arrive", ("empty", other, stage)))
+
+            for turn, tile in enumerate(tiles):
+                if sc.pingpong and fault.order_wait:
+                    program.append(("wait", ("order", cta, w), (turn & 1) ^ (1 if w == 0 else 0)))
+                held: int | None = None
+                for block in range(len(sc.tiles[tile])):
+                    stage, use = position(tile, block)
+                    if sc.pingpong and not fault.skip_other_tile:
+                        stage, use = done_here % sc.stages, done_here // sc.stages
+                    done_here += 1
+                    parity = use & 1 if fault.consumer_phase_flip else 0
+                    program.append(("acquire", ("full", cta, stage), parity, cta, stage, tile, block))
+                    if fault.release_early:
+                        for other in peers:
+                            program.append(("arrive", ("empty", other, stage)))
+                    elif held is not None:
+                        release(held)
+                    if fault.release_early and held is not None:
+                        program.append(("drop", cta, held))
+                    held = stage
+                if sc.pingpong and fault.order_arrive:
+                    program.append(("arrive", ("order", cta, 1 - w)))
+                if held is not None:
+                    if fault.release_early:
+                        program.append(("drop", cta, held))
+                    else:
+                        release(held)
+            m.exits[len(m.programs)] = cta
+            m.programs.append(program)
+    if sc.cluster > 1 and fault.final_sync:
+        for program in m.programs:
+            program.append(("arrive", "exit"))
+            program.append(("wait", "exit", 0))
+    return m
+
+
+def store_machine(buffers: int = 2, allowed: int | None = None, stores: int = 5, sync_before: bool = True,
+                  sync_after: bool = True) -> Machine:  # fmt: skip
+    """``CoopEpilogue::store``: leader waits, both sync, both write, both sync, leader issues the store."""
+    m = Machine()
+    m.counts["sync"] = 2
+    allowed = buffers - 1 if allowed is None else allowed
+    for leader in (True, False):
+        program: list[tuple] = []
+        syncs = 0
+
+        def sync(program: list[tuple] = program) -> None:
+            nonlocal syncs
+            program.append(("arrive", "sync"))
+            program.append(("wait", "sync", syncs & 1))
+            syncs += 1
+
+        for i in range(stores):
+            if leader:
+                program.append(("wait_read", allowed))
+            if sync_before:
+                sync()
+            program.append(("write", i % buffers, leader, i))
+            if sync_after:
+                sync()
+            if leader:
+                program.append(("store", i % buffers, i))
+        m.programs.append(program)
+    return m
+
+
+def fetch_machine(tiles: int = 2, parts: int = 6, wait_between: bool = True, wait_at_tile: bool = True,
+                  parity_step: bool = True) -> Machine:  # fmt: skip
+    """The backward epilogue of one warpgroup: two buffers filled by TMA, overwritten in place, stored from, refilled."""
+    m = Machine()
+    m.counts["sync"] = 2
+    m.counts["fetched", 0] = m.counts["fetched", 1] = 1
+    for leader in (True, False):
+        program: list[tuple] = []
+        syncs = 0
+        for turn in range(tiles):
+            if leader:
+                if wait_at_tile:
+                    program.append(("wait_read", 0))
+                program.append(("fetch", 0, (turn, 0)))
+                program.append(("fetch", 1, (turn, 1)))
+            for j in range(parts):
+                parity = (turn * (parts // 2) + j // 2) & 1 if parity_step else (j // 2) & 1
+                program.append(("wait", ("fetched", j & 1), parity))
+                program.append(("modify", j & 1, leader, (turn, j)))
+                program.append(("arrive", "sync"))
+                program.append(("wait", "sync", syncs & 1))
+                syncs += 1
+                if leader:
+                    program.append(("store", j & 1, (turn, j)))
+                    if j + 2 < parts:
+                        if wait_between:
+                            program.append(("wait_read", 0))
+                        program.append(("fetch", j & 1, (turn, j + 2)))
+        m.programs.append(program)
+    return m
+
+
+class Violation(Exception):
+    """Something that must not happen; the message says what."""
+
+
+class Search:
+    """Breadth-first over all interleavings. A state is nested tuples, so it hashes."""
+
+    def __init__(self, machine: Machine, limit: int = 3_000_000) -> None:
+        self.machine, self.limit = machine, limit
+        self.barriers = {name: i for i, name in enumerate(machine.counts)}
+        self.counts = list(machine.counts.values())
+
+    # State: (program counters, barriers (phase, pending, bytes), landings in flight, contents, holds, stores in flight)
+    def initial(self) -> tuple:
+        return (
+            (0,) * len(self.machine.programs),
+            tuple((0, count, 0) for count in self.counts),
+            frozenset(), frozenset(), frozenset(), (),
+        )  # fmt: skip
+
+    def _settle(self, barriers: list, index: int, pending: int, tx: int) -> None:
+        phase, left, bytes_ = barriers[index]
+        left, bytes_ = left - pending, bytes_ + tx
+        if left < 0:
+            raise Violation(
+                f"barrier {list(self.machine.counts)[index]} gets more arrivals than its count in one phase"
+            )
+        # Phases are kept modulo 4: parity waits and the check below see no more.
+        barriers[index] = (
+            ((phase + 1) % 4, self.counts[index], 0) if left == 0 and bytes_ == 0 else (phase, left, bytes_)
+        )
+
+    def _passed(self, state: tuple, name: object, parity: int) -> bool:
+        return (state[1][self.barriers[name]][0] & 1) != parity
+
+    def successors(self, state: tuple) -> list[tuple]:
+        """Every state one step later."""
+        pcs, barriers, flying, contents, holds, stores = state
+        result = []
+        for landing in flying:  # (kind, block, stage, writer key, tag, bytes, barrier index)
+            _, cta, stage, part, tag, size, bar = landing
+            if (cta, stage) in {(h[0], h[1]) for h in holds}:
+                raise Violation(f"stage {stage} of block {cta} is overwritten while it is read")
+            if any(s[0] == (cta, stage) and not s[2] for s in stores):
+                raise Violation(f"buffer {stage} is refilled while a store reads it")
+            if self.machine.exits and all(
+                pcs[i] == len(self.machine.programs[i]) for i, block in self.machine.exits.items() if block == cta
+            ):
+                raise Violation(f"a multicast lands in block {cta}, which has left")
+            bars = list(barriers)
+            self._settle(bars, bar, 0, -size)
+            kept = frozenset(c for c in contents if c[:3] != (cta, stage, part))
+            result.append((pcs, tuple(bars), flying - {landing}, kept | {(cta, stage, part, tag)}, holds, stores))
+        for i, store in enumerate(stores):  # a store finishes reading
+            if not store[2]:
+                done = (*stores[:i], (store[0], store[1], True), *stores[i + 1 :])
+                while done and done[0][2]:
+                    done = done[1:]
+                result.append((pcs, barriers, flying, contents, holds, done))
+        for process, pc in enumerate(pcs):
+            program = self.machine.programs[process]
+            if pc < len(program):
+                after = self._step(state, program[pc], process)
+                if after is not None:
+                    result.append(((*pcs[:process], pc + 1, *pcs[process + 1 :]), *after))
+        return result
+
+    def _step(self, state: tuple, step: tuple, process: int) -> tuple | None:
+        """State without program counters after one step; ``None`` while it must wait."""
+        _, barriers, flying, contents, holds, stores = state
+        bars = list(barriers)
+        match step:
+            case ("wait", name, parity):
+                return state[1:] if self._passed(state, name, parity) else None
+            case ("arrive", name):
+                self._settle(bars, self.barriers[name], 1, 0)
+                return (tuple(bars), *state[2:])
+            case ("produce", wait, parity, full, expected, loads):
+                if wait is not None and not self._passed(state, wait, parity):
+                    return None
+                self._settle(bars, self.barriers[full], 1, expected)
+                new = {
+                    ("stage", cta, stage, tag[0], tag[1:], size, self.barriers["full", cta, stage])
+                    for cta, stage, tag, size in loads
+                }
+                return (tuple(bars), flying | new, *state[3:])
+            case ("acquire", full, parity, cta, stage, tile, block):
+                if not self._passed(state, full, parity):
+                    return None
+                found = {c[3] for c in contents if c[0] == cta and c[1] == stage}
+                parts = {c[2] for c in contents if c[0] == cta and c[1] == stage}
+                producers = {p for p, prog in enumerate(self.machine.programs) if prog and prog[0][0] == "produce"}
+                if found != {(tile, block)} or len(parts) != len(producers):
+                    raise Violation(
+                        f"tile {tile} k-block {block} of block {cta} reads {sorted(found)} from stage {stage}"
+                    )
+                return (*state[1:4], holds | {(cta, stage, process)}, stores)
+            case ("drop", cta, stage):
+                return (*state[1:4], holds - {(cta, stage, process)}, stores)
+            case ("wait_read", allowed):
+                older = stores[: max(0, len(stores) - allowed)]
+                return state[1:] if all(s[2] for s in older) else None
+            case ("write", buffer, leader, tag):
+                if any(s[0] == (0, buffer) and not s[2] for s in stores):
+                    raise Violation(f"buffer {buffer} is overwritten while a store reads it")
+                kept = frozenset(c for c in contents if c[:3] != (0, buffer, leader))
+                return (*state[1:3], kept | {(0, buffer, leader, tag)}, *state[4:])
+            case ("modify", buffer, leader, tag):
+                if (0, buffer, "tma", tag) not in contents:
+                    raise Violation(f"part {tag} finds other data in buffer {buffer}")
+                kept = frozenset(c for c in contents if c[:3] != (0, buffer, leader))
+                return (*state[1:3], kept | {(0, buffer, leader, tag)}, *state[4:])
+            case ("store", buffer, tag):
+                for thread in (True, False):
+                    if (0, buffer, thread, tag) not in contents:
+                        raise Violation(f"store {tag} reads buffer {buffer} before both threads wrote it")
+                return (*state[1:5], (*stores, ((0, buffer), tag, False)))
+            case ("fetch", buffer, tag):
+                index = self.barriers["fetched", buffer]
+                self._settle(bars, index, 1, 1)
+                return (tuple(bars), flying | {("buffer", 0, buffer, "tma", tag, 1, index)}, *state[3:])
+        raise AssertionError(step)
+
+    def run(self) -> int:
+        """Number of states; raises :class:`Violation`."""
+        start = self.initial()
+        seen, frontier = {start}, [start]
+        while frontier:
+            following = []
+            for state in frontier:
+                successors = self.successors(state)
+                if not successors:
+                    stuck = [i for i, pc in enumerate(state[0]) if pc < len(self.machine.programs[i])]
+                    if stuck:
+                        steps = ", ".join(f"{i}: {self.machine.programs[i][state[0][i]][:3]}" for i in stuck)
+                        raise Violation(f"deadlock at {steps}")
+                    if state[2]:
+                        raise Violation("the kernel ends with loads in flight")
+                for after in successors:
+                    if after not in seen:
+                        seen.add(after)
+                        following.append(after)
+            if len(seen) > self.limit:
+                raise RuntimeError(f"more than {self.limit} states; choose a smaller scenario")
+            frontier = following
+        return len(seen)
+
+
+F3, F4 = (FULL, FULL, FULL), (FULL,) * 4
+#: What `python tools/protocol_model.py` and the tests check: name → machine.
+CASES: dict[str, Callable[[], Machine]] = {
+    "coop, 2 stages, 2 warpgroups, ragged segment": lambda: ring_machine(Scenario()),
+    "coop, 3 stages, tile shorter than the ring": lambda: ring_machine(
+        Scenario(stages=3, tiles=((FULL,), (FULL, HALF), (FULL,)))
+    ),
+    "coop, 3 stages, 4 k-blocks": lambda: ring_machine(Scenario(stages=3, tiles=(F4, F4))),
+    "decode, 1 warpgroup": lambda: ring_machine(Scenario(stages=3, consumers=1, tiles=(F4, F3, F4))),
+    "coop, cluster of 2, 1 warpgroup each": lambda: ring_machine(
+        Scenario(cluster=2, consumers=1, tiles=((FULL, FULL, HALF), (FULL, HALF)))
+    ),
+    "coop, cluster of 2, 2 warpgroups each": lambda: ring_machine(
+        Scenario(cluster=2, consumers=2, tiles=((FULL, FULL, HALF),))
+    ),
+    "ping-pong, 2 stages, odd tiles": lambda: ring_machine(Scenario(pingpong=True, tiles=(F3, F3, F3))),
+    "ping-pong, 3 stages, tile shorter than the ring": lambda: ring_machine(
+        Scenario(stages=3, pingpong=True, tiles=((FULL,),) * 5)
+    ),
+    "ping-pong, 2 stages, even tiles": lambda: ring_machine(Scenario(pingpong=True, tiles=((FULL, FULL),) * 4)),
+    "ping-pong, cluster of 2": lambda: ring_machine(
+        Scenario(cluster=2, pingpong=True, tiles=((FULL, FULL, FULL), (FULL,) * 3))
+    ),
+    "epilogue stores, 2 buffers": lambda: store_machine(2),
+    "epilogue stores, 4 buffers": lambda: store_machine(4, stores=9),
+    "backward epilogue, 6 parts, 2 tiles": lambda: fetch_machine(),
+    "backward epilogue, 6 parts, 3 tiles": lambda: fetch_machine(tiles=3),
+}
+
+
+def main(names: Sequence[str] = ()) -> int:
+    """Check the cases (all, or those whose name contains an argument) and print their sizes."""
+    for name, build in CASES.items():
+        if not names or any(n in name for n in names):
+            try:
+                print(f"{name:<50} {Search(build()).run():>9,} states, no violation", flush=True)
+            except Violation as error:
+                print(f"{name:<50} VIOLATION: {error}")
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
