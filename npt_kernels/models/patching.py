@@ -97,6 +97,8 @@ class ApplyReport:
             f"({self.parameters / max(self.base_parameters, 1):.1%})",
         ]
         lines += [f"  skipped layer {index}: {reason}" for index, reason in self.skipped.items()]
+        if "unused" in self.calibration:
+            lines.append(f"  {self.calibration['unused']}")
         return "\n".join(lines)
 
 
@@ -289,6 +291,9 @@ def apply_npt(
                 f"{choice.hidden_size}, all the directions the closed form has; use num_ranks=1 or a smaller rank"
             )
     notes: dict[str, Any] = {}
+    if calibration is not None and not closed_form:
+        notes = {"unused": f"the calibration was not used: a closed form needs rule='self_key' and init='auto' or 'closed_form' "
+                           f"(here {config.rule!r}, {config.init!r})"}  # fmt: skip
     if closed_form:
         from ..calibration import closed_form_components
 
@@ -334,17 +339,23 @@ def make_report(
 def remove_npt(model: nn.Module) -> None:
     """Put the original modules back, bit for bit, and restore which parameters were trainable.
 
-    Raises ``ValueError`` if the model is not converted.
+    Raises ``ValueError`` if the model is not converted, or is only a part of the one that ``apply_npt`` was given.
     """
     layers = converted_layers(model)
     if not layers:
         raise ValueError("the model has no NPT layers; nothing to remove")
+    # The state sits on the module that was given to apply_npt: this one or a submodule.
+    states: list[tuple[nn.Module, NPTState]] = [
+        (m, m.__dict__[_STATE]) for m in model.modules() if _STATE in m.__dict__
+    ]
+    if not states:
+        raise ValueError(
+            f"this {type(model).__name__} is a part of the model that was converted; call remove_npt on the one that "
+            "apply_npt or load_npt was given"
+        )
     for layer in layers.values():
         restore_layer(layer)
-    for module in model.modules():  # the state sits on the module that was given to apply_npt, perhaps a submodule
-        state: NPTState | None = module.__dict__.get(_STATE)
-        if state is None:
-            continue
+    for module, state in states:
         trainable = set(state.trainable_before)
         for name, parameter in module.named_parameters():
             if name in trainable:

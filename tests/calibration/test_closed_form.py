@@ -145,7 +145,8 @@ def test_calibration_is_used_only_where_it_can_be():
     """init='small' and rules without a closed form start from ΔW = 0 whatever the calibration."""
     for kwargs in ({"rule": "rank1"}, {"init": "small"}):
         model = sharpened("llama")
-        apply_npt(model, NPTConfig(layers="all", rank=8, **kwargs), calibration=CALIBRATION)
+        report = apply_npt(model, NPTConfig(layers="all", rank=8, **kwargs), calibration=CALIBRATION)
+        assert "calibration was not used" in str(report)
         values = [p for n, p in model.named_parameters() if ".w_b_up." in n]
         assert len(values) == 12 and not any(v.any() for v in values)
 

@@ -441,3 +441,15 @@ def test_a_forward_replaced_by_another_library_is_refused():
     with pytest.raises(ValueError, match=r"layer 3 .*replaced forward on this instance"):
         apply_npt(model, NPTConfig(layers=[3], rank=8))
     assert_unchanged(model, before)
+
+
+def test_a_part_of_the_converted_model_is_not_undone_alone():
+    """Half an undo would leave the base frozen and the rest believing it is converted."""
+    model = tiny_model("llama")
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    apply_npt(model, NPTConfig(layers="all", rank=4))
+    with pytest.raises(ValueError, match="is a part of the model that was converted"):
+        remove_npt(model.model)
+    assert len(npt_parameters(model)) > 0
+    remove_npt(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
