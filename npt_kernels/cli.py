@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
 except ImportError:
     raise SystemExit("the npt command needs typer, rich and transformers: pip install 'npt_kernels[train]'") from None
+
+from .cli_bench import bench
+from .cli_errors import reports_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +33,7 @@ npt train --dry-run    what it would do, without downloading
 npt eval runs/demo     original and converted side by side
 npt configs            the configurations that ship
 npt env                versions, hardware, backends
+npt bench tune         the fastest tiles for this machine's GPU
 """
 
 _TRAIN_HELP = """Convert a model and train its NP components to return what the original layers returned.
@@ -77,64 +79,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-
-def _reports_errors(command: _Command) -> _Command:
-    """Our own errors become one red line and exit code 2; Ctrl-C becomes 130. ``NPT_DEBUG=1`` shows the traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            _stderr().print("stopped", style="yellow")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            message = _message(error)
-            if message is None or os.environ.get("NPT_DEBUG", "") not in {"", "0"}:
-                raise
-            for line in message.splitlines():
-                _stderr().print("error: " + line, style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _message(error: Exception) -> str | None:
-    """What to tell a user; ``None`` for an error that nobody foresaw, whose traceback is the message."""
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _EXTRA_MODULES:
-        return f"{error.name} is not installed; pip install 'npt_kernels[train]'"
-    if type(error).__name__ == "OutOfMemoryError":
-        return (
-            "the GPU is out of memory; lower training.batch_size or data.max_length, set "
-            "optimization.gradient_checkpointing=true or training.mode=local, and see `npt train --dry-run`"
-        )
-    foreseen = isinstance(error, (ValueError, TypeError, RuntimeError, FileNotFoundError))
-    return str(error) if foreseen and _raised_here(error) else None
-
-
-_EXTRA_MODULES = {"pydantic", "yaml", "rich", "transformers", "accelerate", "datasets", "matplotlib", "gguf"}
-
-
-def _raised_here(error: Exception) -> bool:
-    """Whether a ``raise`` of this package made the error, not a library below it."""
-    traceback = error.__traceback__
-    if traceback is None:
-        return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    frame = traceback.tb_frame
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "npt_kernels"
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
+app.add_typer(bench)
 
 
 # ---- npt -------------------------------------------------------------------------------------------------------------
@@ -160,7 +105,7 @@ def _npt(
 
 
 @app.command(help=_TRAIN_HELP)
-@_reports_errors
+@reports_errors
 def train(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME] [section.key=value]...", show_default=False, help="See above.")
@@ -300,7 +245,7 @@ def _type_name(annotation: Any) -> str:
 
 
 @app.command("eval", help=_EVAL_HELP)
-@_reports_errors
+@reports_errors
 def evaluate(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="Output of `npt train` or of save_npt.")],
     overrides: Annotated[
@@ -404,7 +349,7 @@ def _print_evaluation(console: Console, result: Any, samples: Sequence[Any]) -> 
 
 
 @app.command(help="List the configurations that ship; with a NAME, print its YAML (a start for your own).")
-@_reports_errors
+@reports_errors
 def configs(name: Annotated[str | None, typer.Argument(help="A configuration.", show_default=False)] = None) -> None:
     from .configs import named_configs, read_named
 
@@ -422,7 +367,7 @@ def configs(name: Annotated[str | None, typer.Argument(help="A configuration.", 
 
 
 @app.command(help="Versions, hardware, backends and caches: what a bug report needs. --json for machines.")
-@_reports_errors
+@reports_errors
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     from .environment import describe
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..ops._triton.support import TRITON_INSTALLED
 from .reading import USER_TABLES_VARIABLE, check_table, clear_cache, table_path
 
 __all__ = ["find_tunables", "tune", "write_table"]
@@ -67,19 +68,22 @@ def tune(
         The file written.
 
     Raises:
-        RuntimeError: There is no CUDA GPU, or no candidate of a shape ran.
-        ValueError: An unknown kernel.
+        RuntimeError: There is no CUDA GPU or no Triton, or no candidate of a shape ran.
+        ValueError: An unknown kernel, or a file that is in the way.
     """
-    if not torch.cuda.is_available():
-        raise RuntimeError("tuning needs a CUDA GPU, and torch sees none on this machine")
+    if not TRITON_INSTALLED:
+        raise RuntimeError("tuning needs a CUDA GPU and triton, which is not installed (pip install triton)")
     available = find_tunables()
     names = list(available if kernels is None else kernels)
     unknown = [name for name in names if name not in available]
     if unknown:
         raise ValueError(f"kernel {unknown[0]!r} cannot be tuned; choose from {', '.join(available)}")
+    if not torch.cuda.is_available():
+        raise RuntimeError("tuning needs a CUDA GPU, and torch sees none on this machine")
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
     path = Path(out) if out is not None else table_path(gpu, Path(os.environ.get(USER_TABLES_VARIABLE, "tuning")))
+    _old_entries(path)  # minutes of measuring must not end at a file that cannot be continued
     source = f"measured: {gpu}, torch {torch.__version__}, {datetime.now(timezone.utc):%Y-%m-%d}, median of {rounds}"
     entries: list[dict[str, Any]] = []
     for name in names:
@@ -157,14 +161,21 @@ def _ranges(entries: Iterable[dict[str, Any]], dtype: str, source: str) -> list[
     return result
 
 
+def _old_entries(path: Path) -> list[dict[str, Any]]:
+    """What a file to be written holds already; none if it does not exist."""
+    try:
+        return check_table(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is in the way: no tuning table can be read from it ({error})") from error
+
+
 def write_table(path: Path, entries: list[dict[str, Any]], gpu: str) -> Path:
     """Put ``entries`` before those of the file that they do not replace (same kernel and dtype), atomically."""
     check_table({"entries": entries})
-    kept: list[dict[str, Any]] = []
-    if path.exists():
-        replaced = {(e["kernel"], str(e.get("when", {}).get("dtype"))) for e in entries}
-        old = check_table(json.loads(path.read_text(encoding="utf-8")))
-        kept = [e for e in old if (e["kernel"], str(e.get("when", {}).get("dtype"))) not in replaced]
+    replaced = {(e["kernel"], str(e.get("when", {}).get("dtype"))) for e in entries}
+    kept = [e for e in _old_entries(path) if (e["kernel"], str(e.get("when", {}).get("dtype"))) not in replaced]
     table = {"note": f"{gpu}. First match wins; see README.md.", "entries": entries + kept}
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("    " + json.dumps(entry, ensure_ascii=False) for entry in table["entries"])

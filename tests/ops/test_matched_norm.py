@@ -193,6 +193,22 @@ def test_long_rows_fall_back(monkeypatch):
     assert all(torch.equal(grads[n], grads_expected[n]) for n in ("h", "a", "weight"))
 
 
+@needs_interpreter
+@pytest.mark.parametrize(("limit", "trained"), [("MAX_BACKWARD_WIDTH", False), ("MAX_TRAINED_WIDTH", True)])
+def test_long_rows_of_the_backward_fall_back(monkeypatch, limit, trained):
+    from npt_kernels.ops.matched_norm import eager
+    from npt_kernels.ops.matched_norm import triton as kernels
+
+    inputs = tensors(3, 40, "rms", torch.float32)
+    h, a, weight = (inputs[name].detach() for name in ("h", "a", "weight"))
+    du, needs = torch.ones_like(h), [True, True, trained, False]
+    arguments = (du, None, h, a, weight, None, "rms", EPS, needs)
+    expected = eager.backward(*arguments)
+    monkeypatch.setattr(kernels, limit, 32)
+    monkeypatch.setattr(kernels, "backward_kernel", None)  # any launch would fail
+    assert all(torch.equal(g, e) for g, e in zip(kernels.backward(*arguments), expected, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_module_function(kind):
     """The public function: any leading dimensions, module parameters, and what it is for: u + linear part = norm(h + a)."""

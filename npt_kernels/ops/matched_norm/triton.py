@@ -1,7 +1,7 @@
 """``matched_norm`` in Triton: one program per row, which it reads once into registers and norms in fp32, rounding once.
 
-Memory bound: forward 3·T·d, backward (frozen norm) 5·T·d numbers at most. Rows longer than ``MAX_WIDTH`` take the eager
-code, which says the same in more passes.
+Memory bound: forward 3·T·d, backward (frozen norm) 5·T·d numbers at most. Longer rows than the registers
+of a program hold (``MAX_WIDTH`` and its likes below) take the eager code, which says the same in more passes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ __all__ = ["aot_specs", "backward", "forward"]
 
 #: Longest row that 16 warps hold in registers beside its like.
 MAX_WIDTH = 16384
-#: The same for a backward that also sums d weight and d bias in registers (longer rows would spill).
-MAX_TRAINED_WIDTH = 8192
+#: The same for the backward, which holds about three such rows (beyond, registers spill: tools/check_triton.py).
+MAX_BACKWARD_WIDTH = 8192
+#: The same for a backward that also sums d weight and d bias in registers over its rows.
+MAX_TRAINED_WIDTH = 4096
 
 #: Programs that share the sum over tokens of d weight and d bias: a fixed number, so that the order never depends on the GPU.
 _PARTS = 256
@@ -64,6 +66,39 @@ def forward_kernel(
     tl.store(key_scale_ptr + row, rounded(s, key_scale_ptr.dtype.element_ty, INTERPRETED))
 
 
+@triton.jit
+def _gradient_of_row(
+    row, column, mask, weight_ptr, du_ptr, dks_ptr, h_ptr, a_ptr, dh_ptr, da_ptr,
+    width, stride_du, stride_h, stride_a, eps,
+    LAYER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DU: tl.constexpr, HAS_DKS: tl.constexpr,
+    NEED_H: tl.constexpr, NEED_A: tl.constexpr, SUM_DTYPE: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Stores dh and da of one row; returns its ``(du, x·s)`` for d weight and d bias, fp32."""
+    h = tl.load(h_ptr + row * stride_h + column, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + row * stride_a + column, mask=mask, other=0.0).to(tl.float32)
+    du = tl.zeros((BLOCK,), dtype=tl.float32)
+    if HAS_DU:
+        du = tl.load(du_ptr + row * stride_du + column, mask=mask, other=0.0).to(tl.float32)
+    x, total, s = _statistics(h, a, mask, width, eps, LAYER, SUM_DTYPE, INTERPRETED)
+    if NEED_H or NEED_A:
+        g = du
+        if HAS_WEIGHT:
+            g *= tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        ds = tl.sum(g * x, 0)
+        if HAS_DKS:
+            ds += tl.load(dks_ptr + row).to(tl.float32)
+        dt = total * (-ds * s * s * s / width)
+        if NEED_A:
+            da = rounded(dt, da_ptr.dtype.element_ty, INTERPRETED)
+            tl.store(da_ptr + row * width + column, da, mask=mask)
+        if NEED_H:
+            if LAYER:
+                g = g - tl.sum(g, 0) / width
+            dh = rounded(g * s + dt, dh_ptr.dtype.element_ty, INTERPRETED)
+            tl.store(dh_ptr + row * width + column, dh, mask=mask)
+    return du, x * s
+
+
 @triton.jit(do_not_specialize=["T", "rows_per_program"])
 def backward_kernel(
     du_ptr, dks_ptr, h_ptr, a_ptr, weight_ptr, dh_ptr, da_ptr, dw_ptr, db_ptr,
@@ -76,42 +111,31 @@ def backward_kernel(
     part = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
-    weight = tl.full((BLOCK,), 1.0, dtype=tl.float32)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    dw = tl.zeros((BLOCK,), dtype=tl.float32)
-    db = tl.zeros((BLOCK,), dtype=tl.float32)
-    first = part * rows_per_program
-    for step in range(0, tl.minimum(rows_per_program, T - first)):
-        row = first + step
-        h = tl.load(h_ptr + row * stride_h + column, mask=mask, other=0.0).to(tl.float32)
-        a = tl.load(a_ptr + row * stride_a + column, mask=mask, other=0.0).to(tl.float32)
-        du = tl.zeros((BLOCK,), dtype=tl.float32)
-        if HAS_DU:
-            du = tl.load(du_ptr + row * stride_du + column, mask=mask, other=0.0).to(tl.float32)
-        x, total, s = _statistics(h, a, mask, width, eps, LAYER, SUM_DTYPE, INTERPRETED)
-        if NEED_H or NEED_A:
-            g = du * weight
-            ds = tl.sum(g * x, 0)
-            if HAS_DKS:
-                ds += tl.load(dks_ptr + row).to(tl.float32)
-            dt = total * (-ds * s * s * s / width)
-            if NEED_A:
-                da = rounded(dt, da_ptr.dtype.element_ty, INTERPRETED)
-                tl.store(da_ptr + row * width + column, da, mask=mask)
-            if NEED_H:
-                if LAYER:
-                    g = g - tl.sum(g, 0) / width
-                dh = rounded(g * s + dt, dh_ptr.dtype.element_ty, INTERPRETED)
-                tl.store(dh_ptr + row * width + column, dh, mask=mask)
+    if NEED_W or NEED_B:
+        dw = tl.zeros((BLOCK,), dtype=tl.float32)
+        db = tl.zeros((BLOCK,), dtype=tl.float32)
+        first = part * rows_per_program
+        for step in range(0, tl.minimum(rows_per_program, T - first)):
+            du, xs = _gradient_of_row(
+                first + step, column, mask, weight_ptr, du_ptr, dks_ptr, h_ptr, a_ptr, dh_ptr, da_ptr,
+                width, stride_du, stride_h, stride_a, eps,
+                LAYER, HAS_WEIGHT, HAS_DU, HAS_DKS, NEED_H, NEED_A, SUM_DTYPE, BLOCK, INTERPRETED,
+            )  # fmt: skip
+            if NEED_W:
+                dw += du * xs
+            if NEED_B:
+                db += du
         if NEED_W:
-            dw += du * x * s
+            tl.store(dw_ptr + part * width + column, dw, mask=mask)
         if NEED_B:
-            db += du
-    if NEED_W:
-        tl.store(dw_ptr + part * width + column, dw, mask=mask)
-    if NEED_B:
-        tl.store(db_ptr + part * width + column, db, mask=mask)
+            tl.store(db_ptr + part * width + column, db, mask=mask)
+    else:
+        # A program per row, without the loop: around it the layout conversions alone spilled rows of 8192.
+        _gradient_of_row(
+            part, column, mask, weight_ptr, du_ptr, dks_ptr, h_ptr, a_ptr, dh_ptr, da_ptr,
+            width, stride_du, stride_h, stride_a, eps,
+            LAYER, HAS_WEIGHT, HAS_DU, HAS_DKS, NEED_H, NEED_A, SUM_DTYPE, BLOCK, INTERPRETED,
+        )  # fmt: skip
 
 
 def _blocks(width: int) -> dict[str, Any]:
@@ -168,7 +192,7 @@ def backward(
         return eager.backward(du, d_key_scale, h, a, weight, bias, kind, eps, needs)
     need_h, need_a, need_weight, need_bias = needs
     tokens, width = h.shape
-    if (need_weight or need_bias) and width > MAX_TRAINED_WIDTH:
+    if width > (MAX_TRAINED_WIDTH if need_weight or need_bias else MAX_BACKWARD_WIDTH):
         return eager.backward(du, d_key_scale, h, a, weight, bias, kind, eps, needs)
     h, a, du = _rows(h), _rows(a), None if du is None else _rows(du)
     per_program = triton.cdiv(tokens, _PARTS) if need_weight or need_bias else 1
@@ -196,7 +220,7 @@ def backward(
 
 
 def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
-    """Forward and backward (frozen and trained norm) at widths of GPT-2, 8B and 70B."""
+    """Forward and backward (frozen and trained norm) at widths of GPT-2, 8B, 70B and 405B, as far as the kernels go."""
     sums = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     specs = []
     for width, layer in ((768, True), (4096, False), (8192, False), (16384, False)):
@@ -215,7 +239,8 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
         )  # fmt: skip
         gradients = ("du_ptr", "dks_ptr", "h_ptr", "a_ptr", "weight_ptr", "dh_ptr", "da_ptr")
         numbers = ("width", "stride_du", "stride_h", "stride_a")
-        for trained in (False, True) if width <= MAX_TRAINED_WIDTH else (False,):
+        limits = {False: MAX_BACKWARD_WIDTH, True: MAX_TRAINED_WIDTH}
+        for trained in (trained for trained, limit in limits.items() if width <= limit):
             specs.append(
                 AotSpec(
                     f"matched_norm {kind} d={width} backward" + (" +dγ" if trained else ""), backward_kernel,
