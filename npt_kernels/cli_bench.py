@@ -13,7 +13,7 @@ __all__ = ["bench"]
 
 _TUNE_HELP = """Time every candidate tile of the Triton kernels on this GPU and write the fastest to a table.
 
-KERNEL is coefficients or skinny; both by default.
+KERNEL is any of segmented_gemm, gemm_act, pair_forward, pair_backward, decode, coefficients, skinny; all by default.
 Nothing tunes itself: without a table for your GPU the kernels use tiles that are known to compile well, and this command
 replaces them by measured ones. It needs a CUDA GPU that is otherwise idle, and minutes per kernel.
 

@@ -141,9 +141,13 @@ def test_tune_refuses_without_gpu():
 def test_tunables_are_complete():
     pytest.importorskip("triton")
     found = tuner.find_tunables()
-    assert {"coefficients", "skinny"} <= set(found)
-    for spec in found.values():
+    gemms = {"segmented_gemm", "gemm_act", "pair_forward", "pair_backward", "decode"}
+    assert set(found) == gemms | {"coefficients", "skinny"}
+    for kernel, spec in found.items():
         assert spec["shapes"] and spec["candidates"] and callable(spec["prepare"])
+        for dtype in (torch.bfloat16, torch.float32):
+            tiles = spec["candidates"](dtype) if kernel in gemms else spec["candidates"]
+            assert tiles and len({json.dumps(tile, sort_keys=True) for tile in tiles}) == len(tiles)
         assert all(key in shape for shape in spec["shapes"] for key in spec["keys"])
 
 

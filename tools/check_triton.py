@@ -1,6 +1,6 @@
 """Compile every Triton kernel at its real tile for sm_80, sm_90 and sm_100 and check the result. No GPU is needed.
 
-    python tools/check_triton.py [--arch 80 90 100] [--only NAME] [--jobs N]
+    python tools/check_triton.py [--arch 80 90 100] [--only NAME] [--jobs N] [--candidates]
 
 For each kernel and architecture it asserts, from the compiled module:
 
@@ -9,7 +9,9 @@ For each kernel and architecture it asserts, from the compiled module:
 * shared memory within what one block of that chip may use.
 
 Kernels of ``segmented_gemm``, ``pair_forward``, ``explicit`` and ``decode`` are recorded from calls of the host functions on
-``meta`` tensors (``runtime.recording``): what is compiled is what a call would launch. Other files list ``aot_specs()``.
+``meta`` tensors (``runtime.recording``): what is compiled is what a call would launch. Other files list ``aot_specs()``: with
+the default tile table everywhere, on sm_90 with the H200's too (a kernel without a tile table is the same in both, hence cached).
+``--candidates`` compiles, for sm_90, the tiles that ``npt bench tune`` tries (``ops/_triton/tunables.py``) instead.
 Prints a table; exit status 1 if any row fails.
 """
 
@@ -38,6 +40,8 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 #: What counts as that generation's tensor-core instruction. A tile below 64 rows uses mma.sync on every generation.
 TENSOR_CORE = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}
+#: GPUs of that architecture whose own tile table is checked beside the default one.
+TABLES: dict[int, tuple[str, ...]] = {80: (), 90: ("NVIDIA H200",), 100: ()}
 TOKENS = 8192
 
 
@@ -141,6 +145,27 @@ def _calls() -> dict[str, Any]:
     calls["decode fp32 T=1"] = lambda: decode.decode_gemm(
         [(new(1, f, dtype=fp32), new(d, f, dtype=fp32)), low_rank(1, d, r, fp32)], None
     )
+    return calls | _candidate_calls()
+
+
+def _candidate_calls() -> dict[str, Any]:
+    """The tiles of ``npt bench tune`` at 8B shapes (GPT-2 for gemm_act); splitting K does not change a kernel, so one split."""
+    import torch
+
+    from npt_kernels.ops._triton.tunables import candidates, tunables
+
+    calls: dict[str, Any] = {}
+    for kernel, spec in tunables().items():
+        wide = [shape for shape in spec["shapes"] if shape["rank"] == 64 and shape["inner"] < 8192]
+        for shape in [wide[-1], *(s for s in wide if kernel == "decode" and s.get("pair") and s["tokens"] > 1)]:
+            for dtype in (torch.bfloat16, torch.float32):
+                for i, tile in enumerate(candidates(kernel, dtype)):
+                    if tile.get("split_k", 4) == 4:
+                        kind = ("pair " if shape.get("pair") else "") + ("fp32" if dtype == torch.float32 else "bf16")
+                        name = f"candidate {kernel} {kind} T={shape['tokens']} #{i}"
+                        calls[name] = lambda spec=spec, shape=shape, dtype=dtype, tile=tile: spec["prepare"](
+                            shape, dtype, torch.device("meta")
+                        )(tile)
     return calls
 
 
@@ -188,21 +213,23 @@ def _tile_text(spec: dict[str, Any]) -> str:
     return "x".join(map(str, names)) + f" w{options['num_warps']} s{options['num_stages']}"
 
 
-def _jobs(architectures: tuple[int, ...], only: str) -> list[tuple[str, int, int]]:
+def _jobs(architectures: tuple[int, ...], only: str, candidates: bool = False) -> list[tuple[str, int, int]]:
     """(name, index of the launch within the call, arch). Each worker records again: kernels do not travel by pickle."""
     from npt_kernels.ops._triton.runtime import recording
 
     jobs = []
     for arch in architectures:
         for name, call in _calls().items():
-            if only in name:
+            if only in name and name.startswith("candidate ") == candidates:
                 with recording((arch // 10, 0)) as launches:
                     call()
                 jobs += [(name, i, arch) for i in range(len(launches))]
-        for module in _spec_modules():
-            for i, spec in enumerate(module.aot_specs()):
-                if only in spec.name:
-                    jobs.append((f"{module.__name__}:{spec.name}", i, arch))
+        for module in [] if candidates else _spec_modules():
+            for device in ("", *TABLES[arch]):
+                for i, spec in enumerate(module.aot_specs(device_name=device)):
+                    name = spec.name + (f" @{device}" if device else "")
+                    if only in name:
+                        jobs.append((f"{module.__name__}:{name}", i, arch))
     return jobs
 
 
@@ -220,12 +247,12 @@ def _spec_modules() -> list[Any]:
 def _load(job: tuple[str, int, int]) -> tuple[str, Any, dict[str, Any]]:
     name, index, arch = job
     if ":" in name:
-        module, _ = name.split(":", 1)
-        spec = importlib.import_module(module).aot_specs()[index]
+        module, text = name.split(":", 1)
+        spec = importlib.import_module(module).aot_specs(device_name=text.partition(" @")[2])[index]
         constants = {**spec.constexprs, **dict.fromkeys(spec.equal_to_1, 1)}
         signature = {k: "constexpr" if k in constants else v for k, v in spec.signature.items()}
         options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-        return spec.name, spec.fn, {
+        return text, spec.fn, {
             "signature": signature, "constants": constants, "divisible": list(spec.divisible_by_16), "options": options,
             "tensor_core": spec.tensor_core, "full_tile": spec.wgmma,
         }  # fmt: skip
@@ -297,9 +324,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--candidates", action="store_true", help="the tiles of `npt bench tune`, sm_90")
     options = parser.parse_args(argv)
     started = time.time()
-    jobs = _jobs(tuple(options.arch), options.only)
+    jobs = _jobs((90,) if options.candidates else tuple(options.arch), options.only, options.candidates)
     header = ("kernel", "sm", "tile", "regs", "stack", "shared", "tensor core", "s")
     print("{:<44} {:>4} {:<18} {:>4} {:>5} {:>7} {:<18} {:>4}".format(*header), flush=True)
     failed = 0

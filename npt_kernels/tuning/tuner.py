@@ -22,9 +22,7 @@ __all__ = ["find_tunables", "tune", "write_table"]
 
 #: Modules that may have ``tunables()``.
 MODULES = (
-    "npt_kernels.ops._triton.segmented_gemm",
-    "npt_kernels.ops._triton.pair_forward",
-    "npt_kernels.ops._triton.decode",
+    "npt_kernels.ops._triton.tunables",
     "npt_kernels.ops._triton.coefficients",
     "npt_kernels.ops._triton.skinny",
 )
@@ -106,7 +104,8 @@ def _best(
     torch.manual_seed(0)
     run = spec["prepare"](shape, dtype, device)
     alive: list[dict[str, Any]] = []
-    for config in spec["candidates"]:
+    candidates = spec["candidates"]
+    for config in candidates(dtype) if callable(candidates) else candidates:
         try:
             run(config)
             torch.cuda.synchronize(device)

@@ -147,15 +147,15 @@ def _split_gemm(
     return y
 
 
-def _plan(segments: Sequence[Segment]) -> tuple[TileConfig, int]:
+def _plan(segments: Sequence[Segment], config: TileConfig | None = None) -> tuple[TileConfig, int]:
     (x, w), rank = segments[0], sum(s[0].shape[1] for s in segments[1:])
-    config = _decode_config(x, x.shape[0], w.shape[0], w.shape[1], rank)
+    config = config or _decode_config(x, x.shape[0], w.shape[0], w.shape[1], rank)
     return config, num_splits(config, w.shape[0], w.shape[1], x)
 
 
-def decode_gemm(segments: Sequence[Segment], bias: Tensor | None) -> Tensor:
+def decode_gemm(segments: Sequence[Segment], bias: Tensor | None, *, config: TileConfig | None = None) -> Tensor:
     """``Σ_i X_i W_iᵀ + bias`` for few tokens; at most two segments."""
-    config, splits = _plan(segments)
+    config, splits = _plan(segments, config)
     return segmented_gemm(segments, bias, config=config) if splits == 1 else _split_gemm(segments, bias, config, splits)
 
 
@@ -187,13 +187,15 @@ def decode_pair(
     up_bias: Tensor | None,
     act: str,
     keep: bool,
+    *,
+    config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(act(gate) ⊙ up, gate, up)`` for few tokens, as ``pair_forward``.
 
     f/32 tiles that read two weights each fill the GPU without splitting K.
     """
     rank = max((s[0].shape[1] for s in (gate_low_rank, up_low_rank) if s is not None), default=0)
-    config = _decode_config(x, x.shape[0], gate_weight.shape[0], x.shape[1], rank)
+    config = config or _decode_config(x, x.shape[0], gate_weight.shape[0], x.shape[1], rank)
     return pair_forward(
         x, gate_weight, up_weight, gate_low_rank, up_low_rank, gate_bias, up_bias, act, keep, config=config
     )

@@ -18,6 +18,7 @@ __all__ = [
     "Launch",
     "TileConfig",
     "addressable",
+    "candidate_config",
     "ceil_div",
     "default_config",
     "describe",
@@ -161,6 +162,15 @@ def tile_config(kernel: str, like: Tensor, tokens: int, **shape: int) -> TileCon
         return replace(_INTERPRETER_TILE, block_t=16 if tokens <= 32 else 32)
     bucket = min(next_power_of_2(tokens), 8192)
     return _cached_config(kernel, _index(like.device), like.dtype, bucket, tuple(shape.items()))
+
+
+def candidate_config(kernel: str, like: Tensor, tokens: int, fields: Mapping[str, Any]) -> TileConfig:
+    """The tile that a table's entry with these fields would give: they complete the safe default, as in tile_config."""
+    if like.device.type == "cuda":
+        base = default_config(kernel, _device_facts(_index(like.device))[1], like.dtype.itemsize, tokens)
+    else:
+        base = tile_config(kernel, like, tokens)
+    return replace(base, **fields)
 
 
 def num_programs(config: TileConfig, like: Tensor, tiles: int) -> int:
