@@ -129,7 +129,8 @@ def write_ninja(build_dir: Path, output: Path, nvcc: Path) -> None:
         objects.append(escape(built))
     lines.append(f"build {escape(output)}: link {' '.join(objects)}")
     build_dir.mkdir(parents=True, exist_ok=True)
-    (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
+    # builddir: where ninja keeps its log, else it lands in the folder that pip was called from.
+    (build_dir / "build.ninja").write_text("\n".join([f"builddir = {escape(build_dir)}", *lines]) + "\n")
 
 
 def build(output: Path | None = None, build_dir: Path | None = None, jobs: int | None = None) -> Path:
