@@ -334,8 +334,10 @@ def _notes(config: RunConfig, npt_config: NPTConfig, device: torch.device) -> li
     notes = []
     if config.optimization.mixed_precision == "fp16" and device.type == "cpu":
         notes.append("optimization.mixed_precision=fp16 is slow or missing on a CPU; bf16 or no is what works there")
-    if config.optimization.mixed_precision != "no" and device.type == "cpu":
-        notes.append("optimization.mixed_precision on a CPU saves memory, seldom time")
+    if config.optimization.mixed_precision == "bf16" and device.type == "cpu":
+        notes.append(
+            "optimization.mixed_precision=bf16 on a CPU is faster only where it has bf16 instructions (avx512_bf16, amx)"
+        )
     if npt_config.rule == "self_key" and npt_config.init in {"auto", "closed_form"} and npt_config.num_ranks > 1:
         notes.append("model.num_ranks > 1 with self_key: the same form as one term of rank num_ranks × rank")
     if config.training.mode == "none" and not (
