@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ..config import NPTConfig
 from ..models.base import linear_weight
+from ..models.running import evaluating
 from ..nn import NPComponent
 from .bases import Basis, make_basis, make_metric
 from .ranks import allot_ranks
 from .sequential import refit_sequentially
-from .statistics import check_tokens, collect_moments, evaluating
+from .statistics import check_tokens, collect_moments
 
 if TYPE_CHECKING:
     from ..models.patching import LayerChoice

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.layer import student_output, teacher_output
+from ..models.running import decoder_of, first_output
 from ..nn import NPComponent
 from .bases import Basis, Metric, make_basis
 from .statistics import second_moment
@@ -70,7 +71,7 @@ def _first_hidden_states(model: nn.Module, first: nn.Module, ids: Tensor) -> Ten
 
     handle = first.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
+        decoder_of(model)(input_ids=ids, use_cache=False)
     except _ReachedLayersError:
         pass
     finally:
@@ -116,7 +117,7 @@ def refit_sequentially(
     batches = list(tokens[: len(tokens) // batch_size * batch_size].to(device).split(batch_size))
     calls: dict[int, Any] = {}
     with _captured_calls(layers, calls):
-        getattr(model, "base_model", model)(input_ids=batches[0], use_cache=False)
+        decoder_of(model)(input_ids=batches[0], use_cache=False)
     teacher = [_first_hidden_states(model, layers[0], ids) for ids in batches]
     student = [h.clone() for h in teacher]
     fits = {choice.plan.index: position for position, choice in enumerate(choices)}
@@ -124,8 +125,8 @@ def refit_sequentially(
     for index, layer in enumerate(layers):
         _, args, kwargs = calls[index]
         if index not in fits:
-            teacher = [_output(layer(h, *args, **kwargs)) for h in teacher]
-            student = [_output(layer(h, *args, **kwargs)) for h in student]
+            teacher = [first_output(layer(h, *args, **kwargs)) for h in teacher]
+            student = [first_output(layer(h, *args, **kwargs)) for h in student]
         else:
             position = fits[index]
             choice, component = choices[position], components[position]
@@ -141,10 +142,6 @@ def refit_sequentially(
                 student[b] = student_output(layer, choice.plan, component, student[b], a_s[b])
         if advance is not None:
             advance(1)
-
-
-def _output(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _fit_target(h_t: list[Tensor], h_s: list[Tensor], a_t: list[Tensor], a_s: list[Tensor]) -> Tensor:

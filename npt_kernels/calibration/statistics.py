@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Moments", "check_tokens", "collect_moments", "evaluating", "second_moment"]
+from ..models.running import decoder_of, evaluating
+
+__all__ = ["Moments", "check_tokens", "collect_moments", "second_moment"]
 
 
 @dataclass
@@ -45,18 +47,6 @@ def check_tokens(tokens: Tensor, vocab_size: int | None) -> Tensor:
             f"calibration contains token id {low if low < 0 else high}, outside 0 … {(vocab_size or 0) - 1}"
         )
     return tokens
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The whole model in evaluation mode (no dropout); afterwards every module is in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
@@ -116,7 +106,7 @@ def collect_moments(
     """
     device = next(model.parameters()).device
     moments: list[Moments | None] = [None] * len(attention_modules)
-    decoder = getattr(model, "base_model", model)
+    decoder = decoder_of(model)
     backward = fisher
     generator = torch.Generator(device=device).manual_seed(seed)
 

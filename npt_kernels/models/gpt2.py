@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .base import LayerShape, Target, unsupported_linear
+from .running import first_output
 
 _CHILDREN = {"ln_1", "attn", "ln_2", "mlp"}
 
@@ -38,7 +39,7 @@ class GPT2Like(LayerShape):
             raise ValueError("a converted GPT-2 layer has no cross-attention; encoder_hidden_states must be None")
         kwargs.pop("encoder_attention_mask", None)
         output = layer.attn(layer.ln_1(hidden_states), **kwargs)  # type: ignore[operator]
-        return output[0] if isinstance(output, tuple) else output
+        return first_output(output)
 
     def norm(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule("ln_2")

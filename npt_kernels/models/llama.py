@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .base import LayerShape, Target, unsupported_linear
+from .running import first_output
 
 _CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
@@ -39,7 +40,7 @@ class LlamaLike(LayerShape):
         names = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
         kwargs.update(zip(names, args, strict=False))
         output = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)  # type: ignore[operator]
-        return output[0] if isinstance(output, tuple) else output
+        return first_output(output)
 
     def norm(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule("post_attention_layernorm")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.patching import converted_layers, npt_disabled
+from ..models.running import evaluating
 from .losses import _CHUNK_ELEMENTS
 from .walk import OutputHead
 
@@ -150,9 +151,7 @@ def _run(
     *,
     student: bool,
 ) -> tuple[EvalResult, TeacherStates]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         head = OutputHead(model)
         device = next(model.parameters()).device
         rows = max(1, batch_tokens // tokens.shape[1])
@@ -169,9 +168,6 @@ def _run(
                 kept.append(base)
             if advance is not None:
                 advance(ids.numel())
-    finally:
-        for module, training in modes:
-            module.training = training
     states = torch.cat(kept) if kept else base[:0]
     return _summarise(torch.cat(metrics, dim=1).cpu()), TeacherStates(tokens.cpu(), states)
 
@@ -229,11 +225,9 @@ class Sample:
 def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     """Greedy continuations of ``prompts`` by ``model`` as it is, one by one (no padding), without the prompt."""
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     end = getattr(tokenizer, "eos_token_id", None)
     texts = []
-    try:
+    with evaluating(model):
         for prompt in prompts:
             ids = torch.as_tensor([tokenizer(prompt)["input_ids"]], device=device)
             output = model.generate(  # type: ignore[operator]
@@ -249,9 +243,6 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_t
                 pad_token_id=end if end is not None else 0,
             )
             texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-    finally:
-        for module, training in modes:
-            module.training = training
     return texts
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..activations import get_activation
 from ..functional import npt_factored_linear
 from ..models.base import linear_bias, linear_weight
+from ..models.running import evaluating
 from .walk import walk_layers
 
 __all__ = ["LayerFidelity", "delta_norms", "layer_fidelity"]
@@ -96,14 +97,9 @@ def layer_fidelity(
             step = max(1, len(flat_h) // max(1, norm_tokens))
             norms[index] = {t: float(n.mean()) for t, n in delta_norms(layer, flat_h[::step], flat_a[::step]).items()}
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in sequences.split(max(1, batch_tokens // tokens.shape[1])):
             walk_layers(model, batch.to(device), visit)
-    finally:
-        for module, training in modes:
-            module.training = training
     return [
         LayerFidelity(
             index=index,

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.patching import converted_layers, npt_disabled
+from ..models.running import decoder_of
 from .losses import delta_variance, kl_divergence, layer_loss, vector_penalty
-from .walk import OutputHead, decoder_of, tapped_layers, walk_layers
+from .walk import OutputHead, tapped_layers, walk_layers
 
 __all__ = [
     "KLObjective",

@@ -10,21 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models.patching import converted_layers, npt_disabled
+from ..models.running import decoder_of, first_output
 
-__all__ = ["OutputHead", "decoder_of", "tapped_layers", "walk_layers"]
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The model without its language-model head (the model itself if it has none)."""
-    return getattr(model, "base_model", model)
+__all__ = ["OutputHead", "tapped_layers", "walk_layers"]
 
 
 class _WalkedFarEnoughError(Exception):
     """Ends a forward behind the last converted layer."""
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
@@ -37,11 +29,11 @@ def tapped_layers(model: nn.Module, visit: Callable[[Any, Tensor, Tensor, Tensor
 
     def tap(index: int, layer: Any) -> None:
         def attention_hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            attention[index] = _first(output)
+            attention[index] = first_output(output)
 
         def layer_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             h = args[0] if args else kwargs["hidden_states"]
-            visit(layer, h, attention.pop(index), _first(output))
+            visit(layer, h, attention.pop(index), first_output(output))
 
         handles.append(layer.npt_plan.shape.attention_module(layer).register_forward_hook(attention_hook))
         handles.append(layer.register_forward_hook(layer_hook, with_kwargs=True))
