@@ -140,7 +140,7 @@ def train(
     from .training.loading import choose_device, load_model, optimization_notes
 
     check_sources(run_config)
-    _save_config(run_config)
+    run_config.save()  # before anything slow: an output_dir that cannot be written is known at once
     _set_threads(run_config)
     device = choose_device()
     for note in optimization_notes(run_config, device):
@@ -175,22 +175,6 @@ def _run_config(arguments: Sequence[str], file: Path | None, output_dir: Path | 
     if output_dir is not None:
         run_config.paths.output_dir = str(output_dir)
     return run_config
-
-
-def _save_config(config: RunConfig) -> None:
-    """``output_dir/config.yaml``: what ran, in the form that ``--config`` takes."""
-    import yaml
-
-    from .training.config import ConfigError
-
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (config.output_dir / "config.yaml").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"paths.output_dir={config.paths.output_dir!r} cannot be written: {error.strerror}"
-        ) from error
 
 
 def _set_threads(config: RunConfig) -> None:

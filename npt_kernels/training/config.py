@@ -206,6 +206,21 @@ class RunConfig(_Section):
             else self.output_dir / "checkpoints"
         )
 
+    def save(self) -> Path:
+        """Write ``output_dir/config.yaml``, in the form that ``--config`` takes. Raises :class:`ConfigError` if it cannot."""
+        import yaml
+
+        path = self.output_dir / "config.yaml"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"paths.output_dir={self.paths.output_dir!r} cannot be written: {error.strerror}"
+            ) from error
+        return path
+
     @classmethod
     def from_mapping(cls, data: dict[str, Any], *, source: str = "configuration") -> RunConfig:
         """Check a parsed YAML mapping. Raises :class:`ConfigError` with one line per problem."""

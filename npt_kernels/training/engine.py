@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -232,8 +231,7 @@ class _Run:
         from accelerate.utils import set_seed
 
         set_seed(self.config.training.seed)
-        self.config.output_dir.mkdir(parents=True, exist_ok=True)
-        self.paths["config"].write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+        self.config.save()
         self._metrics = self.paths["metrics"].open("a" if resume else "w")
         self.paths["samples"].write_text(
             "# Samples\n\nGreedy continuations by the original and the converted model.\n\n"
