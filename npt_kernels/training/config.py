@@ -84,8 +84,23 @@ class TrainingSection(_Section):
         0, ge=0, description="Generate samples every N steps; 0: only before and after."
     )
     eval_steps: int = Field(0, ge=0, description="Evaluate every N steps; 0: only before and after.")
-    save_steps: int = Field(0, ge=0, description="Save the adapter every N steps; 0: only at the end.")
+    save_steps: int = Field(0, ge=0, description="Write a checkpoint every N steps; 0: only at the end.")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Trackers that get the metrics beside metrics.jsonl."
+    )
     seed: int = Field(0, ge=0)
+
+
+class DataSource(_Section):
+    """One of several texts for training; give ``files`` or ``dataset_name``."""
+
+    files: list[str] = Field([], description="Local .txt, .jsonl, .json or .parquet files, globs allowed.")
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    text_field: str = "text"
+    weight: float = Field(1.0, gt=0, description="Share of the training sequences, relative to the other sources.")
 
 
 class DataSection(_Section):
@@ -98,9 +113,16 @@ class DataSection(_Section):
         None, description="None: 'validation' or 'test' if there is one, else a slice of train."
     )
     text_field: str = Field("text", description="Column of a dataset or key of a JSONL line.")
-    train_files: list[str] = Field([], description="Local .txt, .jsonl or .json files, globs allowed.")
+    train_files: list[str] = Field([], description="Local .txt, .jsonl, .json or .parquet files, globs allowed.")
     eval_files: list[str] = Field([], description="Held-out files; empty: the last part of every training text.")
     max_length: int = Field(256, ge=2, description="Tokens per sequence.")
+    streaming: bool = Field(
+        False, description="Read, tokenise and pack while training instead of before; for text larger than memory."
+    )
+    shuffle_buffer: int = Field(1024, ge=1, description="streaming: sequences among which the next one is drawn.")
+    sources: list[DataSource] = Field(
+        [], description="Several sources with weights: [{files: […], weight: 2}, {dataset_name: …, weight: 1}]."
+    )
     num_train_samples: int | None = Field(None, ge=1, description="Sequences for training at most.")
     num_eval_samples: int | None = Field(None, ge=1, description="Held-out sequences at most.")
     calibration_tokens: int = Field(8192, ge=1, description="Tokens for the closed form, from the training text.")
@@ -122,7 +144,28 @@ class OptimizationSection(_Section):
     """Memory and precision."""
 
     use_cpu_offload: bool = Field(False, description="Keep frozen layers in host memory.")
-    use_8bit: bool = Field(False, description="8-bit frozen base (needs bitsandbytes).")
+    stream_layers: Literal["off", "host", "disk"] = Field(
+        "off", description="Where frozen layers wait until their turn: pinned host memory, or memory-mapped files."
+    )
+    micro_batches_per_layer: int = Field(
+        1, ge=1, description="local: micro-batches per visit of a layer, so that its transfer hides behind work."
+    )
+    use_8bit: bool = Field(False, description="8-bit frozen base; short for quantization=int8.")
+    use_4bit: bool = Field(False, description="4-bit frozen base; short for quantization=nf4.")
+    quantization: Literal["none", "int8", "nf4", "int4", "fp8"] = Field(
+        "none", description="Storage of the frozen linears; the arithmetic stays in the compute dtype."
+    )
+    quantization_library: Literal["auto", "bitsandbytes", "torchao"] = Field(
+        "auto", description="auto: bitsandbytes for int8 and nf4, torchao for int4 and fp8."
+    )
+    oom_retry: bool = Field(
+        True,
+        description="Out of memory: repeat the step with half the micro-batch (same global batch) before giving up.",
+    )
+    distributed: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="Several processes: ddp: a copy of the frozen base each; fsdp: its layers sharded. auto: ddp.",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "no", description="Autocast dtype; master weights stay fp32."
     )
