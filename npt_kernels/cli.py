@@ -19,7 +19,7 @@ from .cli_errors import reports_errors
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .training.config import RunConfig
+    from .configs.schema import RunConfig
 
 __all__ = ["app", "main"]
 
@@ -132,12 +132,12 @@ def train(
     run_config = _run_config(arguments or [], config, output_dir)
     adapter = _adapter_path(resume, "--resume") if resume is not None else None
     if dry_run:
-        from .training.planning import make_plan, print_plan
+        from .planning.plan import make_plan, print_plan
 
         print_plan(make_plan(run_config), console)
         return
-    from .training.data import check_sources, load_token_blocks
-    from .training.loading import choose_device, load_model, optimization_notes
+    from .inputs.blocks import check_sources, load_token_blocks
+    from .inputs.loading import choose_device, load_model, optimization_notes
 
     check_sources(run_config)
     run_config.save()  # before anything slow: an output_dir that cannot be written is known at once
@@ -160,7 +160,7 @@ def train(
 
 def _run_config(arguments: Sequence[str], file: Path | None, output_dir: Path | None) -> RunConfig:
     from .configs import load_run_config
-    from .training.config import ConfigError
+    from .configs.schema import ConfigError
 
     name: str | None = None
     overrides = list(arguments)
@@ -186,7 +186,7 @@ def _set_threads(config: RunConfig) -> None:
 
 def _adapter_path(path: Path, argument: str) -> Path:
     """The adapter in ``path``: itself, or the folder of a run's output that holds it."""
-    from .training.config import ConfigError
+    from .configs.schema import ConfigError
 
     path = path.expanduser()
     if path.is_file() or (path / "npt_config.json").is_file():
@@ -206,7 +206,7 @@ def _print_keys(console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from .training.config import RunConfig
+    from .configs.schema import RunConfig
 
     for section, info in RunConfig.model_fields.items():
         model: Any = info.annotation
@@ -248,11 +248,11 @@ def evaluate(
     console = Console(stderr=as_json)
     path = _adapter_path(adapter, "ADAPTER_DIR")
     config = _eval_config(path, overrides or [], model_name)
+    from .evaluation.perplexity import evaluate as measure
+    from .evaluation.perplexity import generate_samples
+    from .inputs.blocks import load_token_blocks
+    from .inputs.loading import choose_device, load_model
     from .models.checkpoints import load_npt
-    from .training.data import load_token_blocks
-    from .training.evaluation import evaluate as measure
-    from .training.evaluation import generate_samples
-    from .training.loading import choose_device, load_model
 
     _set_threads(config)
     console.print(f"loading {config.model.base_model_name} and {path}", markup=False)
@@ -281,7 +281,7 @@ def evaluate(
 def _eval_config(path: Path, overrides: Sequence[str], model_name: str | None) -> RunConfig:
     """The training run's configuration if it lies beside the adapter, else the demo's text with the adapter's base model."""
     from .configs import load_run_config
-    from .training.config import ConfigError
+    from .configs.schema import ConfigError
 
     folder = path if path.is_dir() else path.parent
     saved = next((f for f in (folder / "config.yaml", folder.parent / "config.yaml") if f.is_file()), None)

@@ -12,7 +12,7 @@ import torch
 
 from ._version import __version__
 from .backends import BACKENDS, Call
-from .training.assets import default_cache_dir, demo_model_cached, demo_texts_cached
+from .inputs.assets import default_cache_dir, demo_model_cached, demo_texts_cached
 
 __all__ = ["describe"]
 

@@ -428,3 +428,15 @@ def randomise(model: nn.Module, scale: float = 0.1, seed: int = 3) -> None:
     with torch.no_grad():
         for parameter in npt_parameters(model):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+class Words:
+    """A tokenizer of numbers: "3 14 15" and back."""
+
+    eos_token_id = None
+
+    def __call__(self, text):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(str(int(i)) for i in ids)

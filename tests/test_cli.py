@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 import npt_kernels
 from npt_kernels import cli
 from npt_kernels.configs import load_run_config, named_configs
-from npt_kernels.training.config import SECTIONS
+from npt_kernels.configs.schema import SECTIONS
 
-LEGACY = Path(__file__).parent / "training" / "test_config.py"
+LEGACY = Path(__file__).parent / "configs" / "test_config.py"
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +173,7 @@ def test_offline_hub_id_fails_within_three_seconds() -> None:
 
 
 def test_offline_dataset_fails_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from npt_kernels.training import loading
+    from npt_kernels.inputs import loading
 
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the model was loaded first"))
     assert "data.dataset_name='Salesforce/wikitext'" in error_of("train", "small")
@@ -196,7 +196,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from npt_kernels.training import planning
+    from npt_kernels.planning import plan as planning
 
     monkeypatch.setattr(planning, "make_plan", lambda config: {}["bug"])
     assert isinstance(npt("train", "--dry-run").exception, KeyError)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..training.config import ConfigError, RunConfig
+from .schema import ConfigError, RunConfig
 
 __all__ = ["DEFAULT_CONFIG", "load_run_config", "named_configs", "parse_yaml", "read_named"]
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from .evaluation import EvalResult, Sample
+from ..evaluation.perplexity import EvalResult, Sample
 from .loop import StepReport
 
 __all__ = ["TrainingDisplay", "clock", "describe", "results_table", "samples_markdown", "samples_table"]

@@ -15,13 +15,21 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..configs.schema import RunConfig
+from ..evaluation.fidelity import LayerFidelity, layer_fidelity
+from ..evaluation.perplexity import (
+    EvalResult,
+    Sample,
+    TeacherStates,
+    evaluate,
+    evaluate_base,
+    generate,
+    generate_samples,
+)
 from ..models.checkpoints import load_npt, save_npt
 from ..models.patching import ApplyReport, apply_npt, converted_layers, remove_npt
 from ..progress import progress_bar
-from .config import RunConfig
 from .display import TrainingDisplay, clock, describe, results_table, samples_markdown, samples_table
-from .evaluation import EvalResult, Sample, TeacherStates, evaluate, evaluate_base, generate, generate_samples
-from .fidelity import LayerFidelity, layer_fidelity
 from .loop import Phase, StepReport, StopRequest, TrainingError, make_objective, plan_phases, run_phase
 from .objectives import delta_variances, enable_checkpointing
 from .resources import base_fingerprint, is_out_of_memory, memory_advice, peak_memory
@@ -350,7 +358,7 @@ class _Run:
         return samples
 
     def _finish(self, summary: RunSummary) -> None:
-        from .plots import write_plots
+        from ..evaluation.plots import write_plots
 
         with self._timed("plots"):
             write_plots(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from ..configs.schema import RunConfig
 from ..models.patching import npt_parameters
-from .config import RunConfig
 from .objectives import KLObjective, LayerObjective, LocalObjective, Losses, Objective
 
 __all__ = ["Phase", "StepReport", "StopRequest", "TrainingError", "make_objective", "plan_phases", "run_phase"]

@@ -19,11 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import autocast_dtype
+from ..models.walk import CHUNK_ELEMENTS
 
 __all__ = ["delta_variance", "kl_divergence", "layer_loss", "vector_penalty"]
-
-#: Numbers in one chunk of logits: 32 MiB each in fp32, whatever the vocabulary.
-_CHUNK_ELEMENTS = 2**23
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -131,7 +129,7 @@ class _KLDivergence(torch.autograd.Function):
             # Autocast would cast the whole head anew for every chunk.
             students, teachers, weight = students.to(dtype), teachers.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        chunk = chunk or max(1, _CHUNK_ELEMENTS // vocabulary)
+        chunk = chunk or max(1, CHUNK_ELEMENTS // vocabulary)
         wide = _wide(student.dtype)
         gradient = student.new_empty(tokens, width) if ctx.needs_input_grad[0] else None
         with torch.autocast(student.device.type, enabled=False):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..models.patching import converted_layers, npt_disabled
 from ..models.running import decoder_of
+from ..models.walk import OutputHead, tapped_layers, walk_layers
 from .losses import delta_variance, kl_divergence, layer_loss, vector_penalty
-from .walk import OutputHead, tapped_layers, walk_layers
 
 __all__ = [
     "KLObjective",

@@ -8,8 +8,8 @@ import sys
 import torch
 from torch import nn
 
+from ..configs.schema import RunConfig
 from ..models.patching import converted_layers
-from .config import RunConfig
 
 __all__ = ["base_fingerprint", "is_out_of_memory", "keep_freed_memory", "memory_advice", "peak_memory"]
 

@@ -15,16 +15,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import tiny_model, token_ids
+from helpers import Words, tiny_model, token_ids
 from rich.console import Console
-from test_evaluation import Words
 
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_parameters, remove_npt
+from npt_kernels.configs.schema import RunConfig
+from npt_kernels.evaluation.perplexity import evaluate
 from npt_kernels.models.checkpoints import adapter_state_dict
 from npt_kernels.training import engine, loop
-from npt_kernels.training.config import RunConfig
 from npt_kernels.training.engine import TrainingError, run_training
-from npt_kernels.training.evaluation import evaluate
 from npt_kernels.training.loop import StopRequest, make_scheduler, plan_phases
 from npt_kernels.training.resources import is_out_of_memory, memory_advice
 

@@ -8,6 +8,7 @@ from helpers import randomise, tiny_model, token_ids
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters
 from npt_kernels.models.patching import converted_layers
+from npt_kernels.models.walk import OutputHead, walk_layers
 from npt_kernels.training.losses import delta_variance, kl_divergence, layer_loss, vector_penalty
 from npt_kernels.training.objectives import (
     KLObjective,
@@ -16,7 +17,6 @@ from npt_kernels.training.objectives import (
     delta_variances,
     enable_checkpointing,
 )
-from npt_kernels.training.walk import OutputHead, walk_layers
 
 FAMILIES = ["llama", "gpt2"]
 

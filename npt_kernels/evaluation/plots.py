@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .evaluation import EvalResult
 from .fidelity import LayerFidelity
+from .perplexity import EvalResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from npt_kernels.training import loading
-from npt_kernels.training.config import ConfigError, RunConfig
-from npt_kernels.training.loading import load_model, load_model_config, optimization_notes, resolve_dtype
+from npt_kernels.configs.schema import ConfigError, RunConfig
+from npt_kernels.inputs import loading
+from npt_kernels.inputs.loading import load_model, load_model_config, optimization_notes, resolve_dtype
 
 
 def run_config(name: str = "demo", **sections: dict[str, Any]) -> RunConfig:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ..configs.schema import RunConfig
 from .assets import demo_texts
-from .config import RunConfig
 from .loading import resolve_cache_dir
 from .sources import Source
 

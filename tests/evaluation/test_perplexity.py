@@ -6,27 +6,15 @@ import math
 
 import pytest
 import torch
-from helpers import randomise, tiny_model, token_ids
+from helpers import Words, randomise, tiny_model, token_ids
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled
+from npt_kernels.evaluation import perplexity as evaluation
+from npt_kernels.evaluation.fidelity import delta_norms, layer_fidelity
+from npt_kernels.evaluation.perplexity import evaluate, evaluate_base, generate_samples
 from npt_kernels.models.patching import converted_layers
-from npt_kernels.training import evaluation, losses
-from npt_kernels.training.evaluation import evaluate, evaluate_base, generate_samples
-from npt_kernels.training.fidelity import delta_norms, layer_fidelity
+from npt_kernels.models.walk import walk_layers
 from npt_kernels.training.losses import layer_loss
-from npt_kernels.training.walk import walk_layers
-
-
-class Words:
-    """A tokenizer of numbers: "3 14 15" and back."""
-
-    eos_token_id = None
-
-    def __call__(self, text):
-        return {"input_ids": [int(word) for word in text.split()]}
-
-    def decode(self, ids, skip_special_tokens=True):
-        return " ".join(str(int(i)) for i in ids)
 
 
 def converted(family="llama", **settings):
@@ -40,7 +28,7 @@ def converted(family="llama", **settings):
 @pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
 @pytest.mark.parametrize("chunk", [97 * 5, 2**23])
 def test_numbers_equal_the_plain_computation(family, batch_tokens, chunk, monkeypatch):
-    monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", chunk)
     model, tokens = converted(family), token_ids(5, 13)
     done = []
     result = evaluate(model, tokens, batch_tokens=batch_tokens, advance=done.append)
@@ -181,7 +169,3 @@ def test_samples_are_greedy_and_side_by_side():
                 words.append(int(logits[0, -1].argmax()))
             assert text == " ".join(map(str, words[len(ids) :]))
     assert generate_samples(model, Words(), prompts, 6, base=["x", "y"])[1].base == "y"
-
-
-def test_chunk_size_is_shared_with_the_loss():
-    assert evaluation._CHUNK_ELEMENTS == losses._CHUNK_ELEMENTS

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from npt_kernels.training import assets
-from npt_kernels.training.assets import AssetError, Package, fetch_members
+from npt_kernels.inputs import assets
+from npt_kernels.inputs.assets import AssetError, Package, fetch_members
 
 TEXT = b"It was a bright cold day.\n"
 

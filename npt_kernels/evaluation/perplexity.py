@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..models.patching import converted_layers, npt_disabled
 from ..models.running import evaluating
-from .losses import _CHUNK_ELEMENTS
-from .walk import OutputHead
+from ..models.walk import CHUNK_ELEMENTS, OutputHead
 
 __all__ = ["EvalResult", "Sample", "TeacherStates", "evaluate", "evaluate_base", "generate", "generate_samples"]
 
@@ -178,7 +177,7 @@ def _token_metrics(head: OutputHead, ids: Tensor, base: Tensor, student: Tensor 
     width = base.shape[-1]
     base_flat = base[:, :-1].reshape(-1, width)
     student_flat = None if student is None else student[:, :-1].reshape(-1, width)
-    chunk = max(1, _CHUNK_ELEMENTS // head.vocabulary)
+    chunk = max(1, CHUNK_ELEMENTS // head.vocabulary)
     columns = []
     for start in range(0, len(labels), chunk):
         rows = slice(start, start + chunk)

@@ -15,13 +15,8 @@ from torch import nn
 
 from ..activations import identify_activation
 from ..config import NPTConfig, parse_rank, resolve_layers
-from ..models import LAYER_SHAPES
-from ..models.base import LayerShape, linear_shape
-from ..models.layer import LayerPlan
-from ..models.patching import LayerChoice, find_layers, fixed_ranks
-from ..nn import NPComponent
-from .config import ConfigError, RunConfig
-from .loading import (
+from ..configs.schema import ConfigError, RunConfig
+from ..inputs.loading import (
     check_length,
     choose_device,
     load_model_config,
@@ -29,7 +24,12 @@ from .loading import (
     resolve_cache_dir,
     resolve_dtype,
 )
-from .losses import _CHUNK_ELEMENTS
+from ..models import LAYER_SHAPES
+from ..models.base import LayerShape, linear_shape
+from ..models.layer import LayerPlan
+from ..models.patching import LayerChoice, find_layers, fixed_ranks
+from ..models.walk import CHUNK_ELEMENTS
+from ..nn import NPComponent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -278,7 +278,7 @@ def _memory(plan: Plan, choices: list[LayerChoice], numbers: dict[str, Any]) -> 
             _activations(plan, tokens, compute),
         ]
         if _runs_end_to_end(config):
-            elements = min(tokens * vocabulary, _CHUNK_ELEMENTS)
+            elements = min(tokens * vocabulary, CHUNK_ELEMENTS)
             training_terms.append(
                 MemoryTerm(
                     "logits", 4 * elements * 4, f"chunks of {elements // max(vocabulary, 1):,} tokens × {vocabulary:,}"

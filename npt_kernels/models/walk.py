@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from ..models.patching import converted_layers, npt_disabled
 from ..models.running import decoder_of, first_output
 
-__all__ = ["OutputHead", "tapped_layers", "walk_layers"]
+__all__ = ["CHUNK_ELEMENTS", "OutputHead", "tapped_layers", "walk_layers"]
+
+#: Logits exist for so many (token, vocabulary entry) pairs at a time; 32 MiB in float32.
+CHUNK_ELEMENTS = 2**23
 
 
 class _WalkedFarEnoughError(Exception):

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from npt_kernels.training.evaluation import EvalResult
-from npt_kernels.training.fidelity import LayerFidelity
-from npt_kernels.training.plots import write_plots
+from npt_kernels.evaluation.fidelity import LayerFidelity
+from npt_kernels.evaluation.perplexity import EvalResult
+from npt_kernels.evaluation.plots import write_plots
 
 BASE = EvalResult(4096, 3.8, 3.8, 0.0, 1.0, 0.1, 0.1)
 CONVERTED = EvalResult(4096, 3.8, 3.833, 0.108, 0.87, 0.1, 0.1, 0.006, 0.008, 0.006)

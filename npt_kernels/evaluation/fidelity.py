@@ -12,7 +12,7 @@ from ..activations import get_activation
 from ..functional import npt_factored_linear
 from ..models.base import linear_bias, linear_weight
 from ..models.running import evaluating
-from .walk import walk_layers
+from ..models.walk import walk_layers
 
 __all__ = ["LayerFidelity", "delta_norms", "layer_fidelity"]
 

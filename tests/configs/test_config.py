@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from npt_kernels.configs import load_run_config, named_configs, parse_yaml, read_named
-from npt_kernels.training.config import SECTIONS, ConfigError, RunConfig
+from npt_kernels.configs.schema import SECTIONS, ConfigError, RunConfig
 
 LEGACY = """
 model: {base_model_name: openai-community/gpt2, npt_layers: upper_half, rank: 64, modulation_scale: 0.1}

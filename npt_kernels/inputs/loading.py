@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..configs.models import KNOWN_MODELS
+from ..configs.schema import ConfigError, RunConfig
 from .assets import default_cache_dir, demo_model_cached, demo_model_dir
-from .config import ConfigError, RunConfig
 
 __all__ = [
     "DEMO_NAME",
@@ -41,7 +41,7 @@ _WEIGHT_FILES = (
 
 
 def resolve_cache_dir(config: RunConfig) -> Path:
-    """``paths.cache_dir``, else :func:`npt_kernels.training.assets.default_cache_dir`."""
+    """``paths.cache_dir``, else :func:`npt_kernels.inputs.assets.default_cache_dir`."""
     return Path(config.paths.cache_dir).expanduser() if config.paths.cache_dir else default_cache_dir()
 
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from npt_kernels import apply_npt
 from npt_kernels.configs import load_run_config, named_configs, parse_yaml
-from npt_kernels.training.config import ConfigError, RunConfig
-from npt_kernels.training.planning import Plan, make_plan, print_plan
+from npt_kernels.configs.schema import ConfigError, RunConfig
+from npt_kernels.planning.plan import Plan, make_plan, print_plan
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, RunConfig
+from ..configs.schema import ConfigError, RunConfig
 from .loading import check_hub_reachable
 
 __all__ = ["Source", "check_hub_dataset", "find_files", "hub_sources", "local_sources"]

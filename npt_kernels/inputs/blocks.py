@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ConfigError, RunConfig
+from ..configs.schema import ConfigError, RunConfig
 from .prose import demo_sources
 from .sources import Source, check_hub_dataset, find_files, hub_sources, local_sources
 

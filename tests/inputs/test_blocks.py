@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from npt_kernels.training import data as data_module
-from npt_kernels.training.assets import default_cache_dir, demo_texts_cached
-from npt_kernels.training.config import ConfigError, RunConfig
-from npt_kernels.training.data import TokenBlocks, check_sources, load_token_blocks, pack, split_source
-from npt_kernels.training.prose import unwrap
-from npt_kernels.training.sources import Source, _joined_rows
+from npt_kernels.configs.schema import ConfigError, RunConfig
+from npt_kernels.inputs import blocks as data_module
+from npt_kernels.inputs.assets import default_cache_dir, demo_texts_cached
+from npt_kernels.inputs.blocks import TokenBlocks, check_sources, load_token_blocks, pack, split_source
+from npt_kernels.inputs.prose import unwrap
+from npt_kernels.inputs.sources import Source, _joined_rows
 
 
 class Words:

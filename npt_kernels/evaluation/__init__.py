@@ -1,0 +1,1 @@
+"""What a converted model is worth: perplexity, KL, fidelity per layer, samples, pictures."""
