@@ -25,7 +25,7 @@ from .results import ResultFile
 from .shapes import ModelShape
 from .timing import Call, clocks, compare, compare_graphs, cpu_ceilings, rotation, settle_power
 
-__all__ = ["check_provider", "host_overhead", "measure_setting", "run_kernels"]
+__all__ = ["check_provider", "host_overhead", "measure_setting", "run_kernels", "short_reason"]
 
 #: Rounds of A B C C B A per group, and of the pool of slow providers.
 ROUNDS = {"cuda": 30, "cpu": 5}
@@ -124,7 +124,7 @@ def _checked(
         call = provider.prepare(problem, setting.mode)
         ratios = check_provider(provider, problem, setting.mode, call, known)
     except Exception as error:
-        return {**row, "status": "failed", "reason": _short(error)}, None
+        return {**row, "status": "failed", "reason": short_reason(error)}, None
     worst = max(ratios, key=lambda name: ratios[name])
     floor = round(allowed_floor(provider, problem), 2)
     row["check"] = {"worst": worst, "error_over_bound": _finite(ratios[worst]), "floor_eps": floor}
@@ -140,7 +140,7 @@ def _finite(value: float) -> float | str:
     return round(value, 4) if value == value and abs(value) != float("inf") else str(value)
 
 
-def _short(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
