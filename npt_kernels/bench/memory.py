@@ -90,7 +90,8 @@ def _measured(
     reason = provider.why_not(case, setting.mode, device)
     if reason is None and provider.slow:
         seconds = slow_seconds(setting, _BUILD_RATE[device.type])
-        reason = f"one call takes about {seconds:,.0f} s; the limit is {slow_limit:g} s (--slow-limit)" if seconds > slow_limit else None  # fmt: skip
+        if seconds > slow_limit:
+            reason = f"one call takes about {seconds:,.0f} s; the limit is {slow_limit:g} s (--slow-limit)"
     if reason is not None and provider.name == "materialised":
         size = delta_bytes(case)
         return {

@@ -73,7 +73,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(BenchError, match="taken.* cannot be written"):
+    with pytest.raises(BenchError, match=r"taken.* cannot be written"):
         file(tmp_path / "taken").save()
 
 
