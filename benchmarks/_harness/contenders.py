@@ -50,17 +50,6 @@ def _op(
     return {name: rotating(name) for name in providers}, len(problems)
 
 
-def _gate(case: Case, providers: Sequence[str], device: torch.device) -> tuple[dict[str, Call], int]:
-    """One projection with the delta, c given: the segment's cost alone; and our mainloop without a segment."""
-    contenders, sets = _op(case, "forward", providers, device)
-    if "triton" in providers:
-        from npt_kernels.ops._triton.segmented_gemm import segmented_gemm
-
-        pairs = [(problem.tensors["x"], problem.tensors["weight"]) for problem in _sets(case, device, 8)]
-        contenders["triton, one segment"] = lambda index: segmented_gemm([pairs[index % len(pairs)]])
-    return contenders, sets
-
-
 def _kernel(
     case: Case, names: tuple[str, str], backends: list[str], device: torch.device
 ) -> tuple[dict[str, Call], int]:
@@ -91,7 +80,11 @@ def workloads(models: dict[str, ModelShape], backends: list[str], small: bool, c
 
     def gate(wide: int) -> None:
         case = replace(base, op="factored_linear", rank=wide)
-        add(f"gate projection 8B T={many} R={wide}", lambda device: _gate(case, vendor, device), many)
+        mainloops = [
+            f"{name}-mainloop" for name in backends if name != "eager"
+        ]  # how good our product is without a delta
+        add(f"gate projection 8B T={many} R={wide}",
+            lambda device: _op(case, "forward", [*vendor, *mainloops], device), many)  # fmt: skip
 
     mlp("forward", base, "forward")
     mlp("forward", replace(base, model=gpt2), "forward")

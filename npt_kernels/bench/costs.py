@@ -75,9 +75,13 @@ def minimum_bytes(case: Case, mode: str, function: str) -> int:
 
 
 def roofline_us(case: Case, mode: str, function: str, ceilings: dict[str, Any]) -> float | None:
-    """Microseconds at the measured ceilings (``gemm_tflops``, ``copy_tbs``), whichever of the two binds."""
+    """Microseconds at the measured ceilings (``gemm_tflops``, ``copy_tbs``), whichever of the two binds.
+
+    Repeated calls on a CPU find what fits its cache there (``cached_copy_tbs`` up to ``cached_bytes``); on a GPU inputs rotate
+    through more than the cache holds.
+    """
     if not ceilings:
         return None
-    arithmetic = minimum_flops(case, mode, function) / ceilings["gemm_tflops"] / 1e6
-    memory = minimum_bytes(case, mode, function) / ceilings["copy_tbs"] / 1e6
-    return max(arithmetic, memory)
+    size = minimum_bytes(case, mode, function)
+    rate = ceilings["cached_copy_tbs"] if size <= ceilings.get("cached_bytes", 0) else ceilings["copy_tbs"]
+    return max(minimum_flops(case, mode, function) / ceilings["gemm_tflops"] / 1e6, size / rate / 1e6)

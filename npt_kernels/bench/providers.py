@@ -102,6 +102,24 @@ def _backend(name: str) -> Callable[[Problem], Compute]:
     return lambda problem: lambda tensors: next(iter(problem.call(tensors, name).values()))
 
 
+def _triton_mainloop(problem: Problem) -> Compute:
+    from ..ops._triton.segmented_gemm import segmented_gemm
+
+    return lambda tensors: segmented_gemm([(tensors["x"], tensors["weight"])])
+
+
+def _cuda_mainloop(problem: Problem) -> Compute:
+    from ..ops.factored_linear.cuda import fused_sum
+
+    def compute(tensors: dict[str, Tensor]) -> Tensor:
+        y = fused_sum("bench", [(tensors["x"], tensors["weight"])], [])
+        if y is None:
+            raise RuntimeError("these sizes cannot be fused")
+        return y
+
+    return compute
+
+
 def _compiled(problem: Problem) -> Compute:
     # A function of its own per problem: dynamo would otherwise count every shape as a recompilation of one and give up.
     return torch.compile(lambda tensors: plain(problem, "npt", tensors), dynamic=False)
@@ -119,6 +137,15 @@ def _ours(backend: str) -> Callable[[Any, str, torch.device], str | None]:
         act = case.model.act if case.op == "mlp" else None
         explanation = explain(case.op, device=device, dtype=case.dtype, act=act, backend=backend)
         return None if explanation.chosen == backend else explanation.reasons[backend]
+
+    return why_not
+
+
+def _mainloop(backend: str) -> Callable[[Any, str, torch.device], str | None]:
+    def why_not(case: Any, mode: str, device: torch.device) -> str | None:
+        if case.op != "factored_linear" or mode not in ("forward", "decode"):
+            return "it is the bare product of one projection, forward only"
+        return _ours(backend)(case, mode, device)
 
     return why_not
 
@@ -158,6 +185,14 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider("triton", "ours, portable fused kernels", "npt", _from("npt", _backend("triton")), _ours("triton")),
         Provider("cuda", "ours, hand-written Hopper kernels", "npt", _from("npt", _backend("cuda")), _ours("cuda")),
+        Provider(
+            "triton-mainloop", "ours, Triton's GEMM without a delta: tells the main loop's quality from the fusion's gain",
+            "frozen", _from("frozen", _triton_mainloop), _mainloop("triton"),
+        ),
+        Provider(
+            "cuda-mainloop", "ours, the Hopper GEMM without a delta",
+            "frozen", _from("frozen", _cuda_mainloop), _mainloop("cuda"),
+        ),
         Provider(
             "loop", "the published way: token by token, build W + ΔW_t, multiply", "npt",
             _from("npt", peers.loop), peers.why_not_loop, floor=peers.ROUNDED_WEIGHT, slow=True,

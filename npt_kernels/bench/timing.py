@@ -47,24 +47,31 @@ def rotation(bytes_per_set: int, device: torch.device, most: int = 16) -> int:
 
 
 def cpu_ceilings(dtype: torch.dtype) -> dict[str, float]:
-    """TFLOP/s of the vendor's GEMM and TB/s of a copy on this CPU, the best of a few tries: what its roofline is made of."""
-    n = 1024
+    """The best that this CPU shows in about a second: TFLOP/s of the vendor's GEMM, TB/s of a copy in memory and in cache."""
+    n = 768
     x, w = (torch.randn(n, n).to(dtype) for _ in range(2))
-    source = torch.zeros(2**24)
-    target = torch.empty_like(source)
+    y = torch.empty(n, n, dtype=dtype)
 
     def best(call: Callable[[], object]) -> float:
         call()
-        seconds = []
-        for _ in range(7):
+        least, stop = float("inf"), time.perf_counter() + 0.35
+        while time.perf_counter() < stop:
             start = time.perf_counter()
             call()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+            least = min(least, time.perf_counter() - start)
+        return least
 
-    tflops = 2 * n**3 / best(lambda: torch.mm(x, w)) / 1e12
-    tbs = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e12
-    return {"gemm_tflops": round(tflops, 4), "copy_tbs": round(tbs, 5)}
+    def copy(size: int) -> float:
+        source = torch.zeros(size // 4)
+        target = torch.empty_like(source)
+        return 2 * size / best(lambda: target.copy_(source)) / 1e12
+
+    return {
+        "gemm_tflops": round(2 * n**3 / best(lambda: torch.mm(x, w, out=y)) / 1e12, 4),
+        "copy_tbs": round(copy(2**26), 5),
+        "cached_copy_tbs": round(copy(2**19), 5),
+        "cached_bytes": float(2**20),
+    }
 
 
 def settle_power(device: torch.device, seconds: float, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:

@@ -23,7 +23,7 @@ from npt_kernels.rules import RULES
 CPU = torch.device("cpu")
 GATED = ModelShape("gated", 24, 40)
 PLAIN = ModelShape("plain", 24, 40, gated=False, act="gelu_new", norm="layer")
-ON_CPU = [name for name in PROVIDERS if name not in ("triton", "cuda", "liger", "compile")]
+ON_CPU = [name for name in PROVIDERS if not name.startswith(("triton", "cuda", "liger", "compile"))]
 
 
 def problem(op="mlp", model=GATED, tokens=9, dtype=torch.float32, **changes):

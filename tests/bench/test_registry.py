@@ -25,7 +25,8 @@ def test_everything_is_covered():
     assert {s.tokens for s in settings} == {1, 16, 256, 2048, 8192, 32768}
     assert {s.rank for s in settings} == {8, 64, 256, 1024}
     assert {p.name for s in settings for p in s.providers} == {
-        "frozen", "eager", "kconcat", "compile", "triton", "cuda", "loop", "materialised", "peft", "liger",
+        "frozen", "eager", "kconcat", "compile", "triton", "cuda", "triton-mainloop", "cuda-mainloop", "loop", "materialised",
+        "peft", "liger",
     }  # fmt: skip
     assert len({str(s) for s in settings}) == len(settings)
     assert all(s.rank <= s.model.d for s in settings), "a rank beyond the hidden size has no use"
