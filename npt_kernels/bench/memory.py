@@ -27,7 +27,7 @@ __all__ = ["headline", "measure_memory", "peak_of", "plan_memory", "run_memory"]
 _BUILD_RATE = {"cpu": 0.005, "cuda": 2.0}
 
 
-def plan_memory(filters: Filters, size: str, dtype: torch.dtype, device: torch.device) -> list[Setting]:
+def plan_memory(filters: Filters, size: str, dtype: torch.dtype) -> list[Setting]:
     """The settings of the suite: no decode (its tensors are one token's) and no norm; the headline first, unless filtered."""
     modes = list(filters.modes) or ["forward", "local", "end_to_end"]
     ops = list(filters.ops) or ["mlp", "linear"]

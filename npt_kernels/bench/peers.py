@@ -18,6 +18,7 @@ from .reference import lora_tensors
 __all__ = [
     "ROUNDED_WEIGHT",
     "delta_bytes",
+    "has_swiglu",
     "liger",
     "loop",
     "materialised",
@@ -199,9 +200,13 @@ def liger(problem: Problem) -> Compute:
     return mlp
 
 
+def has_swiglu(case: Any, mode: str) -> bool:
+    return bool(case.op == "mlp" and case.model.gated and case.model.act == "silu")
+
+
 def why_not_liger(case: Any, mode: str, device: torch.device) -> str | None:
     if importlib.util.find_spec("liger_kernel") is None:
         return "not installed: pip install liger-kernel"
-    if case.op != "mlp" or not case.model.gated or case.model.act != "silu":
+    if not has_swiglu(case, mode):
         return "it is a SwiGLU; this op has none"
     return None if device.type == "cuda" else "its kernels need a CUDA GPU"

@@ -43,6 +43,7 @@ class Provider:
         why_not: ``(problem's case, mode, device) -> reason it cannot run, or None``.
         floor: Multiple of eps · max|truth| by which it may miss the plain form beyond twice its error; 2 unless said why.
         slow: Whether a call may take so long that it is estimated before it is made.
+        applies: ``(case, mode)``: whether it makes sense at all; where it does not, it only takes part when asked for by name.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Provider:
     why_not: Callable[[Any, str, torch.device], str | None]
     floor: float = 2.0
     slow: bool = False
+    applies: Callable[[Any, str], bool] = lambda case, mode: True
 
 
 def find_provider(name: str) -> Provider:
@@ -141,9 +143,17 @@ def _ours(backend: str) -> Callable[[Any, str, torch.device], str | None]:
     return why_not
 
 
+def _has_product(case: Any, mode: str) -> bool:
+    return bool(case.op != "matched_norm")
+
+
+def _is_bare_product(case: Any, mode: str) -> bool:
+    return case.op == "factored_linear" and mode in ("forward", "decode")
+
+
 def _mainloop(backend: str) -> Callable[[Any, str, torch.device], str | None]:
     def why_not(case: Any, mode: str, device: torch.device) -> str | None:
-        if case.op != "factored_linear" or mode not in ("forward", "decode"):
+        if not _is_bare_product(case, mode):
             return "it is the bare product of one projection, forward only"
         return _ours(backend)(case, mode, device)
 
@@ -177,37 +187,42 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider(
             "kconcat", "vendor's GEMM over padded buffers [x | c] and [W | B], activation as elementwise operations",
-            "npt", _from("npt", kconcat_forward), _not_for_norms,
+            "npt", _from("npt", kconcat_forward), _not_for_norms, applies=_has_product,
         ),
         Provider(
             "compile", "torch.compile of the factored form as a user would write it",
             "npt", _from("npt", _compiled), _can_compile,
         ),
         Provider("triton", "ours, portable fused kernels", "npt", _from("npt", _backend("triton")), _ours("triton")),
-        Provider("cuda", "ours, hand-written Hopper kernels", "npt", _from("npt", _backend("cuda")), _ours("cuda")),
+        Provider(
+            "cuda", "ours, hand-written Hopper kernels",
+            "npt", _from("npt", _backend("cuda")), _ours("cuda"), applies=_has_product,
+        ),
         Provider(
             "triton-mainloop", "ours, Triton's GEMM without a delta: tells the main loop's quality from the fusion's gain",
-            "frozen", _from("frozen", _triton_mainloop), _mainloop("triton"),
+            "frozen", _from("frozen", _triton_mainloop), _mainloop("triton"), applies=_is_bare_product,
         ),
         Provider(
             "cuda-mainloop", "ours, the Hopper GEMM without a delta",
-            "frozen", _from("frozen", _cuda_mainloop), _mainloop("cuda"),
+            "frozen", _from("frozen", _cuda_mainloop), _mainloop("cuda"), applies=_is_bare_product,
         ),
         Provider(
             "loop", "the published way: token by token, build W + ΔW_t, multiply", "npt",
             _from("npt", peers.loop), peers.why_not_loop, floor=peers.ROUNDED_WEIGHT, slow=True,
+            applies=_has_product,
         ),
         Provider(
             "materialised", "all ΔW_t of the batch built, then one batched product", "npt",
             _from("npt", peers.materialised), peers.why_not_materialised, floor=peers.ROUNDED_WEIGHT, slow=True,
+            applies=_has_product,
         ),
         Provider(
             "peft", "PEFT's LoRA linears on the same projections (a static delta, from x)",
-            "lora", peers.prepare_peft, peers.why_not_peft,
+            "lora", peers.prepare_peft, peers.why_not_peft, applies=_has_product,
         ),
         Provider(
             "liger", "Liger's SwiGLU: the frozen MLP with a fused activation, no delta", "frozen",
-            _from("frozen", peers.liger), peers.why_not_liger,
+            _from("frozen", peers.liger), peers.why_not_liger, applies=peers.has_swiglu,
         ),
     )
 }  # fmt: skip

@@ -7,7 +7,8 @@ at one token count. ``--tokens`` and ``--rank`` together give their whole produc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,8 @@ from .results import BenchError, unknown_name
 from .shapes import MODELS, Case, ModelShape, find_shape
 
 __all__ = ["DTYPES", "OPS", "Filters", "Setting", "default_dtype", "estimate", "plan_settings", "settings_of_part"]
+
+_Group = TypeVar("_Group")
 
 #: ``--op`` → the package's op.
 OPS = {"mlp": "mlp", "linear": "factored_linear", "norm": "matched_norm"}
@@ -124,9 +127,11 @@ def plan_settings(filters: Filters, size: str, dtype: torch.dtype) -> list[Setti
                 for tokens, rank in _points(grid, filters, mode, op):
                     if rank > shape.d and not filters.ranks:
                         continue  # at rank = d the change is already exact
-                    unasked = _unasked(grid, size, op, mode, tokens, rank)
-                    chosen = tuple(p for p in providers if filters.providers or unasked(p))
-                    settings.append(Setting(op, shape, mode, tokens, rank, filters.rule, dtype, chosen))
+                    setting = Setting(op, shape, mode, tokens, rank, filters.rule, dtype, tuple(providers))
+                    if not filters.providers:
+                        takes_part = _unasked(grid, size, setting)
+                        setting = replace(setting, providers=tuple(p for p in providers if takes_part(p)))
+                    settings.append(setting)
     if not settings:
         raise BenchError(
             f"nothing to run: --op {' '.join(ops)} has no mode {' '.join(modes)}; norm has {' and '.join(_OP_MODES['norm'])}"
@@ -149,11 +154,18 @@ def _providers(names: Sequence[str]) -> list[Provider]:
     return [provider for provider in PROVIDERS.values() if provider.name in chosen]
 
 
-def _unasked(grid: Grid, size: str, op: str, mode: str, tokens: int, rank: int) -> Callable[[Provider], bool]:
-    """Whether a provider takes part without being named: slow ones do not where only the rank changes."""
-    base = rank == grid.base_rank
-    compiles = base and tokens in grid.compiled_tokens and (size == "full" or (op, mode) == ("mlp", "local"))
-    return lambda provider: compiles if provider.name == "compile" else base or not provider.slow
+def _unasked(grid: Grid, size: str, setting: Setting) -> Callable[[Provider], bool]:
+    """Whether a provider takes part without being named: where it makes sense, and slow ones not where only the rank changes."""
+    base = setting.rank == grid.base_rank
+    compiles = base and setting.tokens in grid.compiled_tokens
+    compiles = compiles and (size == "full" or (setting.op, setting.mode) == ("mlp", "local"))
+
+    def takes_part(provider: Provider) -> bool:
+        if not provider.applies(setting.case, setting.mode):
+            return False
+        return compiles if provider.name == "compile" else base or not provider.slow
+
+    return takes_part
 
 
 def _points(grid: Grid, filters: Filters, mode: str, op: str) -> list[tuple[int, int]]:
@@ -173,7 +185,7 @@ def _points(grid: Grid, filters: Filters, mode: str, op: str) -> list[tuple[int,
     return list(dict.fromkeys(points))
 
 
-def estimate(setting: Setting, device: torch.device, rounds: int) -> float:
+def estimate(setting: Setting, device: torch.device, rounds: int, slow_limit: float = 5.0) -> float:
     """Seconds that a group will take, roughly: arithmetic at a guessed rate, per-call overheads, compilation, the check."""
     tflops, tbs = (400.0, 3.0) if device.type == "cuda" else (0.06, 0.008)
     overhead = 50e-6 if device.type == "cuda" else 150e-6
@@ -188,6 +200,8 @@ def estimate(setting: Setting, device: torch.device, rounds: int) -> float:
         calls = 2 * rounds + 4
         if provider.slow:
             once, calls = slow_seconds(setting, tbs), 8
+            if once > slow_limit:
+                continue
         seconds += calls * (once + overhead) + (20.0 if provider.name == "compile" else 0.0)
     # The check: plain form in float64, forward and backward, and once in the dtype.
     return seconds + 10 * minimum_flops(setting.case, setting.mode, "npt") / (tflops / 8) / 1e12
@@ -202,7 +216,7 @@ def slow_seconds(setting: Setting, tbs: float) -> float:
     return case.tokens * projections * (passes * weight / tbs / 1e12 + launches)
 
 
-def settings_of_part(settings: list[Setting], part: tuple[int, int] | None, seconds: list[float]) -> list[Setting]:
+def settings_of_part(settings: list[_Group], part: tuple[int, int] | None, seconds: list[float]) -> list[_Group]:
     """Part ``i`` of ``n``: consecutive groups of about equal estimated time; the parts together are the whole."""
     if part is None:
         return settings

@@ -26,7 +26,7 @@ from .timing import clocks, cpu_ceilings, settle_power
 from .training_costs import step_flops
 from .training_shapes import MODELS, SETTINGS, TrainShape, availability, find_model, run_config
 
-__all__ = ["TrainRow", "measure_row", "plan_rows", "run_train"]
+__all__ = ["TrainRow", "estimate_row", "measure_row", "plan_rows", "run_train"]
 
 MODES = ("local", "end_to_end")
 CONVERTED = ("all", "4")
@@ -119,6 +119,17 @@ def plan_rows(
     if not rows:
         raise BenchError("nothing to run: no setting has that --mode and --converted; name them with --setting")
     return list(dict.fromkeys(rows))
+
+
+def estimate_row(row: TrainRow, device: torch.device) -> float:
+    """Seconds that a row will take, roughly: all its steps at 8 FLOPs a weight and token, building and measuring apart."""
+    if availability(row.setting, row.mode, device) is not None:
+        return 0.0
+    weights = sum(p.numel() for p in row.model.build(row.dtype, torch.device("meta")).parameters())
+    rate = 200e12 if device.type == "cuda" else 0.05e12
+    steps = WARMUP_STEPS + TIMED_STEPS + 1 + WATCHED_STEPS + 2
+    loop = 10 if not SETTINGS[row.setting].counts_flops else 1
+    return 1.5 + weights / 1e9 + loop * steps * 8 * weights * row.batch * row.sequence / rate
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------

@@ -92,10 +92,10 @@ def test_a_wrong_provider_is_not_reported():
 
 
 def test_plan():
-    settings = plan_memory(Filters(), "small", torch.float32, CPU)
+    settings = plan_memory(Filters(), "small", torch.float32)
     assert settings[:2] == headline() and {s.op for s in settings} == {"mlp", "linear"}
     assert "decode" not in {s.mode for s in settings}
-    assert all(s.model.d < 1024 for s in plan_memory(Filters(shapes=["8b"]), "small", torch.float32, CPU))
+    assert all(s.model.d < 1024 for s in plan_memory(Filters(shapes=["8b"]), "small", torch.float32))
 
 
 @pytest.mark.parametrize("interrupt", [False, True])

@@ -146,14 +146,16 @@ def _overhead(c: Collected, device: str) -> tuple[str, bool] | None:
     return f"{value:.1f} µs (eager)", value <= 10
 
 
+def _quality(result: dict[str, Any]) -> str:
+    return f"ratio {result['perplexity_ratio']:.4f}, KL {round(result['kl'], 4) + 0.0:.4f}"
+
+
 def _fidelity(c: Collected, device: str) -> tuple[str, bool] | None:
     runs = [run for run in c.runs if run["source"].facts["device"] == device and run["name"] == "demo"]
     if not runs:
         return None
     result = runs[0]["trained"] or runs[0]["converted"]
-    text = (
-        f"ratio {result['perplexity_ratio']:.4f}, KL {result['kl']:.4f} (SmolLM2-135M, mean rank 128 of 576, trained)"
-    )
+    text = f"{_quality(result)} (SmolLM2-135M, mean rank 128 of 576, trained)"
     return text, result["perplexity_ratio"] <= 1.01 and result["kl"] <= 0.05
 
 
@@ -162,7 +164,7 @@ def _full_rank(c: Collected, device: str) -> tuple[str, bool] | None:
     if not runs:
         return None
     result = runs[0]["converted"]
-    text = f"ratio {result['perplexity_ratio']:.4f}, KL {result['kl']:.4f} (SmolLM2-135M)"
+    text = f"{_quality(result)} (SmolLM2-135M)"
     return text, round(result["perplexity_ratio"], 3) == 1.0
 
 

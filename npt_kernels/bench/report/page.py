@@ -49,6 +49,7 @@ def render(collected: Collected) -> str:
         _overhead(collected),
         _memory(collected),
         _train(collected),
+        _not_measured(collected),
         _runs(collected),
         _sources(collected.sources),
     ]
@@ -173,9 +174,26 @@ def _goals(collected: Collected) -> str:
     return _table("goals", "Goals", intro, ("what", "at", "goal", "measured", "", "on"), rows)
 
 
+def _measured(collected: Collected, suite: str) -> list[dict[str, Any]]:
+    return [row for row in collected.of(suite) if row["status"] not in ("skipped", "unavailable")]
+
+
+def _not_measured(collected: Collected) -> str:
+    """Who was left out and why, once each."""
+    counts: dict[tuple[str, str, str, str], int] = {}
+    for row in collected.rows:
+        if row["status"] in ("skipped", "unavailable"):
+            key = (row["suite"], str(row.get("provider", row.get("setting"))), str(row["reason"]), row["device"])
+            counts[key] = counts.get(key, 0) + 1
+    rows = [[suite, _escape(who), _escape(why), _number(number, ",d"), _escape(device)]
+            for (suite, who, why, device), number in counts.items()]  # fmt: skip
+    intro = "Left out, with the reason and how many rows."
+    return _table("not-measured", "Not measured", intro, ("suite", "who", "why", "rows", "device"), rows)
+
+
 def _kernels(collected: Collected) -> str:
     rows = []
-    for row in collected.of("kernels"):
+    for row in _measured(collected, "kernels"):
         rows.append([
             _escape(row["op"]), _escape(row["shape"]), row["mode"], _number(row["tokens"], ",d"), _number(row["rank"], ",d"),
             row["rule"], row["dtype"], _escape(row["provider"]), _number(row.get("us"), ",.1f"), _number(row.get("ratio"), ".3f"),
@@ -205,7 +223,7 @@ def _memory(collected: Collected) -> str:
         [_escape(r["op"]), _escape(r["shape"]), r["mode"], _number(r["tokens"], ",d"), _number(r["rank"], ",d"), r["dtype"],
          _escape(r["provider"]), (human_bytes(r["peak_bytes"]), float(r["peak_bytes"])) if "peak_bytes" in r else ("", None),
          _number(r.get("peak_units"), ",.3f"), _status(r), _device(r)]
-        for r in collected.of("memory")
+        for r in _measured(collected, "memory")
     ]  # fmt: skip
     intro = "Peak of a call beyond its inputs and weights; results and gradients are in it. One unit is one tokens × f tensor."
     columns = ("op", "shape", "mode", "tokens", "rank", "dtype", "provider", "peak", "units", "status", "device")
@@ -214,7 +232,7 @@ def _memory(collected: Collected) -> str:
 
 def _train(collected: Collected) -> str:
     rows = []
-    for r in collected.of("train"):
+    for r in _measured(collected, "train"):
         parts = r.get("seconds_per_step", {})
         shares = (
             ", ".join(f"{n} {100 * parts[n] / parts['total']:.0f} %" for n in parts if n != "total") if parts else ""
@@ -241,7 +259,8 @@ def _runs(collected: Collected) -> str:
             if result:
                 rows.append([
                     _escape(run["name"]), f"<code>{_escape(str(run['command']))}</code>", stage,
-                    _number(result["perplexity_ratio"], ".4f"), _number(result["kl"], ".4f"), _percent(result["top1_agreement"]),
+                    _number(result["perplexity_ratio"], ".4f"), _number(round(result["kl"], 4) + 0.0, ".4f"),
+                    _percent(result["top1_agreement"]),
                     _escape(str(run["source"].facts["device"])) + (" <span class=bad>stale</span>" if run["stale"] else ""),
                 ])  # fmt: skip
     intro = "Records of real conversions: perplexity converted ÷ original and KL in nats per token, on held-out text."

@@ -33,21 +33,22 @@ def summarise(collected: Collected) -> list[str]:
 def _device_lines(collected: Collected, device: str) -> Iterator[str]:
     where = f"on {html.escape(device)}"
     for mode, phrase in (
-        ("forward", "The delta costs {}: an NPT MLP's forward takes {} of the same MLP's without a delta"),
+        (
+            "forward",
+            "The delta costs <strong>{:+.1f} %</strong> of a forward: an NPT MLP takes {} the time of the same without",
+        ),
         (
             "local",
-            "A local training step of the MLP costs {}: forward and backward take {} of a frozen MLP's forward and dx",
+            "Training locally ({:+.1f} %): an NPT MLP's forward and backward take {} the time of a frozen one's with dx",
         ),
-        ("decode", "Decoding costs {}: one call of a few tokens takes {} of the frozen MLP's"),
+        ("decode", "Decoding a token ({:+.1f} %): an NPT MLP takes {} the time of the same MLP without a delta"),
     ):
-        group = _largest(collected, device, mode)
-        ours = best_of_ours(group)
+        ours = best_of_ours(_largest(collected, device, mode))
         if ours is not None:
             low, high = ours["ratio_p10_p90"]
-            extra = 100 * (ours["ratio"] - 1)
-            cost = f"<strong>{extra:+.1f} %</strong>"
-            share = f"{ours['ratio']:.3f}× [{low:.3f}, {high:.3f}]"
-            yield f"{phrase.format(cost, share)} ({_conditions(ours)}, provider {ours['provider']}) {where}.{_small(ours)}"
+            share = f"<strong>{ours['ratio']:.3f}×</strong> [{low:.3f}, {high:.3f}]"
+            sentence = phrase.format(100 * (ours["ratio"] - 1), share)
+            yield f"{sentence} ({_conditions(ours)}, provider {ours['provider']}) {where}.{_small(ours)}"
     loop = _loop(collected, device)
     if loop is not None:
         factor, row = loop
