@@ -23,7 +23,7 @@ __all__ = ["line", "print_comparison", "print_plan", "print_rows", "print_train"
 
 
 def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
     return table
@@ -132,19 +132,24 @@ def train_line(row: TrainRow, measured: dict[str, Any]) -> str:
 
 
 def print_rows(suite: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Settings down, providers across; then why providers are missing, once each."""
+    """A table per op, mode and shape: tokens and rank down, providers across; then why providers are missing, once each."""
     console = Console(highlight=False)
-    shown = [name for name in PROVIDERS if any(row["provider"] == name and _cell(row) for row in rows)]
-    title = "time ÷ frozen, median of interleaved launches" if suite == "kernels" else "peak beyond inputs and weights"
-    table = _table(f"\n{title}", "setting", *shown, right=shown)
-    settings: dict[tuple[Any, ...], dict[str, str]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        key = tuple(row.get(name) for name in ("op", "mode", "shape", "tokens", "rank"))
-        settings.setdefault(key, {})[row["provider"]] = _cell(row)
-    for (op, mode, shape, tokens, rank), cells in settings.items():
-        name = f"{op} {mode} {shape} T={tokens}" + ("" if rank is None else f" r={rank}")
-        table.add_row(name, *(_coloured(cells.get(provider, "")) for provider in shown))
-    console.print(table)
+        groups.setdefault((row["op"], row["mode"], row["shape"]), []).append(row)
+    what = "time ÷ frozen, median of interleaved launches" if suite == "kernels" else "peak beyond inputs and weights"
+    console.print(f"\n{what}")
+    for (op, mode, shape), own in groups.items():
+        shown = [name for name in PROVIDERS if any(row["provider"] == name and _cell(row) for row in own)]
+        columns = ("T", "r", *shown)
+        table = _table(f"{op} {mode}, {shape}", *columns, right=columns)
+        cells: dict[tuple[Any, Any], dict[str, str]] = {}
+        for row in own:
+            cells.setdefault((row["tokens"], row["rank"]), {})[row["provider"]] = _cell(row)
+        for (tokens, rank), values in cells.items():
+            ends = (f"{tokens:,}", "" if rank is None else f"{rank:,}")
+            table.add_row(*ends, *(_coloured(values.get(name, "")) for name in shown))
+        console.print(table)
     if any(row["status"] == "formula" for row in rows):
         console.print("* by formula: it does not fit")
     reasons = dict.fromkeys((row["provider"], row["reason"]) for row in rows if row["status"] in ("skipped", "checked"))

@@ -388,6 +388,8 @@ def run_train(
         measured = measure_row(row, device, ceilings)
         result.rows.append(measured)
         result.not_run.pop(0)
+        if measured.get("mfu", 0) > 1.1:
+            result.extra["note"] = "MFU above 100 %: the GEMM rate was measured while the machine was busy"
         result.save()
         done(row, measured)
     result.extra["clocks"]["after"] = clocks()
