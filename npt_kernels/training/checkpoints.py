@@ -136,13 +136,12 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(writing))
+        accelerator.wait_for_everyone()
         if main:
             save_npt(model, writing)
             torch.save(state, writing / _STATE)
             for file in files:
                 shutil.copyfile(file, writing / file.name)
-        accelerator.wait_for_everyone()
-        if main:
             present = list_checkpoints(folder)[0]
             manifest = {
                 "format_version": _FORMAT_VERSION,
@@ -165,7 +164,6 @@ def save_checkpoint(
     finally:
         if main:
             shutil.rmtree(writing, ignore_errors=True)
-    accelerator.wait_for_everyone()
     return path
 
 

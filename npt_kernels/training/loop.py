@@ -289,7 +289,7 @@ class PhaseLoop:
                 f"Try a lower training.learning_rate (now {phase.learning_rate:g}), more warmup_steps (now "
                 f"{phase.warmup_steps}) or max_grad_norm 1.0 (now {limit:g})"
             )
-        rate = self.scheduler.get_last_lr()[0]
+        rate = float(self.scheduler.get_last_lr()[0])
         progress.updating = True
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:

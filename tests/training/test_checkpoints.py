@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
 from helpers import Words, tiny_model, token_ids
-from runs import FAR, blocks, make_config, records, start
+from runs import FAR, PowerCut, blocks, records, start, stop_at
 
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_parameters
 from npt_kernels.configs.schema import ConfigError
 from npt_kernels.models.checkpoints import adapter_state_dict
-from npt_kernels.training import checkpoints, display, run
+from npt_kernels.training import run
 from npt_kernels.training.checkpoints import list_checkpoints, load_optimizer, open_checkpoint, save_checkpoint
-from npt_kernels.training.loop import TrainingError
 from npt_kernels.training.resuming import find_resume
 
 
@@ -29,25 +28,6 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     # Half of a tiny run's time, and nothing of what is tested here.
     monkeypatch.setattr("npt_kernels.evaluation.plots.write_plots", lambda *args, **kwargs: [])
-
-
-class PowerCut(BaseException):
-    """Nothing catches it: no rescue, no last save."""
-
-
-def stop_at(monkeypatch, number, how):
-    """Stop a run in its ``number``-th step, counted over phases: ``crash`` or ``ctrl-c``."""
-    plain, steps = display.TrainingDisplay.step, []
-
-    def step(self, report, eta, *, logged):
-        plain(self, report, eta, logged=logged)
-        steps.append(report.step)
-        if len(steps) == number:
-            if how == "crash":
-                raise PowerCut
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(display.TrainingDisplay, "step", step)
 
 
 #: Everything happens now and then, and not always in the same step.
@@ -118,5 +98,357 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, monkeypatc
         start(tmp_path, **settings)
     torch.manual_seed(number)  # another process has other random numbers
     summary, model = start(tmp_path, resume=tmp_path, **settings)
-    assert "resumed from" in start.output and "note" not in start.output
+    assert "resumed from" in start.output and "note:" not in start.output
     assert_same_run((tmp_path, summary, model), uninterrupted(mode))
+
+
+def test_a_resumed_run_may_write_elsewhere(tmp_path, uninterrupted):
+    path, _, _ = uninterrupted("kl")
+    here = tmp_path / "elsewhere"
+    resume = path / "checkpoints" / "end_to_end-000006"
+    summary, model = start(here, sections={"model": FAR}, tokenizer=Words(), resume=resume, **MODES["kl"])
+    assert_same_run((here, summary, model), uninterrupted("kl"))
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["end_to_end-000006", "end_to_end-000007"]
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path, uninterrupted):
+    start(
+        tmp_path,
+        sections={"model": FAR},
+        tokenizer=Words(),
+        **(MODES["kl"] | {"max_steps": 4}),
+        lr_scheduler="constant",
+    )
+    settings = {"sections": {"model": FAR}, "tokenizer": Words(), **MODES["kl"], "lr_scheduler": "constant"}
+    _, model = start(tmp_path, resume=tmp_path, **settings)
+    assert "note: changed since the checkpoint was written: training.max_steps 4 → 7" in start.output
+    _, whole = start(tmp_path / "whole", **settings)
+    assert all(torch.equal(t, adapter_state_dict(model)[name]) for name, t in adapter_state_dict(whole).items())
+    rates = [r["learning_rate"] for r in records(tmp_path, "train")]
+    assert set(rates) == {3e-3}
+
+
+# ---- what a configuration may change --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The output of a run that stopped after 4 of 7 steps."""
+    path = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        stop_at(patch, 4, "ctrl-c")
+        start(path, sections={"model": FAR}, max_steps=7)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sections", "training", "message"),
+    [
+        ({"model": {**FAR, "rank": 8}}, {}, r"model.rank is 8, but .*end_to_end-000004 was trained with 16.*--resume .*adapter"),
+        ({"model": {**FAR, "npt_layers": [0, 1]}}, {}, r"model.npt_layers is \[0, 1\], but .* with 'all'"),
+        ({"model": {**FAR, "rule": "rank1"}}, {}, r"model.rule is 'rank1'"),
+        ({"model": FAR}, {"seed": 1}, r"training.seed is 1, but .* with 0"),
+        ({"model": FAR}, {"mode": "local"}, r"phase end_to_end \(objective kl\), which training.mode=local does not have"),
+        ({"model": FAR}, {"objective": "layer"}, r"phase end_to_end \(objective kl\).*resume with"),
+    ],
+)  # fmt: skip
+def test_what_a_checkpoint_fixes_is_one_clear_line(tmp_path, stopped, sections, training, message):
+    before = (stopped / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=message) as caught:
+        start(stopped, sections=sections, resume=stopped, **({"max_steps": 7} | training))
+    assert "\n" not in str(caught.value)
+    assert (stopped / "metrics.jsonl").read_bytes() == before, "nothing was touched"
+
+
+@pytest.mark.parametrize(
+    ("training", "text", "notes"),
+    [
+        ({"batch_size": 2, "gradient_accumulation_steps": 2}, None, ["training.batch_size 4 → 2"]),
+        ({"learning_rate": 1e-3, "save_steps": 3}, None, ["learning_rate 0.003 → 0.001"]),
+        ({"max_steps": 3}, None, ["has 3 steps now, and 4 are done: it is over"]),
+        ({}, token_ids(24, 16, 77), ["training text is not the one of the checkpoint"]),
+        ({"logging_steps": 1, "eval_steps": 3, "save_total_limit": 5}, None, []),
+    ],
+)
+def test_other_changes_are_noted(tmp_path, stopped, training, text, notes):
+    changed = blocks()
+    changed.train = changed.train if text is None else text
+    summary, _ = start(
+        tmp_path, sections={"model": FAR}, text=changed, resume=stopped / "checkpoints" / "end_to_end-000004",
+        **({"max_steps": 7} | training),
+    )  # fmt: skip
+    for note in notes:
+        assert note in start.output
+    assert notes or "note:" not in start.output
+    assert summary.steps == (4 if training.get("max_steps") == 3 else 7)
+    rates = [r["learning_rate"] for r in records(tmp_path, "train")]
+    if "learning_rate" in training:
+        assert max(rates[-2:]) < 1e-3 < rates[0]
+
+
+def test_another_number_of_sequences_is_refused(tmp_path, stopped):
+    with pytest.raises(ConfigError, match=r"--resume .*end_to_end-000004: .*24 training sequences, there are now 20"):
+        start(tmp_path, sections={"model": FAR}, text=blocks(20), max_steps=7, resume=stopped)
+
+
+def test_another_base_model_is_noted(tmp_path, stopped):
+    start(tmp_path, sections={"model": FAR}, max_steps=7, resume=stopped, model=tiny_model("llama", layers=3, seed=5))
+    assert re.search(r"the original's perplexity is [\d.]+ here and was [\d.]+", start.output)
+
+
+def test_a_plain_adapter_starts_anew_and_says_so(tmp_path, stopped):
+    summary, _ = start(tmp_path, sections={"model": FAR}, max_steps=2, resume=stopped / "adapter")
+    assert "is a plain adapter" in start.output and "start anew" in start.output
+    assert summary.steps == 2
+
+
+# ---- files: damage, crashes, rotation --------------------------------------------------------------------------------
+
+
+def damage(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "short":
+        path.write_bytes(path.read_bytes()[:-3])
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["missing", "short", "flipped bit"])
+@pytest.mark.parametrize(
+    "file", ["npt_model.safetensors", "optimizer.bin", "state.pt", "metrics.jsonl", "checkpoint.json"]
+)
+def test_a_damaged_checkpoint_is_passed_over_with_a_note(tmp_path, uninterrupted, file, how):
+    path = tmp_path / "run"
+    shutil.copytree(uninterrupted("kl")[0], path)
+    newest = path / "checkpoints" / "end_to_end-000007"
+    if (file, how) == ("checkpoint.json", "flipped bit"):
+        (newest / file).write_text((newest / file).read_text().replace('"serial"', '"serial '))
+    else:
+        damage(newest / file, how)
+    point = find_resume(path)
+    assert point.checkpoint is not None and point.checkpoint.step == 6
+    assert len(point.notes) == 1 and str(newest / file) in point.notes[0] + str(newest / file) * (how == "missing")
+    assert "passed over" in point.notes[0]
+    if file != "checkpoint.json":
+        with pytest.raises(ConfigError, match=re.escape(str(newest / file))):
+            find_resume(newest)
+        damage(path / "checkpoints" / "end_to_end-000006" / "optimizer.bin", "short")
+        point = find_resume(path)
+        assert point.checkpoint is None and point.adapter == path / "adapter" and len(point.notes) == 2
+        shutil.rmtree(path / "adapter")
+        with pytest.raises(ConfigError, match=r"no whole checkpoint and no adapter in .*passed over; .*passed over"):
+            find_resume(path)
+
+
+def test_size_alone_is_compared_when_there_is_no_time(tmp_path, uninterrupted):
+    path = tmp_path / "run"
+    shutil.copytree(uninterrupted("kl")[0], path)
+    newest = path / "checkpoints" / "end_to_end-000007"
+    damage(newest / "optimizer.bin", "flipped bit")
+    assert find_resume(path, thorough=False).checkpoint.step == 7 and find_resume(path).checkpoint.step == 6
+    damage(newest / "optimizer.bin", "short")
+    assert find_resume(path, thorough=False).checkpoint.step == 6
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        find_resume(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds neither checkpoint nor adapter"):
+        find_resume(tmp_path)
+
+
+def test_a_checkpoint_of_the_future_is_named(tmp_path, uninterrupted):
+    path = tmp_path / "run"
+    shutil.copytree(uninterrupted("kl")[0] / "checkpoints" / "end_to_end-000007", path)
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    (path / "checkpoint.json").write_text(json.dumps(manifest | {"format_version": 9}))
+    with pytest.raises(ConfigError, match=r"format_version 9.*upgrade"):
+        find_resume(path)
+
+
+class Writer:
+    """Saves checkpoints of a tiny converted model with a used optimizer."""
+
+    def __init__(self, folder):
+        from accelerate import Accelerator
+
+        self.folder, self.model = folder, tiny_model("llama", layers=2)
+        apply_npt(self.model, NPTConfig(layers="all", rank=4, init="small"))
+        self.accelerator = Accelerator()
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(npt_parameters(self.model), lr=1e-2))
+        self.step_once()
+
+    def step_once(self):
+        for parameter in npt_parameters(self.model):
+            parameter.grad = torch.randn_like(parameter)
+        self.optimizer.step()
+
+    def save(self, step, **settings):
+        values = {"run": "a", "phase": "local", "objective": "local", "step": step, "total_steps": step, "keep": 2}
+        values |= {"output_dir": self.folder.parent, "state": {"step": step}} | settings
+        return save_checkpoint(self.folder, self.model, self.accelerator, **values)
+
+
+def test_moments_and_random_numbers_come_back(tmp_path):
+    writer = Writer(tmp_path)
+    checkpoint = open_checkpoint(writer.save(1))
+    want = random.random(), np.random.rand(), torch.rand(3)
+    moments = {k: v.clone() for k, v in writer.optimizer.state[npt_parameters(writer.model)[0]].items()}
+    writer.step_once()
+    assert load_optimizer(checkpoint, writer.accelerator) == []
+    got = random.random(), np.random.rand(), torch.rand(3)
+    assert got[:2] == want[:2] and torch.equal(got[2], want[2])
+    restored = writer.optimizer.state[npt_parameters(writer.model)[0]]
+    assert moments.keys() == restored.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(restored[name], value) for name, value in moments.items())
+    assert checkpoint.state() == {"step": 1}
+
+
+def test_older_checkpoints_of_this_run_go_and_those_of_others_stay(tmp_path):
+    writer = Writer(tmp_path)
+    writer.save(9, run="another")
+    for step in (1, 2, 3):
+        writer.save(step)
+    assert sorted(os.listdir(tmp_path)) == ["local-000002", "local-000003", "local-000009"]
+    # Resumed from step 2, the run comes by step 3 again: the newest is the one that was written last.
+    again = writer.save(3)
+    assert again.name == "local-000003.2"
+    assert [c.path.name for c in list_checkpoints(tmp_path)[0]] == ["local-000003.2", "local-000003", "local-000009"]
+    assert find_resume(tmp_path).checkpoint.path == again
+    writer.save(1, keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["local-000001", "local-000009"]
+
+
+#: All by which a save changes the disk or waits for it.
+OPERATIONS = [
+    "os.fsync", "os.replace", "pathlib.Path.rename", "pathlib.Path.mkdir", "pathlib.Path.write_text", "torch.save",
+    "safetensors.torch.save_file", "shutil.rmtree", "pathlib.Path.unlink",
+]  # fmt: skip
+
+
+def cut_power(monkeypatch, after):
+    """From the ``after``-th operation on, none happens any more: neither the save nor its cleaning up. Returns the count."""
+    from pydoc import locate
+
+    count = []
+
+    def wrap(plain):
+        def operation(*args, **kwargs):
+            count.append(1)
+            if len(count) > after:
+                raise PowerCut
+            return plain(*args, **kwargs)
+
+        return operation
+
+    for name in OPERATIONS:
+        monkeypatch.setattr(name, wrap(locate(name)))
+    return count
+
+
+def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    writer = Writer(tmp_path / "start" / "checkpoints")
+    writer.save(1)
+    writer.save(2)
+    kept = {}
+    for after in range(100):
+        folder = tmp_path / f"cut-{after}" / "checkpoints"
+        shutil.copytree(tmp_path / "start" / "checkpoints", folder)
+        writer.folder = folder
+        with monkeypatch.context() as patch:
+            count = cut_power(patch, after)
+            with contextlib.suppress(PowerCut):
+                writer.save(3)
+        point = find_resume(folder.parent)
+        assert point.notes == [], "half of a checkpoint was taken for one"
+        assert point.checkpoint.state() == {"step": point.checkpoint.step}
+        load_npt(tiny_model("llama", layers=2), point.adapter)
+        kept[after] = point.checkpoint.step
+        if len(count) <= after:
+            break
+        if after % 5 == 0:
+            # The next process clears up what this one left behind.
+            writer.save(4)
+            assert [c.step for c in list_checkpoints(folder)[0]] == [4, kept[after]]
+            assert not [name for name in os.listdir(folder) if name.startswith(".")]
+    steps = list(kept.values())
+    assert steps == sorted(steps) and set(steps) == {2, 3} and len(steps) > 20
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch):
+    plain, calls = run.save_checkpoint, []
+
+    def full(*args, **kwargs):
+        calls.append(kwargs["step"])
+        if kwargs["step"] == 2:
+            raise OSError(28, "No space left on device")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(run, "save_checkpoint", full)
+    summary, _ = start(tmp_path, sections={"model": FAR}, max_steps=5, save_steps=2)
+    assert "step 2: no checkpoint, it could not be written: [Errno 28] No space left on device" in start.output
+    assert summary.steps == 5 and calls == [2, 4, 5]
+
+
+def test_a_disk_that_stays_full_names_the_last_checkpoint(tmp_path, monkeypatch):
+    plain = run.save_checkpoint
+
+    def full(*args, **kwargs):
+        if kwargs["step"] > 2:
+            raise OSError(28, "No space left on device")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(run, "save_checkpoint", full)
+    stop_at(monkeypatch, 3, "ctrl-c")
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, sections={"model": FAR}, save_steps=2)
+    last = tmp_path / "checkpoints" / "end_to_end-000002"
+    assert f"saving failed ([Errno 28] No space left on device): the last checkpoint is {last}" in start.output
+
+
+def test_half_an_update_is_never_saved(tmp_path, monkeypatch):
+    plain, calls = torch.optim.AdamW.step, []
+
+    def interrupted(self, closure=None):
+        calls.append(1)
+        if len(calls) == 3:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].zero_()
+            raise KeyboardInterrupt
+        return plain(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, sections={"model": FAR}, save_steps=1)
+    last = tmp_path / "checkpoints" / "end_to_end-000002"
+    assert f"in the middle of an update, which cannot be saved, and the last checkpoint is {last}" in start.output
+    assert find_resume(tmp_path).checkpoint.path == last
+
+
+def test_a_new_run_beside_the_checkpoints_of_an_earlier_one_says_so(tmp_path):
+    for _ in range(2):
+        start(tmp_path, sections={"model": FAR}, max_steps=2, save_steps=1, save_total_limit=1)
+    kept = tmp_path / "checkpoints" / "end_to_end-000002"
+    assert (
+        f"1 checkpoint(s) of an earlier run stay in {kept.parent}" in start.output
+        and f"--resume {kept}" in start.output
+    )
+    assert sorted(os.listdir(kept.parent)) == ["end_to_end-000002", "end_to_end-000002.2"]
+
+
+def test_a_folder_of_checkpoints_that_runs_share(tmp_path):
+    """``paths.checkpoint_dir: ./checkpoints`` in users' files: each run finds its own there."""
+    shared = {"model": FAR, "paths": {"checkpoint_dir": str(tmp_path / "shared")}}
+    for name in ("one", "two"):
+        start(
+            tmp_path / name,
+            sections={**shared, "paths": {**shared["paths"], "output_dir": str(tmp_path / name)}},
+            max_steps=2,
+        )
+    assert find_resume(tmp_path / "one").checkpoint.path.name == "end_to_end-000002"
+    assert find_resume(tmp_path / "two").checkpoint.path.name == "end_to_end-000002.2"
+    assert find_resume(tmp_path / "shared").checkpoint.path.name == "end_to_end-000002.2"
