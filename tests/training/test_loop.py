@@ -243,7 +243,7 @@ def test_a_stream_of_unknown_length_needs_a_number_of_steps(tmp_path):
         def __iter__(self):
             return iter([])
 
-    with pytest.raises(TrainingError, match="set training.max_steps"):
+    with pytest.raises(TrainingError, match=r"set training\.max_steps"):
         plan_phases(make_config(tmp_path, max_steps=None), Stream())
     (phase,) = plan_phases(make_config(tmp_path, max_steps=9), Stream())
     assert phase.steps == 9
