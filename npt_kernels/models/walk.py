@@ -90,14 +90,19 @@ class _Recorder(nn.Module):
 
     def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, _Call]]) -> None:
         super().__init__()
-        self.__dict__["layer"], self.__dict__["calls"] = layer, calls
+        # A submodule, so that whoever looks for its layers during this forward (FSDP2 does so in its first) finds them all.
+        self.recorded = layer
+        self.calls = calls
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)  # models read settings off their layers
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("recorded"), name)  # models read settings off their layers
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden_states: Tensor = args[0] if args else kwargs.pop("hidden_states")
-        self.__dict__["calls"].append((hidden_states, _Call(args[1:], kwargs)))
+        self.calls.append((hidden_states, _Call(args[1:], kwargs)))
         return hidden_states
 
 
