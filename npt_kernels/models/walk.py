@@ -160,7 +160,7 @@ def walk_group(
     batch by batch instead, by its own forward. Raises ``ValueError`` if the model is not converted.
     """
     with torch.no_grad():
-        recorded = []
+        recorded: list[tuple[Tensor, list[_Call]]] = []
         for ids in batches:
             record = _record_calls(model, ids)
             if record is None:
@@ -185,12 +185,10 @@ def walk_group(
         for index, layer in enumerate(find_layers(model)[1][: last + 1]):
             with resident(layer):
                 for position in range(len(batches)):
-                    h, states[position] = states[position], None
                     call = calls_of[position][index]
-                    y = first_output(layer(h, *call.args, **call.kwargs))
-                    if index < last:
-                        states[position] = y
-                    del h, y
+                    y = first_output(layer(states[position], *call.args, **call.kwargs))
+                    states[position] = y if index < last else None
+                    del y
 
 
 class OutputHead:

@@ -1,8 +1,8 @@
 """What one micro-batch teaches: the training modes behind one interface.
 
 An objective runs its forward *and* its backward, because local training has one backward per layer. The loop gives it the
-token ids, the micro-batch's share of the step and accelerate's ``backward``; gradients land in the NP components. A step of several
-micro-batches goes through :meth:`Objective.accumulate_group`, so that an objective may choose the order of the work.
+token ids, the micro-batch's share of the step and accelerate's ``backward``; gradients land in the NP components. A step of
+several micro-batches goes through :meth:`Objective.accumulate_group`, so that an objective may choose the order of the work.
 """
 
 from __future__ import annotations
