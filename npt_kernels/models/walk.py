@@ -147,6 +147,20 @@ def _share_calls(calls: list[_Call], known: list[_Call]) -> list[_Call]:
     ]
 
 
+@torch.no_grad()
+def _record_group(model: nn.Module, batches: Sequence[Tensor]) -> list[tuple[Tensor, list[_Call]]] | None:
+    """:func:`_record_calls` of every batch, equal arguments held once; ``None`` if the model cannot be walked so."""
+    recorded: list[tuple[Tensor, list[_Call]]] = []
+    for ids in batches:
+        record = _record_calls(model, ids)
+        if record is None:
+            return None
+        # One batch has nothing to share with, and is spared the comparison, which waits for the GPU.
+        calls = _share_calls(record[1], recorded[0][1]) if recorded else record[1]
+        recorded.append((record[0], calls))
+    return recorded
+
+
 def walk_group(
     model: nn.Module, batches: Sequence[Tensor], visit: Callable[[int, Any, Tensor, Tensor, Tensor], None]
 ) -> None:
@@ -159,22 +173,14 @@ def walk_group(
     No gradient; stops behind the last converted layer. A model that works on the hidden states between its layers is walked
     batch by batch instead, by its own forward. Raises ``ValueError`` if the model is not converted.
     """
-    with torch.no_grad():
-        recorded: list[tuple[Tensor, list[_Call]]] = []
-        for ids in batches:
-            record = _record_calls(model, ids)
-            if record is None:
-                break
-            h, calls = record
-            # One batch has nothing to share with, and is spared the comparison, which waits for the GPU.
-            recorded.append((h, _share_calls(calls, recorded[0][1]) if recorded else calls))
-    if len(recorded) < len(batches):
+    recorded = _record_group(model, batches)
+    if recorded is None:
         for position, ids in enumerate(batches):
             walk_layers(model, ids, lambda layer, h, a, y, position=position: visit(position, layer, h, a, y))  # type: ignore[misc]
         return
     states: list[Tensor | None] = [h for h, _ in recorded]
     calls_of = [calls for _, calls in recorded]
-    del recorded
+    del recorded  # a hidden state lives until its layer has returned
     last = max(converted_layers(model), default=-1)
     position = 0
 

@@ -29,6 +29,7 @@ from ..evaluation.perplexity import (
 from ..models.checkpoints import load_npt, save_npt
 from ..models.patching import ApplyReport, apply_npt, converted_layers, remove_npt
 from ..progress import progress_bar
+from ..streaming import stream_mode, streaming
 from .display import TrainingDisplay, clock, describe, results_table, samples_markdown, samples_table
 from .loop import Phase, StepReport, StopRequest, TrainingError, make_objective, plan_phases, run_phase
 from .objectives import delta_variances, enable_checkpointing
@@ -140,7 +141,8 @@ def run_training(
         torch.set_num_threads(config.optimization.num_threads)
     run = _Run(config, model, tokenizer, blocks, console)
     try:
-        return run.execute(resume)
+        with streaming(config, model, run.accelerator.device, run._say):
+            return run.execute(resume)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -159,7 +161,7 @@ class _Run:
         self.phases = plan_phases(config, len(blocks.train))
         self._check()
         self.accelerator = _make_accelerator(config)
-        if not getattr(model, "hf_device_map", None):
+        if not getattr(model, "hf_device_map", None) and stream_mode(config, self.accelerator.device) == "off":
             model.to(self.accelerator.device)
         model.eval()
         output = config.output_dir
