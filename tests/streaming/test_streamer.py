@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers import randomise, tiny_model, token_ids
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters, remove_npt
 from npt_kernels.evaluation.fidelity import layer_fidelity
@@ -61,6 +63,24 @@ def assert_no_traces(model):
     gc.collect()
 
 
+class NotAtHome(TorchDispatchMode):
+    """Raises when anything computes with a weight in its home: on a GPU that would be host memory."""
+
+    def __init__(self, streamer):
+        super().__init__()
+        self.homes = {t.untyped_storage().data_ptr() for weights in streamer._weights for t in weights._home}
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "bmm", "linear", "mul", "add", "mlp", "mlp_backward"):
+            self.products += name != "mul"
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() in self.homes:
+                    raise AssertionError(f"{name} reads a weight of shape {list(tensor.shape)} in its home")
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("where", WHERE)
 def test_forwards_are_bitwise_those_of_the_resident_model(family, where, tmp_path):
@@ -107,7 +127,9 @@ def test_local_training_fetches_a_layer_once_for_all_micro_batches_of_a_visit(pe
     with LayerStreamer(model, "cpu") as streamer:
         for step in range(4):
             start = streamer.transfers.fetches
-            objective.accumulate_group(batches, shares, backward)
+            with NotAtHome(streamer) as guard:
+                objective.accumulate_group(batches, shares, backward)
+            assert guard.products > 20
             assert all(torch.equal(a, b) for a, b in zip(gradients(model), expected, strict=True))
             model.zero_grad(set_to_none=True)
             if step > 1:  # by then it has learned that the walk ends at layer 2
@@ -129,7 +151,9 @@ def test_end_to_end_backward_meets_the_layers_in_reverse(family, kind, checkpoin
     with LayerStreamer(model, "cpu", where=where, folder=tmp_path) as streamer:
         for _ in range(3):
             start = streamer.transfers.fetches
-            assert torch.equal(objective.accumulate(ids, 1.0, backward).loss, expected_loss)
+            with NotAtHome(streamer) as guard:
+                assert torch.equal(objective.accumulate(ids, 1.0, backward).loss, expected_loss)
+            assert guard.products > 20
             assert all(torch.equal(a, b) for a, b in zip(gradients(model), expected, strict=True))
             model.zero_grad(set_to_none=True)
         # teacher, student and the way back, each layer once in each, and a few wrong guesses at the turns
@@ -278,6 +302,22 @@ def test_conversion_evaluation_and_generation_inside(family):
     assert_same(
         {n: v[1:] for n, v in state(tiny_model(family, layers=3)).items()}, {n: v[1:] for n, v in state(model).items()}
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("basis", ["fisher", "pca"])
+def test_nothing_in_the_life_of_a_run_computes_with_a_weight_at_home(family, basis):
+    """In bf16, where the closed form's casts to float32 are copies; on a GPU they bring the weights over."""
+    model = tiny_model(family, layers=3).bfloat16()
+    heldout = token_ids(2, 16, seed=9)
+    with LayerStreamer(model, "cpu") as streamer, NotAtHome(streamer) as guard:
+        apply_npt(model, NPTConfig(layers=[0, 2], rank=8, basis=basis), calibration=token_ids(12, 24))
+        evaluate(model, heldout)
+        layer_fidelity(model, heldout)
+        LayerObjective(model).accumulate(heldout, 1.0, backward)
+        with npt_disabled(model):
+            model.generate(input_ids=heldout[:1, :4], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert guard.products > 100
 
 
 @pytest.mark.parametrize("where", WHERE)
