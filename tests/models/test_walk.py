@@ -58,6 +58,22 @@ def test_layers_may_have_different_masks():
     assert torch.equal(windowed[:, :4], plain[:, :4]) and not torch.allclose(windowed[:, 6:], plain[:, 6:])
 
 
+def test_masks_that_depend_on_the_tokens_stay_with_their_batch():
+    """Positions that start anew inside a sequence make transformers mask across that border: one text per batch."""
+    model = converted("llama")
+
+    def restart(module, args, kwargs):
+        positions = torch.arange(12).expand_as(kwargs["input_ids"])
+        border = int(kwargs["input_ids"][0, 0]) % 6 + 2
+        return args, kwargs | {"position_ids": torch.where(positions < border, positions, positions - border)}
+
+    model.model.register_forward_pre_hook(restart, with_kwargs=True)
+    batches = [token_ids(1, 12, seed=s) for s in range(3)]
+    assert len({int(ids[0, 0]) % 6 for ids in batches}) == 3
+    for got, wanted in zip(met_by_walk_group(model, batches), met_by_walk_layers(model, batches), strict=True):
+        assert got[:2] == wanted[:2] and all(torch.equal(a, b) for a, b in zip(got[2], wanted[2], strict=True))
+
+
 def test_stops_behind_the_last_converted_layer_and_runs_the_others_once():
     model = converted("llama", layers=[1])
     layers = find_layers(model)[1]
