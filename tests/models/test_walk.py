@@ -68,8 +68,8 @@ def test_masks_that_depend_on_the_tokens_stay_with_their_batch():
         return args, kwargs | {"position_ids": torch.where(positions < border, positions, positions - border)}
 
     model.model.register_forward_pre_hook(restart, with_kwargs=True)
-    batches = [token_ids(1, 12, seed=s) for s in range(3)]
-    assert len({int(ids[0, 0]) % 6 for ids in batches}) == 3
+    batches = [token_ids(1, 12, seed=s) for s in range(8)]
+    assert len({int(ids[0, 0]) % 6 for ids in batches}) > 2
     for got, wanted in zip(met_by_walk_group(model, batches), met_by_walk_layers(model, batches), strict=True):
         assert got[:2] == wanted[:2] and all(torch.equal(a, b) for a, b in zip(got[2], wanted[2], strict=True))
 
