@@ -238,7 +238,7 @@ def make_component(choice: LayerChoice, config: NPTConfig, rank: int) -> NPCompo
         rule=config.rule,
         num_ranks=config.num_ranks,
         scale=config.modulation_scale,
-        dtype=torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32,
+        dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
         device=weight.device,
     )
 
