@@ -21,6 +21,7 @@ from .quantised import QuantisedLinear, readable
 __all__ = [
     "LayerShape",
     "Slot",
+    "count_parameters",
     "is_conv1d",
     "linear_bias",
     "linear_shape",
@@ -121,7 +122,7 @@ def unsupported_linear(module: nn.Module | None) -> str | None:
 
 
 def weight_source(module: nn.Module, dtype: torch.dtype | None = None) -> WeightSource | None:
-    """What makes the dense weight of a quantised linear; ``None`` for all other modules. ``dtype`` as in :func:`linear_weight`."""
+    """What makes the dense weight of a quantised linear; ``None`` for other modules. ``dtype`` as in :func:`linear_weight`."""
     return module if isinstance(module, QuantisedLinear) else library_source(module, dtype)
 
 
@@ -144,6 +145,21 @@ def linear_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor
 def linear_bias(module: nn.Module) -> Tensor | None:
     """The bias ``[out]`` or ``None``."""
     return getattr(module, "bias", None)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, a quantised weight counted as the ``out × in`` numbers that it stands for."""
+    seen: set[int] = set()
+    total = 0
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        source = weight_source(module)
+        if source is not None:
+            total += source.weight_shape[0] * source.weight_shape[1]
+            own = {name: parameter for name, parameter in own.items() if name == "bias"}
+        total += sum(parameter.numel() for parameter in own.values() if id(parameter) not in seen)
+        seen.update(map(id, own.values()))
+    return total
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..config import NPTConfig
 from ..nn import NPComponent
+from .base import count_parameters
 from .patching import (
     ApplyReport,
     converted_layers,
@@ -115,7 +116,7 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
     _fill(path, choices, components, tensors)
     if converted:
         remove_npt(model)
-    base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    base_parameters = count_parameters(model)
     install(model, config, choices, components)
     return make_report(choices, components, skipped, total, base_parameters, {})
 

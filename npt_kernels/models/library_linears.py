@@ -170,7 +170,7 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     scales that bitsandbytes keeps beside its parameters.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        yield from _parts(name, tensor.detach())
+        yield from _parts(name, tensor)
     for path, module in model.named_modules():
         kind = _kind(module)
         if kind == "8bit" and (absmax := _int8_state(module)[1]) is not None:

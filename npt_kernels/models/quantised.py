@@ -51,6 +51,7 @@ _INT4_GROUPS = (128, 64, 32, 16, 8)
 #: 26 ms against 146 ms with 2²². On a GPU larger pieces save launches (unverified).
 _PIECE = {"cpu": 2**20}
 _PIECE_ELSEWHERE = 2**24
+_INT4: torch.dtype = getattr(torch, "int4", torch.int8)  # torch >= 2.7, as torchao needs
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -68,7 +69,7 @@ class QuantisedLinear(nn.Module):
         in_features, out_features: Of the weight.
         weight_dtype: Dtype that the weight had when it was quantised, and in which it is made dense.
         dtype: Dtype of ``weight``: the same until the module is cast.
-        codes: ``int8``, ``fp8``: ``[out, in]``. ``int4``: ``[out, in/2]``, columns j and j + in/2 in one byte. ``nf4``: packed bytes.
+        codes: ``int8``, ``fp8``: ``[out, in]``. ``int4``: ``[out, in/2]``, columns j and j + in/2 in a byte. ``nf4``: bytes.
         scale: ``int8``, ``fp8``: ``[out, 1]``. ``int4``: ``[out, in/group]``. ``nf4``: absmax of every block.
         zero_point: ``int4``: ``[out, in/group]``; ``None`` elsewhere.
         bias: ``[out]`` or ``None``.
@@ -257,7 +258,9 @@ def choose_library(format: str, library: str = "auto") -> str:
         return FORMATS[format][0]
     if library not in FORMATS[format]:
         pairs = ", ".join(f"{f} by {' or '.join(libraries)}" for f, libraries in FORMATS.items())
-        raise ValueError(f"quantization={format!r} does not exist in quantization_library={library!r}; there is {pairs}")
+        raise ValueError(
+            f"quantization={format!r} does not exist in quantization_library={library!r}; there is {pairs}"
+        )
     return library
 
 
@@ -285,7 +288,10 @@ def _int4_torchao(weight: Tensor) -> dict[str, Any]:
     group = _int4_group(weight.shape[1])
     assert group is not None
     stored = ao.IntxUnpackedToInt8Tensor.from_hp(
-        weight, (1, group), torch.int4, mapping_type=ao.quant_primitives.MappingType.ASYMMETRIC
+        weight,
+        (1, group),
+        torch.int4,
+        mapping_type=ao.MappingType.ASYMMETRIC,  # type: ignore[attr-defined]
     )
     codes = (stored.qdata + 8).to(torch.uint8)  # -8 … 7 to 0 … 15
     low, high = codes.chunk(2, dim=1)
@@ -300,9 +306,7 @@ def _nf4_bitsandbytes(weight: Tensor) -> dict[str, Any]:
     bnb = import_library("bitsandbytes")
     flat = weight.reshape(-1)
     flat = nn.functional.pad(flat, (0, -len(flat) % _NF4_BLOCK))
-    data, state = bnb.functional.quantize_4bit(
-        flat, blocksize=_NF4_BLOCK, quant_type="nf4", compress_statistics=False
-    )
+    data, state = bnb.functional.quantize_4bit(flat, blocksize=_NF4_BLOCK, quant_type="nf4", compress_statistics=False)
     return {"codes": data.view(-1), "scale": state.absmax}
 
 
@@ -347,7 +351,9 @@ def quantise_linear(
 
     library = choose_library(format, library)
     if not _dense_linear(linear):
-        raise ValueError(f"a {type(linear).__module__}.{type(linear).__name__} cannot be quantised, only Linear or Conv1D")
+        raise ValueError(
+            f"a {type(linear).__module__}.{type(linear).__name__} cannot be quantised, only Linear or Conv1D"
+        )
     weight = linear_weight(linear).detach()
     if (problem := _problem(weight, weight.shape[1], format)) is not None:
         raise ValueError(f"the weight {problem}")

@@ -76,7 +76,7 @@ class DeferredWeight(torch.Tensor):
         return out.t() if self.transposed else out
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         aten = torch.ops.aten
         if func in (aten.detach.default, aten.alias.default, aten.lift_fresh.default):
