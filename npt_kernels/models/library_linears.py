@@ -141,8 +141,10 @@ def _adopted(module: Any, dtype: torch.dtype) -> QuantisedLinear | None:
         format = {"Int8Tensor": "int8", "Float8Tensor": "fp8"}.get(type(stored).__name__)
         zero_point = getattr(stored, "zero_point", None)
         per_row = format and stored.scale.shape == (shape[0], 1)
-        if per_row and stored.act_quant_kwargs is None and (zero_point is None or not bool(zero_point.any())):
-            return QuantisedLinear(str(format), "torchao", shape, stored.dtype, stored.qdata, stored.scale, bias=bias)
+        codes = stored.qdata.view(torch.uint8) if stored.qdata.dtype == torch.float8_e4m3fn else stored.qdata
+        exact = stored.act_quant_kwargs is None and (zero_point is None or not bool(zero_point.any()))
+        if per_row and exact and codes.element_size() == 1:
+            return QuantisedLinear(str(format), "torchao", shape, stored.dtype, codes, stored.scale, bias=bias)
     return None
 
 

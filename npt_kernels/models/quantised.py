@@ -51,7 +51,6 @@ _INT4_GROUPS = (128, 64, 32, 16, 8)
 #: 26 ms against 146 ms with 2²². On a GPU larger pieces save launches (unverified).
 _PIECE = {"cpu": 2**20}
 _PIECE_ELSEWHERE = 2**24
-_INT4: torch.dtype = getattr(torch, "int4", torch.int8)  # torch >= 2.7, as torchao needs
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,7 +68,8 @@ class QuantisedLinear(nn.Module):
         in_features, out_features: Of the weight.
         weight_dtype: Dtype that the weight had when it was quantised, and in which it is made dense.
         dtype: Dtype of ``weight``: the same until the module is cast.
-        codes: ``int8``, ``fp8``: ``[out, in]``. ``int4``: ``[out, in/2]``, columns j and j + in/2 in a byte. ``nf4``: bytes.
+        codes: ``int8``, ``fp8`` (bytes of e4m3fn): ``[out, in]``. ``int4``: ``[out, in/2]``, columns j and j + in/2 in a
+            byte. ``nf4``: two in a byte, flat.
         scale: ``int8``, ``fp8``: ``[out, 1]``. ``int4``: ``[out, in/group]``. ``nf4``: absmax of every block.
         zero_point: ``int4``: ``[out, in/group]``; ``None`` elsewhere.
         bias: ``[out]`` or ``None``.
@@ -171,6 +171,7 @@ def _pieces(rows: int, columns: int, device: torch.device, multiple: int = 1) ->
 def _fill_rows(linear: QuantisedLinear, out: Tensor) -> None:
     """``q · s`` per row. Every int8 and e4m3 number is one of bfloat16 and float16: only the product is rounded, once."""
     codes, scale = linear.codes, linear.scale
+    codes = codes.view(torch.float8_e4m3fn) if linear.format == "fp8" else codes
     for rows in _pieces(*linear.weight_shape, out.device):
         out[rows].copy_(codes[rows])
         out[rows].mul_(scale[rows])
@@ -280,19 +281,18 @@ def _int8_torchao(weight: Tensor) -> dict[str, Any]:
 def _fp8_torchao(weight: Tensor) -> dict[str, Any]:
     ao = import_library("torchao")
     stored = ao.Float8Tensor.from_hp(weight, granularity=ao.PerRow())
-    return {"codes": stored.qdata, "scale": stored.scale}
+    # A row of zeros has scale 0, and torchao 0.18 stores 0/0 for it.
+    some = (weight != 0).any(1, keepdim=True)
+    # As bytes: pickle cannot restore a parameter of this dtype.
+    return {"codes": stored.qdata.view(torch.uint8) * some, "scale": stored.scale}
 
 
 def _int4_torchao(weight: Tensor) -> dict[str, Any]:
     ao = import_library("torchao")
     group = _int4_group(weight.shape[1])
     assert group is not None
-    stored = ao.IntxUnpackedToInt8Tensor.from_hp(
-        weight,
-        (1, group),
-        torch.int4,
-        mapping_type=ao.MappingType.ASYMMETRIC,  # type: ignore[attr-defined]
-    )
+    int4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch >= 2.7, which torchao needs anyway
+    stored = ao.IntxUnpackedToInt8Tensor.from_hp(weight, (1, group), int4, mapping_type=ao.MappingType.ASYMMETRIC)
     codes = (stored.qdata + 8).to(torch.uint8)  # -8 … 7 to 0 … 15
     low, high = codes.chunk(2, dim=1)
     return {"codes": low | (high << 4), "scale": stored.scale, "zero_point": stored.zero_point + 8}
