@@ -23,6 +23,7 @@ from .._files import sha256, sync_directory, sync_file
 from .._version import __version__
 from ..config import NPTConfig
 from ..nn import NPComponent
+from .base import count_parameters
 from .patching import (
     ApplyReport,
     converted_layers,
@@ -128,7 +129,7 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
     _fill(path, choices, components, tensors)
     if converted:
         remove_npt(model)
-    base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    base_parameters = count_parameters(model)
     install(model, config, choices, components)
     return make_report(choices, components, skipped, total, base_parameters, {})
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..configs.schema import RunConfig
 from .loop import TrainingError
+from .precision import scale_losses
 from .recording import tracker_names
 
 __all__ = ["make_accelerator"]
@@ -33,4 +34,5 @@ def make_accelerator(config: RunConfig) -> Any:
             f"training runs in one process, but {accelerator.num_processes} were started; start it with python or npt, "
             "not with accelerate launch or torchrun"
         )
+    scale_losses(accelerator, config)
     return accelerator

@@ -22,6 +22,7 @@ from ..models.patching import npt_parameters
 from .batching import StepBatch, derived_seed, step_batches, steps_per_epoch
 from .checkpoints import Checkpoint, load_optimizer
 from .objectives import KLObjective, LayerObjective, LocalObjective, Losses, Objective
+from .precision import autocast, unscale_gradients
 from .resources import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class StepReport:
     tokens: int
     seconds: float
     layers: dict[int, float] = field(default_factory=dict)
+    #: Steps of the phase so far whose gradients overflowed float16 and that changed nothing.
+    skipped: int = 0
 
 
 def plan_phases(config: RunConfig, train: Tensor | PackedStream, world_size: int = 1) -> list[Phase]:
@@ -176,6 +179,7 @@ class Progress:
         schedule: Steps of the learning-rate schedule: fewer, where fp16 skipped a step whose gradients overflowed.
         data: ``StepBatches.state_dict`` after ``step``.
         rows: Sequences per micro-batch at most, once memory has run out.
+        skipped: Steps that fp16 skipped.
         updating: Inside ``optimizer.step()``, when the components are neither of this step nor of the last one.
     """
 
@@ -183,6 +187,7 @@ class Progress:
     schedule: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     rows: int | None = None
+    skipped: int = 0
     updating: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -281,6 +286,7 @@ class PhaseLoop:
         accelerator, phase, progress = self.accelerator, self.phase, self.progress
         report = _weighted(*self._accumulate(batch))
         limit = self.config.training.max_grad_norm
+        unscale_gradients(accelerator, self.optimizer)
         norm = float(accelerator.clip_grad_norm_(self.parameters, limit or math.inf))
         # With fp16, the gradient scaler skips steps whose gradients overflow, by design.
         if not math.isfinite(report.loss) or (not math.isfinite(norm) and accelerator.scaler is None):
@@ -290,21 +296,46 @@ class PhaseLoop:
                 f"{what} at step {progress.step + 1} of phase {phase.name}; the components of step {progress.step} are kept. "
                 f"Try a lower training.learning_rate (now {phase.learning_rate:g}), more warmup_steps (now "
                 f"{phase.warmup_steps}) or max_grad_norm 1.0 (now {limit:g})"
+                + ("; float16 ends at 65504, bfloat16 does not" if accelerator.scaler is not None else "")
             )
         rate = float(self.scheduler.get_last_lr()[0])
         progress.updating = True
         self.optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:
+        skipped = accelerator.optimizer_step_was_skipped
+        if not skipped:
             self.scheduler.step()
             progress.schedule += 1
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.data = self.batches.state_dict()
         progress.updating = False
+        if skipped:
+            self._count_skipped()
+        report.skipped = progress.skipped
         report.phase, report.step, report.steps = phase.name, progress.step, phase.steps
         report.learning_rate, report.grad_norm = rate, norm
         report.tokens, report.seconds = batch.tokens, time.perf_counter() - started
         return report
+
+    def _count_skipped(self) -> None:
+        progress, scale = self.progress, float(self.accelerator.scaler.get_scale())
+        progress.skipped += 1
+        if scale < 1:
+            raise TrainingError(
+                f"gradients overflow float16 even at a loss scale of {2 * scale:g}: {progress.skipped} steps up to step "
+                f"{progress.step} of phase {self.phase.name} were skipped and changed nothing. Set {self._instead_of_fp16()}, or "
+                f"a lower training.learning_rate (now {self.phase.learning_rate:g})"
+            )
+        if progress.skipped == 1:
+            self.note(
+                f"step {progress.step} of phase {self.phase.name} was skipped: its gradients overflowed float16; the loss scale "
+                f"is {scale:g} now, further ones are counted in the metrics"
+            )
+
+    def _instead_of_fp16(self) -> str:
+        if self.config.optimization.mixed_precision == "fp16":
+            return "optimization.mixed_precision=bf16 or no"
+        return "model.dtype=bfloat16 or float32"
 
     # ---- out of memory -----------------------------------------------------------------------------------------------
 
@@ -315,7 +346,7 @@ class PhaseLoop:
             losses: list[Losses] = []
             failure: Exception | None = None
             try:
-                with self.accelerator.autocast():
+                with autocast(self.accelerator, self.objective.model):
                     on_device = [rows.to(self.accelerator.device, non_blocking=True) for rows in ids]
                     losses = self.objective.accumulate_group(on_device, shares, self.accelerator.backward)
             except Exception as error:

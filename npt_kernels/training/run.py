@@ -34,6 +34,7 @@ from .checkpoints import Checkpoint, list_checkpoints, save_checkpoint
 from .display import TrainingDisplay, describe
 from .loop import Phase, PhaseLoop, StepReport, StopRequest, TrainingError, make_objective, plan_phases
 from .objectives import delta_variances, enable_checkpointing
+from .precision import autocast
 from .recording import Pace, Recorder, RunSummary, check_trackers, mean_report
 from .resources import base_fingerprint, peak_memory
 from .resuming import ResumePoint, changed_settings, find_resume, text_fingerprint
@@ -228,7 +229,7 @@ class Run:
         npt = self.config.npt_config()
         calibrate = npt.rule == "self_key" and npt.init in ("auto", "closed_form")
         # In the precision of the training: three times as fast on a CPU with bf16 instructions.
-        with self.accelerator.autocast():
+        with autocast(self.accelerator, self.model):
             return apply_npt(
                 self.model, npt, self.blocks.calibration if calibrate else None, progress=self.console.is_terminal
             )
