@@ -15,9 +15,10 @@ from ..config import NPTConfig, parse_rank, resolve_layers
 from ..nn import NPComponent
 from ..norms import identify_norm
 from . import LAYER_SHAPES
-from .base import LayerShape, linear_shape
+from .base import LayerShape, count_parameters, linear_shape
 from .initialise import initialise
 from .layer import LayerPlan, NPTLayer, convert_layer, is_converted, own_forward, restore_layer
+from .residence import compute_device
 
 __all__ = [
     "ApplyReport",
@@ -227,7 +228,7 @@ def fixed_ranks(config: NPTConfig, choices: list[LayerChoice]) -> list[int] | No
 
 
 def make_component(choice: LayerChoice, config: NPTConfig, rank: int) -> NPComponent:
-    """An NP component of zeros, fp32, on the layer's device."""
+    """An NP component of zeros, fp32, on the device where the layer computes."""
     weight = next(choice.layer.parameters())
     if weight.is_meta:
         raise ValueError(f"layer {choice.plan.index} has no weights yet (device 'meta'); load them before converting")
@@ -238,8 +239,8 @@ def make_component(choice: LayerChoice, config: NPTConfig, rank: int) -> NPCompo
         rule=config.rule,
         num_ranks=config.num_ranks,
         scale=config.modulation_scale,
-        dtype=torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32,
-        device=weight.device,
+        dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+        device=compute_device(choice.layer),
     )
 
 
@@ -309,7 +310,7 @@ def apply_npt(
         generator = torch.Generator().manual_seed(config.seed)
         for component in components:
             initialise(component, config.init, generator)
-    base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    base_parameters = count_parameters(model)
     install(model, config, choices, components)
     return make_report(choices, components, skipped, total, base_parameters, notes)
 
