@@ -18,6 +18,12 @@ from torch import Tensor, nn
 
 from ..live_bytes import storages_of
 from ..models.patching import apply_npt, converted_layers
+from ..models.quantised import quantise_base
+from ..streaming import LayerStreamer, stream_mode, streaming
+from ..training.accelerator import make_accelerator
+from ..training.loop import Phase, PhaseLoop, StopRequest, make_objective
+from ..training.objectives import delta_variances
+from ..training.precision import autocast
 from .allocations import memory_meter
 from .kernels import short_reason
 from .peers import ROUNDED_WEIGHT
@@ -153,11 +159,11 @@ def measure_row(row: TrainRow, device: torch.device, ceilings: dict[str, Any]) -
 
 def _measure(row: TrainRow, device: torch.device, ceilings: dict[str, Any]) -> dict[str, Any]:
     config = run_config(row)
-    with _converted_model(row, config, device) as model:
+    with _converted_model(row, config, device) as (model, streamer):
         ids = _token_ids(row, model)
         seconds = _timed_steps(model, config, row, ids, device)
         breakdown = _breakdown(model, config, row, ids, device)
-        peak = _peak(model, config, row, ids, device)
+        peak = _peak(model, config, row, ids, device, streamer)
         plain = row.model.build(row.dtype, torch.device("meta"))
         flops = step_flops(model, plain, _objective(row, config), row.batch, row.sequence)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -174,6 +180,8 @@ def _measure(row: TrainRow, device: torch.device, ceilings: dict[str, Any]) -> d
         "np_parameters": parameters,
         "frozen_parameters": frozen,
     }
+    if streamer is not None:
+        result["home_bytes"] = sum(streamer.layer_bytes)
     if SETTINGS[row.setting].counts_flops:
         achieved = flops / statistics.median(seconds)
         result |= {"flops_per_token": round(flops / tokens), "tflops": round(achieved / 1e12, 4)}
@@ -183,16 +191,22 @@ def _measure(row: TrainRow, device: torch.device, ceilings: dict[str, Any]) -> d
 
 
 @contextlib.contextmanager
-def _converted_model(row: TrainRow, config: Any, device: torch.device) -> Iterator[nn.Module]:
+def _converted_model(row: TrainRow, config: Any, device: torch.device) -> Iterator[tuple[nn.Module, Any]]:
+    """``(converted model, its streamer or None)`` in the row's setting, put together as ``npt train`` does."""
     torch.manual_seed(0)
-    model = row.model.build(row.dtype, device)
+    streamed = stream_mode(config, device) != "off"
+    model = row.model.build(row.dtype, torch.device("cpu") if streamed else device)
+    quantization = config.optimization.base_quantization
+    if quantization is not None:
+        quantise_base(model, *quantization)
     apply_npt(model, config.npt_config())
     if SETTINGS[row.setting].randomised:
         _randomise(model)
     expected = _student_outputs(model) if SETTINGS[row.setting].randomised else []
     with SETTINGS[row.setting].applied(model):
         _compare_students(_student_outputs(model) if expected else [], expected, row.dtype)
-        yield model
+        with streaming(config, model, device) as streamer:
+            yield model, streamer
 
 
 def _randomise(model: nn.Module) -> None:
@@ -230,12 +244,11 @@ def _compare_students(actual: list[Tensor], expected: list[Tensor], dtype: torch
 
 
 def _token_ids(row: TrainRow, model: nn.Module) -> Tensor:
-    """A batch for every step; random, since no loss is reported as a result."""
+    """Rows for every step, on the host as the loop takes them; random, since no loss is reported as a result."""
     generator = torch.Generator().manual_seed(1)
     steps = WARMUP_STEPS + TIMED_STEPS
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    ids = torch.randint(vocabulary, (row.batch * steps, row.sequence), generator=generator)
-    return ids.to(next(model.parameters()).device)
+    return torch.randint(vocabulary, (row.batch * steps, row.sequence), generator=generator)
 
 
 def _timed_steps(model: nn.Module, config: Any, row: TrainRow, ids: Tensor, device: torch.device) -> list[float]:
@@ -246,13 +259,13 @@ def _timed_steps(model: nn.Module, config: Any, row: TrainRow, ids: Tensor, devi
         _synchronise(device)
         moments.append(time.perf_counter())
 
-    _run_steps(model, config, row, ids, WARMUP_STEPS + TIMED_STEPS, _accelerator(config), after)
+    _run_steps(model, config, row, ids, WARMUP_STEPS + TIMED_STEPS, make_accelerator(config), after)
     return [b - a for a, b in zip(moments[WARMUP_STEPS - 1 :], moments[WARMUP_STEPS:], strict=False)]
 
 
 def _breakdown(model: nn.Module, config: Any, row: TrainRow, ids: Tensor, device: torch.device) -> dict[str, float]:
     """Seconds per step in forward, backward, optimizer and the rest, with the device idle at every boundary."""
-    watch = _Watch(_accelerator(config), device)
+    watch = _Watch(make_accelerator(config), device)
     start = end = 0.0
 
     def after(report: Any) -> None:
@@ -312,11 +325,16 @@ class _Watch:
         optimizer.step = timed
 
 
-def _peak(model: nn.Module, config: Any, row: TrainRow, ids: Tensor, device: torch.device) -> int:
-    """Bytes at the worst moment of two steps: weights, NP parameters, gradients, optimizer, activations."""
+def _peak(
+    model: nn.Module, config: Any, row: TrainRow, ids: Tensor, device: torch.device, streamer: LayerStreamer | None
+) -> int:
+    """Bytes at the worst moment of two steps: weights, NP parameters, gradients, optimizer, activations.
+
+    Of streamed layers the two buffers count, not their home in host memory.
+    """
 
     def steps() -> None:
-        _run_steps(model, config, row, ids, 2, _accelerator(config), lambda report: None)
+        _run_steps(model, config, row, ids, 2, make_accelerator(config), lambda report: None)
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -325,6 +343,8 @@ def _peak(model: nn.Module, config: Any, row: TrainRow, ids: Tensor, device: tor
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device))
     held = sum(tensor.untyped_storage().nbytes() for tensor in storages_of(model).values())
+    if streamer is not None:
+        held += streamer.device_bytes - sum(streamer.layer_bytes)
     with memory_meter() as trace:
         steps()
     return held + trace[0].peak
@@ -333,15 +353,6 @@ def _peak(model: nn.Module, config: Any, row: TrainRow, ids: Tensor, device: tor
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _accelerator(config: Any) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    if getattr(AcceleratorState, "_shared_state", None):
-        AcceleratorState._reset_state()  # it keeps one precision per process, and rows differ in it
-    return Accelerator(mixed_precision=config.optimization.mixed_precision)
 
 
 def _objective(row: TrainRow, config: Any) -> str:
@@ -358,14 +369,16 @@ def _run_steps(
     after: Callable[[Any], None],
 ) -> None:
     """Optimizer steps of the package's own loop."""
-    from ..training.loop import Phase, StopRequest, make_objective, run_phase
-    from ..training.objectives import delta_variances
-
     kind = _objective(row, config)
-    variances = delta_variances(model, ids[:1]) if kind != "kl" else {}
+    with autocast(accelerator, model):
+        variances = delta_variances(model, ids[:1].to(accelerator.device)) if kind != "kl" else {}
     objective = make_objective(kind, model, config, variances)
     phase = Phase("bench", kind, steps, config.training.learning_rate, 0)
-    run_phase(phase, model, objective, ids, config, accelerator, StopRequest(), after)
+    loop = PhaseLoop(phase, model, objective, ids, config, accelerator)
+    try:
+        loop.run(StopRequest(), after)
+    finally:
+        loop.close()
 
 
 # ---- the suite -------------------------------------------------------------------------------------------------------

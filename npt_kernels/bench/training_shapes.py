@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -164,7 +165,7 @@ class TrainSetting:
         rule, targets: Of the conversion; ``()``: all targets.
         optimization: Keys of the run configuration's section.
         converted, modes: Which rows run unasked.
-        batch, sequence, rank: Per size.
+        batch, sequence, rank: Per size; ``batch`` is sequences per optimizer step, in ``accumulation`` micro-batches.
         applied: Context around the training of a converted model.
         randomised: Whether the NP parameters start from large random numbers and what ``applied`` puts in place of the layers'
             own MLP is compared with it.
@@ -180,6 +181,7 @@ class TrainSetting:
     batch: Mapping[str, int] = field(default_factory=lambda: {"full": 1, "small": 2})
     sequence: Mapping[str, int] = field(default_factory=lambda: {"full": 2048, "small": 64})
     rank: Mapping[str, int] = field(default_factory=lambda: {"full": 64, "small": 8})
+    accumulation: int = 1
     applied: Callable[[nn.Module], contextlib.AbstractContextManager[None]] = _nothing
     randomised: bool = False
     counts_flops: bool = True
@@ -196,7 +198,7 @@ SETTINGS: dict[str, TrainSetting] = {
     "streamed": TrainSetting(
         "frozen layers in host memory, brought in one ahead",
         optimization={"stream_layers": "host", "micro_batches_per_layer": 4}, converted=("all",), modes=("local",),
-        batch={"full": 4, "small": 4},
+        batch={"full": 4, "small": 4}, accumulation=4,
     ),
     "8bit": TrainSetting("frozen linears in 8 bits", optimization={"use_8bit": True}, converted=("all",)),
     "4bit": TrainSetting("frozen linears in 4 bits", optimization={"use_4bit": True}, converted=("all",)),
@@ -210,10 +212,8 @@ SETTINGS: dict[str, TrainSetting] = {
 
 def availability(setting: str, mode: str, device: torch.device) -> str | None:
     """Why this version, with what is installed, cannot run a setting; ``None`` if it can."""
-    if setting == "streamed":
-        return "streaming of frozen layers is not in this version"
-    if setting in ("8bit", "4bit"):
-        return "quantised bases are not in this version"
+    if setting in ("8bit", "4bit") and importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed: pip install bitsandbytes"
     return None
 
 
@@ -235,7 +235,8 @@ def run_config(row: TrainRow) -> Any:
                 "init": "published" if setting.rule == "rank1" else "small",
             },
             "training": {
-                "mode": row.mode, "batch_size": row.batch, "learning_rate": 1e-4, "lr_scheduler": "constant",
+                "mode": row.mode, "batch_size": max(1, row.batch // setting.accumulation),
+                "gradient_accumulation_steps": setting.accumulation, "learning_rate": 1e-4, "lr_scheduler": "constant",
                 "objective": "layer" if setting.rule == "rank1" else "kl",
             },
             "data": {"max_length": max(2, row.sequence)},

@@ -89,6 +89,31 @@ def test_token_by_token_computes_what_the_layer_computes(model, rule):
     assert all("npt_student" not in layer.__dict__ for layer in training.converted_layers(made).values())
 
 
+def test_streamed_layers_leave_the_device():
+    measured = measure_row(row("streamed", batch=4, sequence=8), CPU, CEILINGS)
+    assert measured["status"] == "ok", measured
+    resident = measure_row(row(batch=4, sequence=8), CPU, CEILINGS)
+    layers = 5 * 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    assert layers <= measured["home_bytes"] < 1.05 * layers
+    assert measured["peak_bytes"] < resident["peak_bytes"] - 0.4 * layers, "two layers of five are in the buffers"
+    assert "home_bytes" not in resident
+
+
+@pytest.mark.parametrize(("setting", "share"), [("8bit", 0.3), ("4bit", 0.2)])
+def test_quantised_bases(setting, share):
+    pytest.importorskip("bitsandbytes")
+    numbers = dict(TINY["llama"].numbers) | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    model = TrainShape("Wider", numbers)
+    dense, small = (
+        measure_row(TrainRow(model, "all", "local", s, 4, 2, 12, torch.float32), CPU, CEILINGS)
+        for s in ("resident", setting)
+    )
+    assert small["status"] == "ok", small
+    layers = 5 * 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert dense["peak_bytes"] - small["peak_bytes"] > (1 - share) * layers - 4 * 64 * 128 * 4
+    assert small["flops_per_token"] == dense["flops_per_token"], "what is stored does not change what is computed"
+
+
 def test_a_wrong_loop_is_not_reported(monkeypatch):
     right = training_shapes._loop_student
     monkeypatch.setattr(training_shapes, "_loop_student", lambda layer, h, a: right(layer, h, 1.01 * a))
