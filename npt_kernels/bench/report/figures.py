@@ -74,6 +74,7 @@ class Drawing:
             self._figure().savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         text = buffer.getvalue()
         text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+        text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
         text = re.sub(r'(href="|url\()#', rf"\1#{self.name}-", text)
         text = re.sub(r'<svg ([^>]*?)(width|height)="[^"]*pt" ?', r"<svg \1", text)
