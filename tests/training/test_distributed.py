@@ -1,0 +1,191 @@
+"""Two processes (gloo) against one: the same weights on the same global batch, replicated and sharded; agreement; one writer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from two_processes import CASES, MODES, converted, train
+
+from npt_kernels import apply_npt, load_npt, remove_npt, save_npt
+from npt_kernels.configs.schema import ConfigError, RunConfig
+from npt_kernels.models.checkpoints import adapter_state_dict
+from npt_kernels.models.patching import converted_layers
+from npt_kernels.models.sharding import forget_broken_forward, gathered, is_sharded
+from npt_kernels.training import distributed
+from npt_kernels.training.distributed import World, first_to_say
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(*arguments: str, timeout: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run something in two processes on this machine's loopback."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", **environment}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict[str, Any]]:
+    """Everything that two processes found, by rank: they start once for all tests here."""
+    directory = tmp_path_factory.mktemp("two")
+    done = torchrun("tests/training/two_processes.py", str(directory))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+# ---- the same weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_reach_the_weights_of_one(two, mode, name):
+    """In fp64, so that what is left is the order of sums: 1e-10 of the largest entry, where a step is 1e-2."""
+    model, losses = train(World(), name)
+    start = adapter_state_dict(converted(CASES[name][0], CASES[name][2].get("layers", "all")))
+    for results in two:
+        weights, others = results[f"{mode}: {name}"]
+        assert weights.keys() == start.keys()
+        for key, tensor in adapter_state_dict(model).items():
+            bound = 1e-10 * float(tensor.abs().max())
+            assert (weights[key] - tensor).abs().max() <= bound, key
+            assert (start[key] - tensor).abs().max() > 1e6 * bound, key
+        for (loss, norm, layers), (other_loss, other_norm, other_layers) in zip(losses, others, strict=True):
+            assert (other_loss, other_norm) == pytest.approx((loss, norm), rel=1e-12)
+            assert norm > 0.005  # so that clipping had something to do
+            assert other_layers == pytest.approx(layers, rel=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(*(r[f"{mode}: {name}"][0].values() for r in two), strict=True))
+    assert two[0][f"{mode}: {name}"][1] == two[1][f"{mode}: {name}"][1]  # losses and norms: the same bits on both
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["local", "kl"])
+def test_one_micro_batch_a_rank_is_bitwise_two_in_one_process(two, mode, name):
+    """a + b = b + a: with two addends not even fp32 rounding may differ."""
+    model, losses = train(World(), name, torch.float32, 2, [range(0, 4), range(4, 8)])
+    weights, others = two[0][f"{mode}: bitwise {name}"]
+    assert all(torch.equal(weights[key], tensor) for key, tensor in adapter_state_dict(model).items())
+    assert [norm for _, norm, _ in others] == [norm for _, norm, _ in losses]
+
+
+# ---- sharding --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sharded_base_computes_the_same_bits_and_is_held_in_parts(two):
+    for results in two:
+        facts = results["sharding"]
+        held, base = facts.pop("held"), facts.pop("base")
+        assert all(facts.values()), facts
+        layers = sum(
+            p.numel() * 8
+            for name, p in converted("llama").named_parameters()
+            if ".layers." in name and p.dim() > 1 and "np_component" not in name
+        )
+        assert held == base - layers // 2
+
+
+def test_helpers_of_sharding_do_nothing_to_a_model_that_is_whole():
+    model = converted("llama")
+    assert not is_sharded(model)
+    forget_broken_forward(model)
+    layer = converted_layers(model)[0]
+    with gathered(layer) as same:
+        assert same is layer
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_agree_sum_and_wait(two):
+    for rank, results in enumerate(two):
+        facts = results["world"]
+        assert facts["agree"] == (1, 5)
+        assert facts["sums"] == [3.0, 1.0]
+        assert facts["gather"] == ["rank 0", "rank 1"]
+        assert facts["broadcast"] == {"from": 0}
+        assert facts["on_main"] == ("done" if rank == 0 else None)
+        assert facts["main_first"] == [rank]
+        expected = "ValueError: no disk" if rank == 0 else "OtherRankError: rank 0 failed"
+        assert facts["on_main fails"] == facts["main_first fails"] == expected
+
+
+def test_rank_0_gives_its_adapter_to_a_model_that_was_not_converted(two):
+    expected = adapter_state_dict(converted("llama", layers=[0, 2]))
+    for results in two:
+        copied = results["world"]["copied"]
+        assert copied.keys() == expected.keys()
+        assert all(torch.equal(copied[name], tensor) for name, tensor in expected.items())
+
+
+def test_adapters_that_differ_are_found_by_name(two):
+    for results in two:
+        message = results["world"]["differ"]
+        assert "layers.2.w_b_up.up" in message and "(1 of " in message and "nothing was saved" in message
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    world = World.join(RunConfig())
+    assert (world.rank, world.size, world.is_main, world.sharded) == (0, 1, True, False)
+    assert world.agree(3, 4) == (3, 4) and world.sums([1.5]) == [1.5] and world.gather(7) == [7]
+    assert world.mean_losses({"loss": 1.0}, {2: 3.0}, [2]) == ({"loss": 1.0}, {2: 3.0})
+    batches = [torch.zeros(1, 2)]
+    assert world.level(batches, [1.0]) == (batches, [1.0])
+    with world.main_first():
+        pass
+    assert world.on_main(lambda: 5) == 5
+    world.barrier()
+    world.leave()
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def launched(monkeypatch, **environment: str) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", **environment}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_deepspeed_is_refused_in_one_line(monkeypatch):
+    launched(monkeypatch, ACCELERATE_USE_DEEPSPEED="true")
+    with pytest.raises(ConfigError, match=r"does not run under DeepSpeed.*distributed=fsdp") as caught:
+        World.join(RunConfig())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("stream_layers", "host"), ("use_cpu_offload", True), ("quantization", "nf4"), ("use_8bit", True)]
+)
+def test_what_does_not_go_with_fsdp_is_named(monkeypatch, key, value):
+    launched(monkeypatch)
+    config = RunConfig.from_mapping({"optimization": {"distributed": "fsdp", key: value}})
+    name = "quantization" if key == "use_8bit" else key
+    with pytest.raises(ConfigError, match=rf"optimization\.{name}=.* do not go together; use distributed=ddp"):
+        World.join(config)
+
+
+@pytest.mark.parametrize(("asked", "given", "mode"), [("true", "auto", "fsdp"), ("true", "ddp", "ddp"), ("", "auto", "ddp")])
+def test_auto_follows_accelerate_launch(monkeypatch, asked, given, mode):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", asked)
+    config = RunConfig.from_mapping({"optimization": {"distributed": given}})
+    assert distributed._mode(config) == mode
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+    assert distributed._mode(config) == mode  # a second run in the process still knows
+
+
+def test_fewer_sequences_than_processes_are_refused():
+    World(size=4).check_sequences(4)
+    with pytest.raises(ConfigError, match="3 training sequences cannot be divided over 4 processes; .* at most 3"):
+        World(size=4).check_sequences(3)
+
+
+def test_an_error_before_the_processes_met_is_said_once_per_machine(monkeypatch):
+    assert first_to_say("x")
+    launched(monkeypatch)
+    assert not first_to_say("x")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert first_to_say("x")

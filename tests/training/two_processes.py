@@ -1,0 +1,182 @@
+"""What the two-process tests run, in every process of ``torchrun``; the same functions run in one process to compare with.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/two_processes.py DIRECTORY
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":  # pytest puts both on the path itself
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from helpers import randomise, tiny_model, token_ids
+
+from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters
+from npt_kernels.configs.schema import RunConfig
+from npt_kernels.models.checkpoints import adapter_state_dict
+from npt_kernels.models.patching import converted_layers
+from npt_kernels.models.sharding import gathered, is_sharded, local_part, shard_base
+from npt_kernels.training.distributed import OtherRankError, World
+from npt_kernels.training.objectives import (
+    KLObjective,
+    LayerObjective,
+    LocalObjective,
+    delta_variances,
+    enable_checkpointing,
+)
+
+#: Rows of every global step. Five do not divide by two ranks, and the one row of the last step leaves rank 1 with none.
+STEPS = (range(0, 5), range(5, 9), range(9, 10))
+#: Name → (family, objective, settings).
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "local": ("llama", "local", {"regularization_weight": 0.01}),
+    "local, lower layers": ("llama", "local", {"layers": [0, 1]}),
+    "local, gpt2": ("gpt2", "local", {"regularization_weight": 0.01}),
+    "kl": ("llama", "kl", {}),
+    "kl, penalty, checkpointing": ("llama", "kl", {"regularization_weight": 0.01, "checkpointing": True}),
+    "layer, checkpointing": ("llama", "layer", {"regularization_weight": 0.01, "checkpointing": True}),
+    "layer, gpt2": ("gpt2", "layer", {}),
+}
+MODES = ("ddp", "fsdp")
+
+
+def converted(family: str, layers: Any = "all", dtype: torch.dtype = torch.float64) -> Any:
+    model = tiny_model(family, layers=3, **({"tie_word_embeddings": False} if family == "llama" else {})).to(dtype)
+    apply_npt(model, NPTConfig(layers=layers, rank=6, init="small"))
+    randomise(model)
+    return model
+
+
+def train(world: World, name: str, dtype: torch.dtype = torch.float64, micro: int = 2, steps: Any = STEPS) -> Any:
+    """A minimal loop: the model of the case after one AdamW step per entry of ``steps``."""
+    family, kind, settings = CASES[name]
+    settings = dict(settings)
+    checkpointing = settings.pop("checkpointing", False)
+    model = converted(family, settings.pop("layers", "all"), dtype)
+    text = token_ids(10, 12)
+    variances = delta_variances(model, text) if kind != "kl" else {}
+    if world.sharded:
+        shard_base(model, world.device)
+    if kind == "kl":
+        objective: Any = KLObjective(model, **settings)
+    else:
+        objective = (LocalObjective if kind == "local" else LayerObjective)(model, variances=variances, **settings)
+    enable_checkpointing(model, checkpointing)
+    parameters = npt_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    losses = []
+    for rows in steps:
+        # Whole micro-batches go round: rank 0 gets the first, rank 1 the second …
+        mine = torch.tensor(list(rows)).split(micro)[world.rank :: world.size]
+        batches, shares = world.level([text[part] for part in mine], [len(part) / len(rows) for part in mine])
+        values: dict[str, float] = {"loss": 0.0}
+        layers: dict[int, float] = {}
+        for ids, share in zip(batches, shares, strict=True):
+            result = objective.accumulate(ids, share, lambda loss: loss.backward())
+            values["loss"] += float(result.loss) * share
+            for index, loss in result.layers.items():
+                layers[index] = layers.get(index, 0.0) + float(loss) * share
+        world.reduce_gradients(parameters)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, 0.005))
+        values, layers = world.mean_losses(values, layers, [] if kind == "kl" else list(converted_layers(model)))
+        losses.append((values["loss"], norm, layers))
+        optimizer.step()
+        optimizer.zero_grad()
+    world.check_replicas(model)
+    return model, losses
+
+
+def check_sharding(world: World) -> dict[str, Any]:
+    """Facts about a sharded model that are only true inside a process group."""
+    model = converted("llama")
+    text = token_ids(2, 12)
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    own = sum(p.numel() * p.element_size() for p in npt_parameters(model))
+    with torch.no_grad():
+        want = model(input_ids=text).logits
+        with npt_disabled(model):
+            original = model(input_ids=text).logits
+    layer = converted_layers(model)[1]
+    weight = layer.mlp.gate_proj.weight.detach().clone()
+    held = shard_base(model, world.device)
+    facts: dict[str, Any] = {"held": held, "base": total - own}
+    with torch.no_grad():
+        facts["converted"] = torch.equal(model(input_ids=text).logits, want)
+        with npt_disabled(model):
+            facts["original"] = torch.equal(model(input_ids=text).logits, original)
+    facts["sharded between forwards"] = local_part(layer.mlp.gate_proj.weight).shape[0] < len(weight)
+    with gathered(layer):
+        facts["gathered"] = torch.equal(layer.mlp.gate_proj.weight.detach(), weight)
+    facts["freed"] = local_part(layer.mlp.gate_proj.weight).shape[0] < len(weight)
+    facts["adapter is whole"] = all(local_part(p) is p for p in npt_parameters(model))
+    facts["is_sharded"] = is_sharded(model)
+    return facts
+
+
+def check_world(world: World) -> dict[str, Any]:
+    """Agreement, failures and copies between two ranks."""
+    facts: dict[str, Any] = {
+        "agree": world.agree(world.rank, 5 - world.rank),
+        "sums": world.sums([1.0 + world.rank, 0.5]),
+        "gather": world.gather(f"rank {world.rank}"),
+        "broadcast": world.broadcast({"from": world.rank}),
+        "on_main": world.on_main(lambda: "done"),
+    }
+
+    def fail() -> None:
+        raise ValueError("no disk")
+
+    for name, act in (("on_main fails", lambda: world.on_main(fail)), ("main_first fails", lambda: _first(world, fail))):
+        try:
+            act()
+        except (ValueError, OtherRankError) as error:
+            facts[name] = f"{type(error).__name__}: {error}"
+    order: list[int] = []
+    with world.main_first():
+        order.append(world.rank)
+    facts["main_first"] = order
+    # Rank 0 alone converts; the other gets layers, ranks and numbers.
+    model = converted("llama", layers=[0, 2]) if world.is_main else tiny_model("llama", layers=3).double()
+    world.copy_adapter(model)
+    facts["copied"] = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    world.check_replicas(model)
+    if world.rank == 1:
+        with torch.no_grad():  # two entries swapped: every plain sum stays the same
+            value = converted_layers(model)[2].np_component.w_b_up["up"].view(-1)
+            value[:2] = value[:2].flip(0).clone()
+    try:
+        world.check_replicas(model)
+    except RuntimeError as error:
+        facts["differ"] = str(error)
+    return facts
+
+
+def _first(world: World, work: Any) -> None:
+    with world.main_first():
+        work()
+
+
+def main(directory: Path) -> None:
+    torch.set_num_threads(1)
+    world = World.join(RunConfig())
+    results: dict[str, Any] = {"world": check_world(world), "sharding": check_sharding(world)}
+    for mode in MODES:
+        world.sharded = mode == "fsdp"
+        for name in CASES:
+            model, losses = train(world, name)
+            results[f"{mode}: {name}"] = adapter_state_dict(model), losses
+        # Two micro-batches, one a rank: the same two numbers are added, so not even rounding may differ.
+        for name in ("local", "kl"):
+            model, losses = train(world, name, torch.float32, 2, [range(0, 4), range(4, 8)])
+            results[f"{mode}: bitwise {name}"] = adapter_state_dict(model), losses
+    torch.save(results, directory / f"rank{world.rank}.pt")
+    world.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
