@@ -25,6 +25,7 @@ from .patching import (
     remove_npt,
 )
 from .published import read_published
+from .sharding import whole
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_state_dict", "load_npt", "save_npt"]
 
@@ -45,8 +46,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write the NP components of a converted model to ``directory``; returns it.
 
-    Both files are written beside and renamed into place, so an interrupted save leaves an earlier adapter intact.
-    Raises ``ValueError`` if the model is not converted.
+    Both files are written beside and renamed into place, so an interrupted save leaves an earlier adapter intact. If the
+    components themselves are sharded (``fully_shard`` in a loop of your own), call it on every process. Raises ``ValueError`` if the model is not converted.
     """
     from safetensors.torch import save_file
 
@@ -65,7 +66,8 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "ranks": [layer.np_component.rank for layer in layers.values()],
         "targets": list(next(iter(layers.values())).np_component.target_shapes),
     }
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
+    # Components that FSDP2 has sharded too, in a user's own loop, are gathered; every process then saves the same.
+    tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
     written: list[tuple[Path, Path]] = []
     try:
         for name in (WEIGHTS_NAME, CONFIG_NAME):

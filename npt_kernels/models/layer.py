@@ -63,6 +63,11 @@ def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h:
     for target, place in plan.shape.targets.items():
         linear = plan.shape.linear(layer, target)
         weights[place.slot], biases[place.slot] = linear_weight(linear), linear_bias(linear)
+    if weights["up"].is_meta and not u.is_meta:
+        raise RuntimeError(
+            f"the weights of layer {plan.index} are offloaded, and accelerate brings back only those of modules that are "
+            f"called; dispatch the model with preload_module_classes=['{type(layer).__name__}']"
+        )
     dtype = weights["up"].dtype
     u, a = u.to(dtype), a.to(dtype)
     key_scale = None if key_scale is None else key_scale.to(dtype)

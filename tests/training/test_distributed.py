@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from two_processes import CASES, MODES, converted, train
+from two_processes import CASES, MODES, converted, train, user_loop
 
-from npt_kernels import apply_npt, load_npt, remove_npt, save_npt
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.models.checkpoints import adapter_state_dict
 from npt_kernels.models.patching import converted_layers
@@ -73,6 +72,20 @@ def test_one_micro_batch_a_rank_is_bitwise_two_in_one_process(two, mode, name):
     assert [norm for _, norm, _ in others] == [norm for _, norm, _ in losses]
 
 
+@pytest.mark.parametrize("wrap", ["accelerate", "fully_shard"])
+def test_a_loop_of_your_own_wrapped_by_the_library_reaches_them_too(two, wrap, tmp_path):
+    """accelerate.prepare (DDP), and fully_shard of everything, NP components included, which are saved whole."""
+    expected = user_loop("none", 0, 1, tmp_path)
+    start = adapter_state_dict(converted("llama"))
+    for results in two:
+        weights = results[f"user: {wrap}"]
+        assert weights.keys() == expected.keys()
+        for key, tensor in expected.items():
+            bound = 1e-10 * float(tensor.abs().max())
+            assert (weights[key] - tensor).abs().max() <= bound, key
+            assert (start[key] - tensor).abs().max() > 1e6 * bound, key
+
+
 # ---- sharding --------------------------------------------------------------------------------------------------------
 
 
@@ -80,6 +93,8 @@ def test_a_sharded_base_computes_the_same_bits_and_is_held_in_parts(two):
     for results in two:
         facts = results["sharding"]
         held, base = facts.pop("held"), facts.pop("base")
+        assert "cannot be undone; save_npt" in facts["remove"] and "convert it first, then shard" in facts["load"]
+        assert "sharded already" in facts["shard again"]
         assert all(facts.values()), facts
         layers = sum(
             p.numel() * 8

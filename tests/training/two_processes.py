@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
 
 if __name__ == "__main__":  # pytest puts both on the path itself
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from helpers import randomise, tiny_model, token_ids
 
-from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters
+from npt_kernels import NPTConfig, apply_npt, load_npt, npt_disabled, npt_parameters, remove_npt, save_npt
 from npt_kernels.configs.schema import RunConfig
 from npt_kernels.models.checkpoints import adapter_state_dict
 from npt_kernels.models.patching import converted_layers
@@ -91,7 +94,7 @@ def train(world: World, name: str, dtype: torch.dtype = torch.float64, micro: in
     return model, losses
 
 
-def check_sharding(world: World) -> dict[str, Any]:
+def check_sharding(world: World, directory: Path) -> dict[str, Any]:
     """Facts about a sharded model that are only true inside a process group."""
     model = converted("llama")
     text = token_ids(2, 12)
@@ -115,7 +118,42 @@ def check_sharding(world: World) -> dict[str, Any]:
     facts["freed"] = local_part(layer.mlp.gate_proj.weight).shape[0] < len(weight)
     facts["adapter is whole"] = all(local_part(p) is p for p in npt_parameters(model))
     facts["is_sharded"] = is_sharded(model)
+    saved = save_npt(model, directory / f"sharded-{world.rank}")
+    for name, act in (
+        ("remove", lambda: remove_npt(model)),
+        ("load", lambda: load_npt(model, saved)),
+        ("shard again", lambda: shard_base(model, world.device)),
+    ):
+        try:
+            act()
+        except ValueError as error:
+            facts[name] = str(error)
     return facts
+
+
+def user_loop(wrap: str, rank: int, size: int, directory: Path) -> dict[str, torch.Tensor]:
+    """What users write themselves: the model's own loss, and all wrapping by the library. Returns the adapter it saved."""
+    model = converted("llama")
+    if wrap == "fully_shard":  # everything, NP components too, as accelerate's FSDP2 does
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(npt_parameters(model), lr=1e-2)
+    accelerator = Accelerator(cpu=True)
+    if wrap == "accelerate":
+        model, optimizer = accelerator.prepare(model, optimizer)
+        model, optimizer = accelerator.prepare(model, optimizer)  # twice, as notebooks do: once recursed without end
+        assert size == 1 or type(model).__name__ == "DistributedDataParallel"
+    text = token_ids(8, 12)
+    for rows in text.split(4):
+        mine = rows[rank::size]
+        loss = model(input_ids=mine, labels=mine, use_cache=False).loss
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(npt_parameters(model), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = save_npt(accelerator.unwrap_model(model), directory / f"{wrap}-{size}-{rank}")
+    return load_file(folder / "npt_model.safetensors")
 
 
 def check_world(world: World) -> dict[str, Any]:
@@ -164,7 +202,9 @@ def _first(world: World, work: Any) -> None:
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     world = World.join(RunConfig())
-    results: dict[str, Any] = {"world": check_world(world), "sharding": check_sharding(world)}
+    results: dict[str, Any] = {"world": check_world(world), "sharding": check_sharding(world, directory)}
+    for wrap in ("accelerate", "fully_shard"):
+        results[f"user: {wrap}"] = user_loop(wrap, world.rank, world.size, directory)
     for mode in MODES:
         world.sharded = mode == "fsdp"
         for name in CASES:
