@@ -47,7 +47,8 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write the NP components of a converted model to ``directory``; returns it.
 
     Both files are written beside and renamed into place, so an interrupted save leaves an earlier adapter intact. If the
-    components themselves are sharded (``fully_shard`` in a loop of your own), call it on every process. Raises ``ValueError`` if the model is not converted.
+    components themselves are sharded (``fully_shard`` in a loop of your own), call it on every process. Raises ``ValueError``
+    if the model is not converted.
     """
     from safetensors.torch import save_file
 

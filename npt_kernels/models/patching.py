@@ -194,7 +194,9 @@ def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig) 
     if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook") and not own_forward(layer):
         return "another library has replaced forward on this instance; convert before that one patches"
     if any(parameter.is_meta for parameter in layer.parameters()):
-        return "it has no weights yet (device 'meta'); load them before converting, or keep it out of the offloaded part"
+        return (
+            "it has no weights yet (device 'meta'); load them before converting, or keep it out of the offloaded part"
+        )
     targets = {t: linear_shape(shape.linear(layer, t)) for t in shape.canonical_targets(tuple(config.targets))}
     hidden_size = linear_shape(shape.linear(layer, next(iter(shape.targets))))[0]
     act = identify_activation(shape.activation(layer))
@@ -350,7 +352,9 @@ def remove_npt(model: nn.Module) -> None:
     if not layers:
         raise ValueError("the model has no NPT layers; nothing to remove")
     if is_sharded(model):
-        raise ValueError("the model is sharded with fully_shard, which cannot be undone; save_npt, and load a fresh model")
+        raise ValueError(
+            "the model is sharded with fully_shard, which cannot be undone; save_npt, and load a fresh model"
+        )
     # The state sits on the module that was given to apply_npt: this one or a submodule.
     states: list[tuple[nn.Module, NPTState]] = [
         (m, m.__dict__[_STATE]) for m in model.modules() if _STATE in m.__dict__

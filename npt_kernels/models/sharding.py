@@ -1,8 +1,8 @@
 """The frozen base sharded over processes with FSDP2 (``fully_shard``); the NP components stay whole on every one of them.
 
 Only matrices of decoder layers are sharded. Norms and biases stay whole, because ``vector_penalty`` reads a layer's norm
-outside its forward and they are less than 0.01 % of a layer; embeddings and head stay whole, because KL reads the head's weight chunk
-by chunk (Llama-3.1-8B: 2.0 of 15.0 GiB in bf16).
+outside its forward and they are less than 0.01 % of a layer; embeddings and head stay whole, because KL reads the head's
+weight chunk by chunk (Llama-3.1-8B: 2.0 of 15.0 GiB in bf16).
 
 How the hooks are ordered: FSDP2 gathers a layer in a pre-forward hook and frees it again in a forward hook. The taps of
 ``models/walk.py`` come *before* that forward hook (``prepend=True``), so a visited layer is still whole while its student and

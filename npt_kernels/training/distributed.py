@@ -240,8 +240,8 @@ class World:
             return
         header = None
         if self.is_main:
-            layers = converted_layers(model)
-            header = npt_config(model), list(layers), [layer.np_component.rank for layer in layers.values()]
+            own = converted_layers(model)
+            header = npt_config(model), list(own), [layer.np_component.rank for layer in own.values()]
         header = self.broadcast(header)
         assert header is not None
         if not self.is_main and not converted_layers(model):
@@ -259,7 +259,8 @@ class World:
         """Raise ``RuntimeError`` unless the NP parameters are bitwise the same on all ranks, naming the first that is not."""
         if self.size == 1:
             return
-        names, sums = [], []
+        names: list[str] = []
+        sums: list[int] = []
         for name, tensor in adapter_state_dict(model).items():
             names.append(name)
             sums += _checksums(tensor)

@@ -173,7 +173,8 @@ def test_deepspeed_is_refused_in_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("stream_layers", "host"), ("use_cpu_offload", True), ("quantization", "nf4"), ("use_8bit", True)]
+    ("key", "value"),
+    [("stream_layers", "host"), ("use_cpu_offload", True), ("quantization", "nf4"), ("use_8bit", True)],
 )
 def test_what_does_not_go_with_fsdp_is_named(monkeypatch, key, value):
     launched(monkeypatch)
@@ -183,7 +184,9 @@ def test_what_does_not_go_with_fsdp_is_named(monkeypatch, key, value):
         World.join(config)
 
 
-@pytest.mark.parametrize(("asked", "given", "mode"), [("true", "auto", "fsdp"), ("true", "ddp", "ddp"), ("", "auto", "ddp")])
+@pytest.mark.parametrize(
+    ("asked", "given", "mode"), [("true", "auto", "fsdp"), ("true", "ddp", "ddp"), ("", "auto", "ddp")]
+)
 def test_auto_follows_accelerate_launch(monkeypatch, asked, given, mode):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", asked)
     config = RunConfig.from_mapping({"optimization": {"distributed": given}})
@@ -194,7 +197,7 @@ def test_auto_follows_accelerate_launch(monkeypatch, asked, given, mode):
 
 def test_fewer_sequences_than_processes_are_refused():
     World(size=4).check_sequences(4)
-    with pytest.raises(ConfigError, match="3 training sequences cannot be divided over 4 processes; .* at most 3"):
+    with pytest.raises(ConfigError, match=r"3 training sequences cannot be divided over 4 processes; .* at most 3"):
         World(size=4).check_sequences(3)
 
 

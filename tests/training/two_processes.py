@@ -1,10 +1,11 @@
 """What the two-process tests run, in every process of ``torchrun``; the same functions run in one process to compare with.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/two_processes.py DIRECTORY
+``python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/two_processes.py DIRECTORY``
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from npt_kernels import NPTConfig, apply_npt, load_npt, npt_disabled, npt_parame
 from npt_kernels.configs.schema import RunConfig
 from npt_kernels.models.checkpoints import adapter_state_dict
 from npt_kernels.models.patching import converted_layers
-from npt_kernels.models.sharding import gathered, is_sharded, local_part, shard_base
+from npt_kernels.models.sharding import forget_broken_forward, gathered, is_sharded, local_part, shard_base
+from npt_kernels.models.walk import tapped_layers, walk_layers
 from npt_kernels.training.distributed import OtherRankError, World
 from npt_kernels.training.objectives import (
     KLObjective,
@@ -118,6 +120,27 @@ def check_sharding(world: World, directory: Path) -> dict[str, Any]:
     facts["freed"] = local_part(layer.mlp.gate_proj.weight).shape[0] < len(weight)
     facts["adapter is whole"] = all(local_part(p) is p for p in npt_parameters(model))
     facts["is_sharded"] = is_sharded(model)
+    met: list[int] = []
+
+    class EnoughError(Exception):
+        pass
+
+    def visit(layer: Any, *_: Any) -> None:
+        met.append(layer.mlp.gate_proj.weight.shape[0])
+        if layer.npt_plan.index == 1:
+            raise EnoughError
+
+    # Ended by an exception, a forward leaves the layer gathered; walk_layers ends so behind the last converted layer.
+    with torch.no_grad(), npt_disabled(model), contextlib.suppress(EnoughError), tapped_layers(model, visit):
+        model(input_ids=text)
+    facts["gathered while visited"] = met == [len(weight)] * 2
+    facts["left behind"] = len(local_part(layer.mlp.gate_proj.weight)) == len(weight)
+    forget_broken_forward(model)
+    facts["cleaned up"] = len(local_part(layer.mlp.gate_proj.weight)) < len(weight)
+    lower = converted("llama", layers=[0, 1])
+    shard_base(lower, world.device)
+    walk_layers(lower, text, lambda *_: None)
+    facts["walk cleans up"] = len(local_part(converted_layers(lower)[1].mlp.gate_proj.weight)) < len(weight)
     saved = save_npt(model, directory / f"sharded-{world.rank}")
     for name, act in (
         ("remove", lambda: remove_npt(model)),
@@ -169,7 +192,10 @@ def check_world(world: World) -> dict[str, Any]:
     def fail() -> None:
         raise ValueError("no disk")
 
-    for name, act in (("on_main fails", lambda: world.on_main(fail)), ("main_first fails", lambda: _first(world, fail))):
+    for name, act in (
+        ("on_main fails", lambda: world.on_main(fail)),
+        ("main_first fails", lambda: _first(world, fail)),
+    ):
         try:
             act()
         except (ValueError, OtherRankError) as error:
