@@ -86,6 +86,7 @@ def layer_fidelity(
     sequences = tokens[: max(1, max_tokens // tokens.shape[1])]
     sums: dict[int, _Sums] = {}
     norms: dict[int, dict[str, float]] = {}
+    weights: dict[int, dict[str, float]] = {}
     layers: dict[int, Any] = {}
 
     def visit(layer: Any, h: Tensor, a: Tensor, y: Tensor) -> None:
@@ -96,6 +97,8 @@ def layer_fidelity(
             flat_h, flat_a = h.flatten(0, -2), a.flatten(0, -2)
             step = max(1, len(flat_h) // max(1, norm_tokens))
             norms[index] = {t: float(n.mean()) for t, n in delta_norms(layer, flat_h[::step], flat_a[::step]).items()}
+            # Here, because the weights of a sharded layer are whole only while it is visited.
+            weights[index] = {t: float(_weight(layer, t).float().norm()) for t in norms[index]}
 
     with evaluating(model):
         for batch in sequences.split(max(1, batch_tokens // tokens.shape[1])):
@@ -107,7 +110,7 @@ def layer_fidelity(
             explained_variance=1.0 - entry.error / entry.spread(),
             variance=entry.spread() / (entry.tokens * entry.width),
             delta_norm=norms[index],
-            weight_norm={t: float(_weight(layers[index], t).float().norm()) for t in norms[index]},
+            weight_norm=weights[index],
         )
         for index, entry in sorted(sums.items())
     ]

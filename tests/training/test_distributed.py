@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from two_processes import CASES, MODES, converted, train, user_loop
+from two_processes import CASES, MODES, converted, measure, train, user_loop
 
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.models.checkpoints import adapter_state_dict
@@ -111,6 +111,19 @@ def test_helpers_of_sharding_do_nothing_to_a_model_that_is_whole():
     layer = converted_layers(model)[0]
     with gathered(layer) as same:
         assert same is layer
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_is_dealt_out_and_gives_the_numbers_of_one_process(two, mode):
+    expected = measure(World())
+    assert expected["counted"] == 60 and expected["result"].kl > 0.01
+    for rank, results in enumerate(two):
+        found = dict(results[f"{mode}: measure"])
+        samples = found.pop("samples")
+        counted = found.pop("counted")
+        assert samples == [" ".join(text.split()[: 5 - 2 * rank]) for text in expected["samples"]]
+        assert counted == 60 if rank == 0 else counted in (36, 48)
+        assert found == {name: expected[name] for name in found}
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ from torch.distributed.fsdp import fully_shard
 if __name__ == "__main__":  # pytest puts both on the path itself
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from helpers import randomise, tiny_model, token_ids
+from helpers import Words, randomise, tiny_model, token_ids
 
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_disabled, npt_parameters, remove_npt, save_npt
 from npt_kernels.configs.schema import RunConfig
+from npt_kernels.evaluation.fidelity import layer_fidelity
+from npt_kernels.evaluation.perplexity import evaluate, evaluate_base, generate
 from npt_kernels.models.checkpoints import adapter_state_dict
 from npt_kernels.models.patching import converted_layers
 from npt_kernels.models.sharding import forget_broken_forward, gathered, is_sharded, local_part, shard_base
@@ -154,6 +156,31 @@ def check_sharding(world: World, directory: Path) -> dict[str, Any]:
     return facts
 
 
+def measure(world: World) -> dict[str, Any]:
+    """Evaluation and samples: five sequences in batches of two, so that one process has a batch more than the other."""
+    model = converted("llama", dtype=torch.float32)
+    text = token_ids(5, 12)
+    if world.sharded:
+        shard_base(model, world.device)
+    counted = 0
+
+    def advance(tokens: int) -> None:
+        nonlocal counted
+        counted += tokens
+
+    with npt_disabled(model):
+        base, teacher = evaluate_base(model, text, batch_tokens=24, ranks=world)
+    return {
+        "base": base,
+        "result": evaluate(model, text, batch_tokens=24, ranks=world, advance=advance),
+        "with teacher": evaluate(model, text, batch_tokens=24, ranks=world, teacher=teacher),
+        "fidelity": layer_fidelity(model, text),
+        # The second process ends its text early, and must go on computing for the other.
+        "samples": generate(model, Words(), ["1 2 3", "4"], 3 + 2 * world.is_main),
+        "counted": counted,
+    }
+
+
 def user_loop(wrap: str, rank: int, size: int, directory: Path) -> dict[str, torch.Tensor]:
     """What users write themselves: the model's own loss, and all wrapping by the library. Returns the adapter it saved."""
     model = converted("llama")
@@ -233,6 +260,7 @@ def main(directory: Path) -> None:
         results[f"user: {wrap}"] = user_loop(wrap, world.rank, world.size, directory)
     for mode in MODES:
         world.sharded = mode == "fsdp"
+        results[f"{mode}: measure"] = measure(world)
         for name in CASES:
             model, losses = train(world, name)
             results[f"{mode}: {name}"] = adapter_state_dict(model), losses
