@@ -6,19 +6,20 @@ weight chunk by chunk (Llama-3.1-8B: 2.0 of 15.0 GiB in bf16).
 
 How the hooks are ordered: FSDP2 gathers a layer in a pre-forward hook and frees it again in a forward hook. The taps of
 ``models/walk.py`` come *before* that forward hook (``prepend=True``), so a visited layer is still whole while its student and
-its local backward run. Anywhere else :func:`gathered` makes it whole.
+its local backward run. Anywhere else :func:`gathered` makes it whole; ``walk_group`` does, once for all micro-batches of a visit.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .residence import set_residence
 from .running import decoder_of
 
 __all__ = ["forget_broken_forward", "gathered", "is_sharded", "local_part", "shard_base", "whole"]
@@ -90,7 +91,9 @@ def shard_base(model: nn.Module, device: torch.device | str, mesh: Any = None) -
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    residence = _Shards(torch.device(device))
     for layer in layers:
+        set_residence(layer, residence)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
     # The root owns nothing; it ties the layers together, whichever of them a forward meets first.
     root = decoder_of(model)
@@ -99,20 +102,33 @@ def shard_base(model: nn.Module, device: torch.device | str, mesh: Any = None) -
 
 
 @contextmanager
-def gathered(layer: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the layer's weights are whole, outside its own forward; a no-op for a layer that is not sharded.
+def gathered(layer: nn.Module) -> Iterator[None]:
+    """Inside the block the layer's weights are whole, through any number of its forwards; a no-op if it is not sharded.
 
     Every process must enter it. Backward through those weights belongs inside too.
     """
     cls = _fsdp_class()
     if cls is None or not isinstance(layer, cls):
-        yield layer
+        yield
         return
     layer.unshard()
+    # Else the first forward inside would free them again.
+    layer.set_reshard_after_forward(False, recurse=False)
     try:
-        yield layer
+        yield
     finally:
+        layer.set_reshard_after_forward(True, recurse=False)
         layer.reshard()
+
+
+class _Shards:
+    """The residence of sharded layers: whoever visits one for several micro-batches gathers it once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def hold(self, layer: nn.Module) -> AbstractContextManager[None]:
+        return gathered(layer)
 
 
 def forget_broken_forward(model: nn.Module) -> None:

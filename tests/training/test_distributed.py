@@ -95,6 +95,8 @@ def test_a_sharded_base_computes_the_same_bits_and_is_held_in_parts(two):
         held, base = facts.pop("held"), facts.pop("base")
         assert "cannot be undone; save_npt" in facts["remove"] and "convert it first, then shard" in facts["load"]
         assert "sharded already" in facts["shard again"]
+        # Three layers, two micro-batches: gathered for each of them, or once for both.
+        assert facts["gathers, 1 a visit"] == 6 and facts["gathers, 2 a visit"] == 3
         assert all(facts.values()), facts
         layers = sum(
             p.numel() * 8
@@ -109,8 +111,8 @@ def test_helpers_of_sharding_do_nothing_to_a_model_that_is_whole():
     assert not is_sharded(model)
     forget_broken_forward(model)
     layer = converted_layers(model)[0]
-    with gathered(layer) as same:
-        assert same is layer
+    with gathered(layer):
+        assert not is_sharded(layer)
 
 
 @pytest.mark.parametrize("mode", MODES)
