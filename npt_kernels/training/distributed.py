@@ -2,8 +2,8 @@
 
 accelerate and torch.distributed supply process groups, devices, precision and trackers. Gradients are summed here instead of by
 DDP's reducer: that one reduces when *one* backward has met every parameter, but local training runs one backward per layer
-and micro-batch, most of them without a forward of the wrapped model. NP parameters are few (1 to 5 % of the base), so one flat
-all-reduce per optimizer step costs little whatever the objective does.
+and micro-batch, most of them without a forward of the wrapped model. NP parameters are few (Llama-3.1-8B, rank 64: 1 % of the
+base, 0.28 GiB in fp32), so one flat all-reduce per optimizer step costs little whatever the objective does.
 
 All ranks take the same decisions: what one of them learns (out of memory, Ctrl-C) reaches the others through
 :meth:`World.agree` before the next collective that assumes they are all there.
