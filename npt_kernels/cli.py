@@ -187,19 +187,16 @@ def _set_threads(config: RunConfig) -> None:
 def _adapter_path(path: Path, argument: str) -> Path:
     """The adapter in ``path``: itself, or the folder of a run's output that holds it."""
     from .configs.schema import ConfigError
+    from .models.checkpoints import find_adapter
 
     path = path.expanduser()
-    if path.is_file() or (path / "npt_config.json").is_file():
-        return path
-    for folder in ("adapter", "final"):
-        if (path / folder / "npt_config.json").is_file():
-            return path / folder
-    if path.is_dir() and any(p.suffix in {".pt", ".pth", ".bin"} for p in path.iterdir()):
-        return path
-    what = "has no npt_config.json" if path.is_dir() else "does not exist"
-    raise ConfigError(
-        f"{argument}: {path} {what}; give the output of `npt train` or of save_npt, or a published checkpoint"
-    )
+    adapter = find_adapter(path)
+    if adapter is None:
+        what = "has no npt_config.json" if path.is_dir() else "does not exist"
+        raise ConfigError(
+            f"{argument}: {path} {what}; give the output of `npt train` or of save_npt, or a published checkpoint"
+        )
+    return adapter
 
 
 def _print_keys(console: Console) -> None:
