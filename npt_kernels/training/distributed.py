@@ -36,6 +36,8 @@ T = TypeVar("T")
 _STEP_TIMEOUT = timedelta(minutes=30)
 #: Waiting for rank 0 may take long: it downloads, tokenises, converts, saves. If it dies, the launcher ends the others.
 _WAIT_TIMEOUT = timedelta(hours=12)
+#: After an error: how far apart ranks notice it that do not wait for each other, and below the 30 s that torchrun gives.
+_CALL_TIMEOUT = timedelta(seconds=15)
 
 
 class OtherRankError(RuntimeError):
@@ -128,16 +130,32 @@ class World:
         Raises:
             OtherRankError: On the others, if rank 0 failed in it.
         """
-        result = None
-        if self.is_main:
-            try:
-                result = work()
-            except BaseException:
-                self.agree(1)
-                raise
-        if self.agree(0)[0]:
-            raise OtherRankError("rank 0 failed")
+        return self.together(work if self.is_main else lambda: None)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on every rank; it counts only if it worked on all.
+
+        Raises:
+            OtherRankError: If it failed on another rank only.
+        """
+        try:
+            result = work()
+        except BaseException:
+            self.agree(self.rank + 1)
+            raise
+        if failed := self.agree(0)[0]:
+            raise OtherRankError(f"rank {failed - 1} failed")
         return result
+
+    def all_here(self) -> bool:
+        """Whether every rank comes here within seconds: after an error, before anything that needs all of them."""
+        if self.size == 1:
+            return True
+        try:
+            dist.monitored_barrier(group=self._control, timeout=_CALL_TIMEOUT)
+        except RuntimeError:
+            return False
+        return True
 
     # ---- agreeing ----------------------------------------------------------------------------------------------------
 
@@ -216,7 +234,9 @@ class World:
         for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = piece.view_as(parameter).to(parameter.dtype)
 
-    def mean_losses(self, values: Mapping[str, float], layers: Mapping[int, float], expected: Sequence[int]) -> Any:
+    def mean_losses(
+        self, values: Mapping[str, float], layers: Mapping[int, float], expected: Sequence[int]
+    ) -> tuple[dict[str, float], dict[int, float]]:
         """``(values, layers)`` summed over ranks: weighted means of the global step, if every rank brings share-weighted sums.
 
         Args:
