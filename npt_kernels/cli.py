@@ -51,11 +51,14 @@ npt train demo model.rank=auto:64 training.max_steps=10
 npt train small --dry-run
 npt train --config mine.yaml paths.output_dir=runs/second
 npt train model.base_model_name=./llama data.train_files='["*.txt"]'
-npt train demo --resume runs/demo training.max_steps=100
+npt train --resume runs/demo                         (go on where it stopped, with its own configuration)
+npt train --resume runs/demo training.max_steps=100  (the same, with another length)
+npt train --resume runs/demo/adapter                 (its components alone; the optimizer starts anew)
 npt train --help-config    (every key, its default, its meaning)
 torchrun --nproc-per-node 2 -m npt_kernels train demo     (two processes; also: accelerate launch)
 
-Ctrl-C saves what has been trained and stops.
+Ctrl-C saves what has been trained and stops. A run that goes on from a checkpoint (training.save_steps=N writes them) gives
+the numbers that it would have given without the stop.
 """
 
 _EVAL_HELP = """Measure a trained adapter: perplexity of original and converted model, KL, top-1 agreement, samples side by side.
@@ -122,7 +125,11 @@ def train(
     ] = False,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", metavar="ADAPTER_DIR", help="Start from a saved adapter instead of converting."),
+        typer.Option(
+            "--resume",
+            metavar="PATH",
+            help="Go on with a run (its output, or one checkpoint); or start from a saved adapter instead of converting.",
+        ),
     ] = None,
     help_config: Annotated[bool, typer.Option("--help-config", help="Print every configuration key and exit.")] = False,
 ) -> None:
@@ -132,8 +139,7 @@ def train(
     if help_config:
         _print_keys(console)
         return
-    run_config = _run_config(arguments or [], config, output_dir)
-    adapter = _adapter_path(resume, "--resume") if resume is not None else None
+    run_config = _run_config(arguments or [], config, output_dir, resume)
     if dry_run:
         from .planning.plan import make_plan, print_plan
 
@@ -143,16 +149,18 @@ def train(
     from .training.distributed import World
 
     world = World.join(run_config)
-    _train(run_config, world, adapter, console if world.is_main else Console(quiet=True))
+    _train(run_config, world, resume, console if world.is_main else Console(quiet=True))
     # Not after an error: what the processes say of it goes through what this ends.
     world.leave()
 
 
-def _train(run_config: RunConfig, world: World, adapter: Path | None, console: Console) -> None:
+def _train(run_config: RunConfig, world: World, resume: Path | None, console: Console) -> None:
     from .inputs.blocks import check_sources, load_token_blocks
     from .inputs.loading import load_model, optimization_notes, resolve_dtype
+    from .training.recording import check_trackers
 
     check_sources(run_config)
+    check_trackers(run_config)
     world.on_main(run_config.save)  # before anything slow: an output_dir that cannot be written is known at once
     _set_threads(run_config)
     device = world.device
@@ -177,10 +185,13 @@ def _train(run_config: RunConfig, world: World, adapter: Path | None, console: C
 
     if device.type == "cpu":
         keep_freed_memory()
-    run_training(run_config, model, tokenizer, blocks, resume=adapter, console=console, world=world)
+    run_training(run_config, model, tokenizer, blocks, resume=resume, console=console, world=world)
 
 
-def _run_config(arguments: Sequence[str], file: Path | None, output_dir: Path | None) -> RunConfig:
+def _run_config(
+    arguments: Sequence[str], file: Path | None, output_dir: Path | None, resume: Path | None = None
+) -> RunConfig:
+    """The configuration of ``npt train``; a checkpoint's own where neither NAME nor ``--config`` says another."""
     from .configs import load_run_config
     from .configs.schema import ConfigError
 
@@ -193,6 +204,17 @@ def _run_config(arguments: Sequence[str], file: Path | None, output_dir: Path | 
             raise ConfigError(
                 f"{text!r}: only one NAME is taken, and it comes first; settings look like training.max_steps=10"
             )
+    checkpoint = None
+    if resume is not None:
+        from .training.resuming import find_resume
+
+        # Sizes only: the engine compares every byte, and must read all of it for that.
+        checkpoint = find_resume(resume, thorough=False).checkpoint
+    if checkpoint is not None and name is None and file is None:
+        file = checkpoint.file("config.yaml")
+        if checkpoint.path.parent.parent == resume and not any(text.startswith("paths.") for text in overrides):
+            # A run's output that was moved goes on where it is now.
+            overrides = [*overrides, f"paths.output_dir={json.dumps(str(resume))}"]
     run_config = load_run_config(name, file, overrides)
     if output_dir is not None:
         run_config.paths.output_dir = str(output_dir)

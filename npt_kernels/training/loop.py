@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from ..configs.schema import RunConfig
+from ..inputs.packing import derived_seed
 from ..models.patching import npt_parameters
-from .batching import StepBatch, derived_seed, step_batches, steps_per_epoch
+from .batching import StepBatch, step_batches, steps_per_epoch
 from .checkpoints import Checkpoint, load_optimizer
 from .distributed import World
 from .objectives import KLObjective, LayerObjective, LocalObjective, Losses, Objective
@@ -307,7 +308,7 @@ class PhaseLoop:
                 f"Try a lower training.learning_rate (now {phase.learning_rate:g}), more warmup_steps (now "
                 f"{phase.warmup_steps}) or max_grad_norm 1.0 (now {limit:g})"
             )
-        rate = self.scheduler.get_last_lr()[0]
+        rate = float(self.scheduler.get_last_lr()[0])
         progress.updating = True
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:

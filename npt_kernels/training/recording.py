@@ -22,7 +22,7 @@ from .checkpoints import Checkpoint
 from .display import clock, results_table, samples_markdown, samples_table
 from .loop import Phase, StepReport
 
-__all__ = ["Recorder", "RunSummary", "check_trackers", "mean_report", "tracker_names"]
+__all__ = ["Pace", "Recorder", "RunSummary", "check_trackers", "mean_report", "tracker_names"]
 
 #: The samples of a run start with this.
 _SAMPLES_HEAD = "# Samples\n\nGreedy continuations by the original and the converted model.\n\n"
@@ -284,3 +284,21 @@ def mean_report(window: Sequence[StepReport]) -> StepReport:
     layers = {index: sum(r.layers[index] for r in window) / count for index in last.layers}
     totals = {"tokens": sum(r.tokens for r in window), "seconds": sum(r.seconds for r in window)}
     return StepReport(**{**vars(last), **values, **totals, "layers": layers})
+
+
+class Pace:
+    """Seconds a step takes."""
+
+    def __init__(self) -> None:
+        self.count, self.elapsed, self.slowest = 0, 0.0, 0.0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.elapsed += seconds
+        self.slowest = max(self.slowest, seconds)
+
+    def left(self, steps: int) -> float:
+        # The first step allocates and warms up; one slow step must not scare with its ETA.
+        if self.count > 2:
+            return (self.elapsed - self.slowest) / (self.count - 1) * steps
+        return self.elapsed / self.count * steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import time
 import uuid
@@ -30,14 +29,15 @@ from ..models.checkpoints import load_npt, save_npt
 from ..models.patching import ApplyReport, apply_npt, converted_layers, npt_disabled, remove_npt
 from ..models.sharding import shard_base
 from ..progress import progress_bar
-from .checkpoints import Checkpoint, save_checkpoint
+from .accelerator import make_accelerator
+from .checkpoints import Checkpoint, list_checkpoints, save_checkpoint
 from .display import TrainingDisplay, describe
 from .distributed import OtherRankError, World
 from .loop import Phase, PhaseLoop, StepReport, StopRequest, TrainingError, make_objective, plan_phases
 from .objectives import delta_variances, enable_checkpointing
-from .recording import Recorder, RunSummary, check_trackers, mean_report, tracker_names
+from .recording import Pace, Recorder, RunSummary, check_trackers, mean_report
 from .resources import base_fingerprint, peak_memory
-from .resuming import ResumePoint, changed_settings, find_resume
+from .resuming import ResumePoint, changed_settings, find_resume, text_fingerprint
 
 __all__ = ["Run"]
 
@@ -45,8 +45,6 @@ __all__ = ["Run"]
 _TEACHER_BYTES = 2**29
 #: Tokens that measure Var(δ), the unit of the per-layer loss.
 _VARIANCE_TOKENS = 2048
-#: Sequences, evenly over all, that tell one training text from another.
-_FINGERPRINT_ROWS = 4096
 
 
 class Run:
@@ -91,6 +89,8 @@ class Run:
         self.rows: int | None = None
         #: Reports since the last logged one.
         self.window: list[StepReport] = []
+        #: Steps of this phase that are in the log; behind the loop's own count for an instant of every step.
+        self.logged = 0
         #: Whether evaluation and samples that are due at the last step are still to come.
         self.pending = False
         self.last_checkpoint: Path | None = None if self.checkpoint is None else self.checkpoint.path
@@ -122,7 +122,7 @@ class Run:
             notes.append(f"changed since the checkpoint was written: {', '.join(changed)}")
         self.saved = checkpoint.state()
         self._start_index()
-        if self.saved["text"] != _text_fingerprint(self.blocks.train):
+        if self.saved["text"] != text_fingerprint(self.blocks.train):
             notes.append(
                 "the training text is not the one of the checkpoint; the run goes on at the same place of this one"
             )
@@ -196,6 +196,16 @@ class Run:
         if self.checkpoint is None:
             path = None if self.resume is None else str(self.resume.adapter)
             self.recorder.record("start", resume=path, sources=list(self.blocks.sources))
+            earlier = [
+                c
+                for c in list_checkpoints(self.config.checkpoint_dir)[0]
+                if c.output_dir == str(self.config.output_dir.resolve())
+            ]
+            if earlier:
+                self.notes.append(
+                    f"{len(earlier)} checkpoint(s) of an earlier run stay in {self.config.checkpoint_dir}; to go on with it "
+                    f"instead: --resume {earlier[0].path}"
+                )
         else:
             self.recorder.record("resume", checkpoint=str(self.checkpoint.path), step=self.steps, notes=self.notes)
             self.recorder.say(f"resumed from {self.checkpoint}")
@@ -299,7 +309,7 @@ class Run:
             display.note(text)
             self.recorder.record("note", text=text)
 
-        self.window, self.pending = [], False
+        self.window, self.logged, self.pending = [], 0, False
         self.loop = loop = PhaseLoop(
             phase,
             self.model,
@@ -313,7 +323,7 @@ class Run:
         )
         if self.saved:
             self._restore(loop)
-        pace = _Pace()
+        pace = Pace()
 
         def after_step(report: StepReport) -> None:
             self._after_step(report, phase, heldout, stop, display, pace)
@@ -342,7 +352,7 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"--resume {self.checkpoint.path}: {error}") from None
         self.window = [StepReport(**{**report, "steps": loop.phase.steps}) for report in saved["window"]]
-        self.pending = saved["pending"]
+        self.logged, self.pending = loop.progress.step, saved["pending"]
         if loop.progress.step > loop.phase.steps:
             loop.note(
                 f"phase {loop.phase.name} has {loop.phase.steps} steps now, and {loop.progress.step} are done: it is over"
@@ -355,7 +365,7 @@ class Run:
         heldout: Tensor,
         stop: StopRequest,
         display: TrainingDisplay,
-        pace: _Pace,
+        pace: Pace,
     ) -> None:
         t = self.config.training
         self.steps += 1
@@ -370,15 +380,17 @@ class Run:
             # Not because of a stop: the log of a resumed run is that of one that never stopped.
             self.recorder.step(shown, phase, self.steps)
             self.window.clear()
-        if report.step == phase.steps:
-            return
-        self.pending = True
-        if stop.agreed:
+        self.logged, self.pending = report.step, report.step < phase.steps
+        if stop.agreed or not self.pending:
             return
         self._periodic(phase, report.step, heldout, display)
         # Last, so that what it holds of the log is complete.
         if t.save_steps and report.step % t.save_steps == 0:
-            self._save_checkpoint()
+            try:
+                self._save_checkpoint()
+            except OSError as error:
+                # A full disk must not cost the training; the user may make room before the next one.
+                display.note(f"step {report.step}: no checkpoint, it could not be written: {error}")
 
     def _periodic(self, phase: Phase, step: int, heldout: Tensor, display: TrainingDisplay) -> None:
         """Evaluation and samples, where they are due after this step."""
@@ -431,7 +443,7 @@ class Run:
             "progress": loop.progress.to_dict(),
             "window": [vars(report) for report in self.window],
             "pending": self.pending,
-            "text": _text_fingerprint(self.blocks.train),
+            "text": text_fingerprint(self.blocks.train),
             "before": self.before,
             "seconds": self.seconds,
             "trained_tokens": self.trained_tokens,
@@ -456,8 +468,8 @@ class Run:
             return f"; the converted, untrained adapter is in {adapter}" if adapter.exists() else ""
         go_on = f"Go on with: npt train --resume {shlex.quote(str(self.config.output_dir))}"
         last = f"the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint"
-        updating = self.loop is not None and self.loop.progress.updating
-        together = self.world.all_here()
+        loop, together = self.loop, self.world.all_here()
+        updating = loop is not None and (loop.progress.updating or loop.progress.step != self.logged)
         if together:
             updating = bool(self.world.agree(updating)[0])
         if updating:
@@ -499,51 +511,3 @@ class Run:
     def _bar(self, title: str, tokens: int) -> Iterator[Any]:
         with progress_bar(f"evaluating {title}", tokens, "tokens", enabled=self.console.is_terminal) as advance:
             yield advance
-
-
-class _Pace:
-    """Seconds a step takes."""
-
-    def __init__(self) -> None:
-        self.count, self.elapsed, self.slowest = 0, 0.0, 0.0
-
-    def add(self, seconds: float) -> None:
-        self.count += 1
-        self.elapsed += seconds
-        self.slowest = max(self.slowest, seconds)
-
-    def left(self, steps: int) -> float:
-        # The first step allocates and warms up; one slow step must not scare with its ETA.
-        if self.count > 2:
-            return (self.elapsed - self.slowest) / (self.count - 1) * steps
-        return self.elapsed / self.count * steps
-
-
-def _text_fingerprint(train: Any) -> str | None:
-    """Of token ids ``[n, L]``; ``None`` for a stream, whose position knows what it belongs to."""
-    if not isinstance(train, Tensor):
-        return None
-    rows = train[:: max(1, len(train) // _FINGERPRINT_ROWS)].contiguous()
-    digest = hashlib.sha256(str(list(train.shape)).encode())
-    digest.update(memoryview(rows.cpu().numpy()).cast("B"))
-    return digest.hexdigest()
-
-
-def make_accelerator(config: RunConfig) -> Any:
-    """accelerate's, for device, precision and trackers. Raises :class:`TrainingError` for a precision that cannot be had here."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import ProjectConfiguration
-
-    # accelerate keeps one precision per process and refuses another; a second run in one process may want one.
-    if getattr(AcceleratorState, "_shared_state", None):
-        AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.optimization.mixed_precision,
-            log_with=tracker_names(config) or None,
-            project_config=ProjectConfiguration(str(config.output_dir), logging_dir=str(config.output_dir / "logs")),
-        )
-    except ValueError as error:
-        raise TrainingError(f"optimization.mixed_precision={config.optimization.mixed_precision!r}: {error}") from None
-    return accelerator

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
+import signal
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from helpers import tiny_model, token_ids
 from rich.console import Console
 
 from npt_kernels.configs.schema import RunConfig
+from npt_kernels.training import display
 from npt_kernels.training.engine import run_training
 
 
@@ -75,3 +78,22 @@ def checksum(model):
         if "np_component" not in name:
             digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+class PowerCut(BaseException):
+    """Nothing catches it: no rescue, no last save."""
+
+
+def stop_at(monkeypatch, number, how):
+    """Stop a run in its ``number``-th step, counted over phases: ``crash`` or ``ctrl-c``."""
+    plain, steps = display.TrainingDisplay.step, []
+
+    def step(self, report, eta, *, logged):
+        plain(self, report, eta, logged=logged)
+        steps.append(report.step)
+        if len(steps) == number:
+            if how == "crash":
+                raise PowerCut
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(display.TrainingDisplay, "step", step)

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import Words, tiny_model, token_ids
+from helpers import Words, tiny_model
 from rich.console import Console
 from runs import FAR, blocks, checksum, make_config, records, start
 
@@ -23,7 +23,6 @@ from npt_kernels.evaluation.perplexity import evaluate
 from npt_kernels.models.checkpoints import adapter_state_dict
 from npt_kernels.training import display, loop, recording
 from npt_kernels.training.engine import TrainingError, run_training
-from npt_kernels.training.loop import StopRequest, make_scheduler, plan_phases
 from npt_kernels.training.resources import is_out_of_memory, memory_advice
 
 
@@ -183,15 +182,6 @@ def test_an_interrupt_inside_a_step_saves_too(tmp_path, monkeypatch):
     load_npt(tiny_model("llama", layers=3), tmp_path / "adapter")
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
-    with StopRequest().listen() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.pthread_sigmask(signal.SIG_BLOCK, [])  # a bytecode boundary for the handler
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
 def test_what_is_not_finite_stops_with_the_last_good_adapter(tmp_path, monkeypatch, bad, where):
@@ -302,26 +292,3 @@ def test_terminal_output_is_a_live_table(tmp_path):
     console = Console(file=stream, width=120, force_terminal=True)
     run_training(make_config(tmp_path), tiny_model("llama", layers=3), None, blocks(), console=console)
     assert "learning rate" in stream.getvalue() and "time left" in stream.getvalue()
-
-
-def test_phases_and_schedule(tmp_path):
-    config = make_config(
-        tmp_path, batch_size=4, gradient_accumulation_steps=3, num_epochs=2, max_steps=None, warmup_steps=2
-    )
-    (phase,) = plan_phases(config, token_ids(25, 4))
-    assert (phase.steps, phase.objective, phase.warmup_steps) == (6, "kl", 2)  # 7 batches, 3 steps an epoch
-    config = make_config(tmp_path, mode="local+polish", polish_steps=40, warmup_steps=50, max_steps=5)
-    local, polish = plan_phases(config, token_ids(100, 4))
-    assert (local.objective, local.steps, local.warmup_steps) == ("local", 5, 5)
-    assert (polish.objective, polish.steps, polish.warmup_steps) == ("kl", 40, 4)
-    assert plan_phases(make_config(tmp_path, mode="none"), token_ids(100, 4)) == []
-    for kind, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)):
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        scheduler = make_scheduler(optimizer, kind, 4, 20)
-        rates = []
-        for _ in range(20):
-            rates.append(scheduler.get_last_lr()[0])
-            optimizer.step()
-            scheduler.step()
-        assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-        assert rates[4] == max(rates) and scheduler.get_last_lr()[0] == pytest.approx(last, abs=1e-6)
