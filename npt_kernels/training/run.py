@@ -217,7 +217,8 @@ class Run:
             held = shard_base(self.model, self.accelerator.device)
         whole = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
         self.recorder.say(
-            f"sharded over {self.world.size} processes: each holds {held / 2**20:,.1f} of the {whole / 2**20:,.1f} MiB of the frozen base"
+            f"frozen base sharded over {self.world.size} processes: each holds {held / 2**20:,.1f} of "
+            f"{whole / 2**20:,.1f} MiB"
         )
 
     def _heldout(self) -> Tensor:

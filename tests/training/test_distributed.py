@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_model
 from two_processes import CASES, MODES, converted, measure, train, user_loop
+from two_runs import one_run
 
+from npt_kernels import load_npt
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.models.checkpoints import adapter_state_dict
 from npt_kernels.models.patching import converted_layers
@@ -30,12 +35,16 @@ def torchrun(*arguments: str, timeout: float = 100, **environment: str) -> subpr
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[dict[str, Any]]:
+def where(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(where) -> list[dict[str, Any]]:
     """Everything that two processes found, by rank: they start once for all tests here."""
-    directory = tmp_path_factory.mktemp("two")
-    done = torchrun("tests/training/two_processes.py", str(directory))
+    done = torchrun("tests/training/two_processes.py", str(where), timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(where / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 # ---- the same weights ------------------------------------------------------------------------------------------------
@@ -170,6 +179,92 @@ def test_one_process_needs_no_group(monkeypatch):
     assert world.on_main(lambda: 5) == 5
     world.barrier()
     world.leave()
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """The same runs in one process, on the same global batches."""
+    directory = tmp_path_factory.mktemp("one")
+    torch.set_num_threads(1)
+    return {name: one_run(World(), name, directory) for name in ("ddp", "uneven, ddp")}
+
+
+def logged(directory: Path, run: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "seconds", "peak_memory", "path")} for line in lines]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed", "disk"])
+def test_a_whole_run_has_the_bits_of_one_process(two, one, name):
+    """local+polish; ``resumed`` was stopped by Ctrl-C in one process; for ``disk`` the disk was full in between."""
+    expected = one["ddp"]
+    for results in two:
+        found = results[f"run: {name}"]
+        assert "error" not in found
+        assert found["trained"] == expected["trained"] and found["fidelity"] == expected["fidelity"]
+        assert all(torch.equal(found["adapter"][key], tensor) for key, tensor in expected["adapter"].items())
+    assert not two[1][f"run: {name}"]["output"]  # one writes and speaks
+
+
+@pytest.mark.parametrize("name", ["uneven, ddp", "uneven, fsdp"])
+def test_a_step_of_one_row_is_that_of_one_process(two, one, name):
+    """Nine sequences, steps of eight. fp32: Adam turns rounding of tiny gradients into at most 2·lr = 0.02 a step."""
+    expected = one["uneven, ddp"]
+    for results in two:
+        found = results[f"run: {name}"]
+        for key, tensor in expected["adapter"].items():
+            assert float((found["adapter"][key] - tensor).abs().mean()) < 2e-6, key
+        assert found["trained"].kl == pytest.approx(expected["trained"].kl, rel=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(*(r[f"run: {name}"]["adapter"].values() for r in two), strict=True))
+
+
+def test_files_are_written_once(two, where):
+    for name in ("ddp", "fsdp"):
+        records = logged(where, name)
+        kinds = [record["kind"] for record in records]
+        assert kinds.count("start") == kinds.count("end") == 1
+        assert [r["stage"] for r in records if r["kind"] == "eval"].count("after training") == 1
+        steps = [(r["phase"], r["step"]) for r in records if r["kind"] == "train"]
+        assert steps == sorted(set(steps)) and steps[-1] == ("polish", 2)
+        assert not list((where / name).rglob("*.tmp"))
+        load_npt(tiny_model("llama", layers=3), where / name / "adapter")
+    ddp, fsdp = ([r for r in logged(where, name) if r["kind"] == "train"] for name in ("ddp", "fsdp"))
+    assert ddp == fsdp
+
+
+def test_ctrl_c_in_one_process_stops_both_after_the_same_step(two, where):
+    for rank, results in enumerate(two):
+        found = results["run: ctrl-c"]
+        assert found["error"].startswith("KeyboardInterrupt")
+        assert ("interrupted after 3 steps; adapter of step 3 saved" in found["output"]) == (rank == 0)
+    assert "resumed from" in two[0]["run: resumed"]["output"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nan", "TrainingError: loss is nan at step 3 .* adapter of step 2 saved"),
+        ("memory, no retry", r"TrainingError: out of memory on the host \(no more\).* adapter of step 2 saved"),
+        ("differ", "RuntimeError: NP parameters differ between ranks, first layers.0.w_down .* nothing was saved"),
+    ],
+)
+def test_what_goes_wrong_in_one_process_stops_both_with_one_message(two, name, message):
+    first, second = (results[f"run: {name}"]["error"] for results in two)
+    assert re.match(message, first) and first == second
+
+
+def test_out_of_memory_in_one_process_halves_the_micro_batch_in_both(two, one):
+    for rank, results in enumerate(two):
+        found = results["run: memory"]
+        assert ("repeated with 1, and so is the rest of the run" in found["output"]) == (rank == 0)
+        assert found["trained"].kl == pytest.approx(one["ddp"]["trained"].kl, rel=1e-3)
+
+
+def test_a_full_disk_costs_a_checkpoint_only(two):
+    assert "no checkpoint, it could not be written: No space left" in two[0]["run: disk"]["output"]
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if __name__ == "__main__":  # pytest puts both on the path itself
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+import two_runs
 from helpers import Words, randomise, tiny_model, token_ids
 
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_disabled, npt_parameters, remove_npt, save_npt
@@ -291,6 +292,8 @@ def main(directory: Path) -> None:
         for name in ("local", "kl"):
             model, losses = train(world, name, torch.float32, 2, [range(0, 4), range(4, 8)])
             results[f"{mode}: bitwise {name}"] = adapter_state_dict(model), losses
+    for name in two_runs.RUNS:
+        results[f"run: {name}"] = two_runs.one_run(world, name, directory)
     torch.save(results, directory / f"rank{world.rank}.pt")
     world.leave()
 
