@@ -59,6 +59,8 @@ def _message(error: Exception) -> str | None:
             "the GPU is out of memory; lower training.batch_size or data.max_length, set "
             "optimization.gradient_checkpointing=true or training.mode=local, and see `npt train --dry-run`"
         )
+    if type(error).__name__.startswith("Dist") or "gloo/transport" in str(error):
+        return f"the connection to another process broke: it ended, and says why itself ({str(error).splitlines()[0]})"
     foreseen = isinstance(error, (ValueError, TypeError, RuntimeError, FileNotFoundError))
     return str(error) if foreseen and _raised_here(error) else None
 

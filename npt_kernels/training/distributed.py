@@ -61,6 +61,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     sharded: bool = False
     _control: Any = None
+    _calls: int = 0
 
     # ---- start and end -----------------------------------------------------------------------------------------------
 
@@ -151,8 +152,13 @@ class World:
         """Whether every rank comes here within seconds: after an error, before anything that needs all of them."""
         if self.size == 1:
             return True
+        # Through the store, not a collective: a rank that waits inside another collective must not be taken for one that came.
+        # (gloo's monitored_barrier keeps its time limit on rank 0 only; the others waited for hours.)
+        self._calls += 1
+        store, keys = _store(), [f"npt/here/{self._calls}/{rank}" for rank in range(self.size)]
         try:
-            dist.monitored_barrier(group=self._control, timeout=_CALL_TIMEOUT)
+            store.set(keys[self.rank], "")
+            store.wait(keys, _CALL_TIMEOUT)
         except RuntimeError:
             return False
         return True
@@ -197,7 +203,7 @@ class World:
         if count < self.size:
             raise ConfigError(
                 f"{count} training sequences cannot be divided over {self.size} processes; give more text, lower "
-                f"data.max_length, or start at most {max(count, 1)} processes"
+                f"data.max_length, or start at most {max(count, 1)}"
             )
 
     def level(self, micro_batches: list[Tensor], shares: list[float]) -> tuple[list[Tensor], list[float]]:
@@ -348,6 +354,11 @@ def first_to_say(message: str) -> bool:
         return os.environ.get("LOCAL_RANK", "0") == "0"
     digest = hashlib.sha256(message.encode()).hexdigest()[:16]
     try:
-        return bool(dist.distributed_c10d._get_default_store().add(f"npt/said/{digest}", 1) == 1)
+        return bool(_store().add(f"npt/said/{digest}", 1) == 1)
     except (RuntimeError, ValueError):  # the store went with rank 0
         return True
+
+
+def _store() -> Any:
+    """The key–value store through which the processes found each other; the launcher holds it, so it outlives rank 0."""
+    return dist.distributed_c10d._get_default_store()

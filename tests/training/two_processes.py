@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +32,7 @@ from npt_kernels.models.checkpoints import adapter_state_dict
 from npt_kernels.models.patching import converted_layers
 from npt_kernels.models.sharding import forget_broken_forward, gathered, is_sharded, local_part, shard_base
 from npt_kernels.models.walk import tapped_layers, walk_layers
+from npt_kernels.training import distributed
 from npt_kernels.training.distributed import OtherRankError, World
 from npt_kernels.training.objectives import (
     KLObjective,
@@ -251,6 +254,12 @@ def check_world(world: World) -> dict[str, Any]:
             act()
         except (ValueError, OtherRankError) as error:
             facts[name] = f"{type(error).__name__}: {error}"
+    facts["all here"] = world.all_here()
+    with mock.patch.object(distributed, "_CALL_TIMEOUT", timedelta(seconds=0.3)):
+        # The second process does something else meanwhile.
+        facts["one came"] = world.all_here() if world.is_main else None
+    world._calls = 2
+    world.barrier()
     order: list[int] = []
     with world.main_first():
         order.append(world.rank)
