@@ -51,11 +51,11 @@ npt train demo model.rank=auto:64 training.max_steps=10
 npt train small --dry-run
 npt train --config mine.yaml paths.output_dir=runs/second
 npt train model.base_model_name=./llama data.train_files='["*.txt"]'
-npt train --resume runs/demo                         (go on where it stopped, with its own configuration)
-npt train --resume runs/demo training.max_steps=100  (the same, with another length)
-npt train --resume runs/demo/adapter                 (its components alone; the optimizer starts anew)
-npt train --help-config    (every key, its default, its meaning)
-torchrun --nproc-per-node 2 -m npt_kernels train demo     (two processes; also: accelerate launch)
+npt train --resume runs/demo            (go on, same configuration)
+npt train --resume runs/demo training.max_steps=100
+npt train --resume runs/demo/adapter    (components, new optimizer)
+npt train --help-config                 (every key and its meaning)
+torchrun --nproc-per-node 2 -m npt_kernels train demo
 
 Ctrl-C saves what has been trained and stops. A run that goes on from a checkpoint (training.save_steps=N writes them) gives
 the numbers that it would have given without the stop.
@@ -218,6 +218,10 @@ def _run_config(
     run_config = load_run_config(name, file, overrides)
     if output_dir is not None:
         run_config.paths.output_dir = str(output_dir)
+    if checkpoint is not None:
+        from .training.resuming import changed_settings
+
+        changed_settings(checkpoint, run_config)  # what cannot be changed is known before a model is loaded
     return run_config
 
 
