@@ -291,6 +291,10 @@ def evaluate(
     from rich.console import Console
 
     console = Console(stderr=as_json)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from .configs.schema import ConfigError
+
+        raise ConfigError("npt eval runs in one process; start it without torchrun or accelerate launch")
     path = _adapter_path(adapter, "ADAPTER_DIR")
     config = _eval_config(path, overrides or [], model_name)
     from .evaluation.perplexity import evaluate as measure

@@ -187,7 +187,8 @@ class OptimizationSection(_Section):
     )
     distributed: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
-        description="Several processes: ddp: a copy of the frozen base each; fsdp: its layers sharded. auto: ddp.",
+        description="Several processes: ddp: a copy of the frozen base each; fsdp: its layers sharded. auto: what "
+        "accelerate launch was configured for, else ddp.",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "no", description="Autocast dtype; master weights stay fp32."

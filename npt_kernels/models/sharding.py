@@ -66,6 +66,8 @@ def shard_base(model: nn.Module, device: torch.device | str, mesh: Any = None) -
         ValueError: The model is not converted, sharded already, or holds weights that cannot be sharded (quantised ones).
         RuntimeError: This torch has no FSDP2 that can recover from a stopped forward.
     """
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     from .patching import find_layers, npt_parameters
@@ -92,6 +94,8 @@ def shard_base(model: nn.Module, device: torch.device | str, mesh: Any = None) -
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     residence = _Shards(torch.device(device))
+    # By itself fully_shard takes a GPU where there is one, wherever the model computes.
+    mesh = mesh or init_device_mesh(residence.device.type, (get_world_size(),))
     for layer in layers:
         set_residence(layer, residence)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=rest)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..configs.schema import ConfigError, RunConfig
+from ..inputs.loading import choose_device
 from ..models.checkpoints import adapter_state_dict
 from ..models.patching import converted_layers, install, make_component, npt_config, npt_parameters, plan_layers
 
@@ -73,13 +74,18 @@ class World:
             ConfigError: Settings that cannot work together, or a launcher that asks for DeepSpeed.
         """
         mode = _mode(config)
+        if _flag("ACCELERATE_USE_DEEPSPEED"):
+            raise ConfigError(
+                "npt train does not run under DeepSpeed: its engine owns backward and optimizer, and local training runs one "
+                "backward per layer. Use optimization.distributed=fsdp (same memory), or your own loop (docs/distributed.md)"
+            )
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            return cls(device=choose_device())
         from accelerate import PartialState
 
         _check(config, mode)
         # Without a GPU accelerate starts several processes only if it is told that the CPU is meant.
-        cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+        cpu = not torch.cuda.is_available() or _flag("ACCELERATE_USE_CPU")
         state = PartialState(cpu=cpu, timeout=_STEP_TIMEOUT)
         # On the host and apart from training's collectives: no GPU waits for it, and its time limit is its own.
         control = dist.new_group(backend="gloo", timeout=_WAIT_TIMEOUT)
@@ -327,11 +333,6 @@ def _mode(config: RunConfig) -> Literal["ddp", "fsdp"]:
 
 def _check(config: RunConfig, mode: str) -> None:
     o = config.optimization
-    if _flag("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "npt train does not run under DeepSpeed: its engine owns backward and optimizer, and local training runs one "
-            "backward per layer. Use optimization.distributed=fsdp (same memory), or your own loop (docs/distributed.md)"
-        )
     if mode != "fsdp":
         return
     for key, used in (

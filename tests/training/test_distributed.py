@@ -283,6 +283,15 @@ def test_deepspeed_is_refused_in_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_the_command_says_an_error_once(tmp_path):
+    """Rank 0 loads first and fails; the other stops without a word."""
+    done = torchrun("-m", "npt_kernels", "train", "model.base_model_name=./nowhere", "-o", str(tmp_path / "out"))
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "./nowhere' is not a directory" in lines[0]
+    assert not done.stdout.count("loading") > 1
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("stream_layers", "host"), ("use_cpu_offload", True), ("quantization", "nf4"), ("use_8bit", True)],
