@@ -139,7 +139,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, kind: str, warmup: int, ste
 
 
 class StopRequest:
-    """Ctrl-C as a wish: the first one lets the current step finish, the second one interrupts at once.
+    """Ctrl-C, or a scheduler's SIGTERM, as a wish: the first one lets the step finish, the second one interrupts at once.
 
     Attributes:
         asked: Whether this process got one; it may come at any time.
@@ -164,18 +164,18 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = signal.getsignal(signal.SIGINT)
 
         def handle(number: int, frame: Any) -> None:
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
 
-        signal.signal(signal.SIGINT, handle)
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @dataclass

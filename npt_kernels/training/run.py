@@ -291,7 +291,7 @@ class Run:
             except KeyboardInterrupt:
                 self.recorder.say(f"interrupted after {self.steps} steps{self.rescue()}")
                 raise
-            except TrainingError as error:
+            except (TrainingError, OSError) as error:
                 raise TrainingError(f"{error}{self.rescue()}") from None
         self._save_adapter()
         self.recorder.record("save", step=self.steps, path=str(self.recorder.paths["adapter"]))
