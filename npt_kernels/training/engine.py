@@ -26,8 +26,10 @@ from ..evaluation.perplexity import (
     generate,
     generate_samples,
 )
+from ..inputs.blocks import document_separator
 from ..models.checkpoints import load_npt, save_npt
 from ..models.patching import ApplyReport, apply_npt, converted_layers, remove_npt
+from ..models.running import isolated_documents
 from ..progress import progress_bar
 from .display import TrainingDisplay, clock, describe, results_table, samples_markdown, samples_table
 from .loop import Phase, StepReport, StopRequest, TrainingError, make_objective, plan_phases, run_phase
@@ -140,7 +142,8 @@ def run_training(
         torch.set_num_threads(config.optimization.num_threads)
     run = _Run(config, model, tokenizer, blocks, console)
     try:
-        return run.execute(resume)
+        with isolated_documents(model, document_separator(config, tokenizer)):
+            return run.execute(resume)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
