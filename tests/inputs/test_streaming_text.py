@@ -313,8 +313,12 @@ def test_too_little_text(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_text(numbered("w", 30))
     with pytest.raises(
-        ConfigError, match=r"too little text to be streamed: .* \(4 heldout and 2 calibration\).*streaming=false"
+        ConfigError,
+        match=r"too little text to be streamed: .* \(4 for evaluation, 2 for calibration\).*streaming=false",
     ):
+        opened({"train_files": [str(path)]})
+    path.write_text("w1 w2")
+    with pytest.raises(ConfigError, match=r"x\.txt is shorter than one sequence of data\.max_length=5 tokens"):
         opened({"train_files": [str(path)]})
     path.write_text("")
     with pytest.raises(ConfigError, match=r"data\.train_files: .*x\.txt has no text in it"):
