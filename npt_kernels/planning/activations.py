@@ -108,31 +108,56 @@ class LayerBytes:
         return rows + self.tokens * m.num_heads * _WIDE // self.tensor + self.norm_copy + self.tokens * _WIDE
 
     @property
+    def penalty(self) -> int:
+        """What the vector penalty keeps of a layer: z, two ``[T, R]`` per target, Gram matrices, NP casts once per target."""
+        targets = len(self.adapter.targets)
+        gram = 2 * self.adapter.rank**2 * self.precision.width
+        return (2 + 2 * targets) * self.bottleneck + targets * (gram + self.adapter_casts)
+
+    @property
     def _scores(self) -> int:
         return self.tokens * self.length * self.model.num_heads // self.tensor
 
     @property
-    def mlp_kept(self) -> int:
-        """What the NPT MLP keeps: gate, up, z, p, the attention output, 1/ρ; its input too for rules with a key."""
+    def _slots(self) -> set[str]:
+        return set(self.adapter.slots.values())
+
+    @property
+    def _wide_gradients(self) -> int:
+        """``[T, f]`` gradients of the NPT MLP in local training, where its input needs none: of the intermediate, and of gate
+        and up as far as they are targets."""
+        into = len(self._slots & {"gate", "up"})
+        return 1 + into if into else 0
+
+    def mlp_kept(self, through: bool = True) -> int:
+        """What the NPT MLP keeps: gate, up, z, p, the attention output, 1/ρ; its input too for rules with a key.
+
+        ``through``: whether its input needs a gradient; if not, gate and up are only kept for targets that lie before them.
+        """
         a = self.narrow
-        u = self.narrow if self.adapter.key != "none" else 0
+        u = self.narrow if self.adapter.key != "none" and self._slots & {"gate", "up"} else 0
+        wide = through or self._wide_gradients or self.adapter.key != "none"
         scale = self.tokens * (self.precision.stream + self.precision.width)
-        return (1 + self._gated) * self.inner + self.bottleneck + self._key_products + a + u + scale + self.adapter_casts
+        inner = (1 + self._gated) * self.inner if wide else 0
+        return inner + self.bottleneck + self._key_products + a + u + scale + self.adapter_casts
 
     def kept(self, first: bool) -> int:
         """By a converted layer; ``first``: below it nothing trains, so only its NP component gets a gradient."""
         down = self.casts(self.model.mlp_linears[-1:])
         if first:
-            return self.mlp_kept + down
+            return self.mlp_kept(False) + down
         # Autocast's second copy of the attention output: the norm keeps the one, the MLP the other.
-        twice = self.narrow if self.precision.casts else 0
-        return self.stream + self.attention_kept + self.mlp_kept + twice + self.casts(self.model.linears)
+        twice = self.narrow if self.precision.casts and self.adapter.norm_match else 0
+        # The matched norm keeps h itself; a plain one the float32 copy it makes, if it makes one.
+        h = self.norm_copy if self.norm_copy and not self.adapter.norm_match else self.stream
+        return h + self.attention_kept + self.mlp_kept() + twice + self.casts(self.model.linears)
 
     @property
     def kept_unconverted(self) -> int:
         """By a layer that stays as it was but through which a gradient flows: all its norms, products and activations."""
         m = self.model
-        norms = 2 * self.stream + self.norm_copy + 2 * self.tokens * _WIDE
+        # attention_kept has the first norm's copy; a norm that copies its input keeps the copy alone.
+        norms = (self.norm_copy if self.norm_copy else 2 * self.stream) + self.tokens * _WIDE
         activation = (m.activation_copies if m.activation_copies != 2 else 1) * self.inner
         return norms + self.attention_kept + activation + self.casts(m.linears)
 
@@ -150,24 +175,44 @@ class LayerBytes:
         return max(mlp, attention) + self.largest_cast
 
     @property
+    def forward_inference(self) -> int:
+        """The converted layer without gradient, beside its input: attention output, normed input, gate, up, intermediate."""
+        casts = self.casts(self.model.mlp_linears) + self.adapter_casts
+        mlp = (2 + self._gated) * self.inner + 2 * self.bottleneck + self._key_products
+        return max(mlp + self.stream + self.narrow + casts, self.forward_original)
+
+    @property
+    def kept_first_unconverted(self) -> int:
+        """As :attr:`kept_unconverted` where the gradient begins at the attention's output."""
+        return self.kept_unconverted - self.attention_kept - self.stream - self.casts(self.model.attention_linears)
+
+    @property
+    def backward_unconverted(self) -> int:
+        """Beside what the layer kept: gradients of the intermediate and of its factors."""
+        return (3 if self._gated else 2) * self.inner + self.stream + self.largest_cast
+
+    @property
     def forward_converted(self) -> int:
         """The NPT MLP's forward beside h and a, its kept tensors included: normed input, casts, intermediate, output."""
         casts = self.casts(self.model.mlp_linears)
         copies = (self.wide + 2 * self.narrow) if self.precision.casts else 0  # a and u once more in both dtypes
-        return self.mlp_kept - self.narrow + self.inner + self.stream + self.narrow + copies + casts
+        return self.mlp_kept() - self.narrow + self.inner + self.stream + self.narrow + copies + casts
 
-    @property
-    def backward_mlp(self) -> int:
-        """Beside what the layer kept: gradients of the intermediate, of up and of gate; small ones of the bottleneck."""
-        grads = 4 * self.bottleneck + self.adapter_grads
-        return (2 + self._gated) * self.inner + self.narrow + grads
+    def backward_mlp(self, through: bool = True) -> int:
+        """Beside what the layer kept: gradients of the intermediate, of up and of gate; small ones of the bottleneck.
 
-    @property
-    def adapter_grads(self) -> int:
-        """Gradients of the layer's NP parameters in the products' dtype before they become float32."""
-        return self.adapter_casts
+        The NP component's own gradients come one by one: at first only that of down's values, at the end, when one ``[T, f]``
+        is gone, all of them, in the products' dtype and as float32.
+        """
+        wide = ((2 + self._gated) if through else self._wide_gradients) * self.inner
+        early = wide + self.adapter.rank * self.model.hidden_size * self.precision.width
+        late = wide - (self.inner if wide else 0) + self.adapter.largest * _WIDE
+        return max(early, late) + 2 * self.bottleneck + self.narrow
 
     @property
     def backward_norm(self) -> int:
         """Beside what the layer kept, the MLP's part of which is free by now: the matched norm's float32 tensors."""
-        return (6 if self.precision.stream != _WIDE else 4) * self.wide
+        copies = 6 if self.precision.stream != _WIDE else 4
+        if self.model.layer_norm:  # two more differences from the mean, of which conversion makes one anyway
+            copies += 1 if self.precision.stream != _WIDE else 2
+        return copies * self.wide

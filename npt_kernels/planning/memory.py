@@ -236,7 +236,6 @@ class _Count:
         copies = 1 if kept <= TEACHER_BYTES else 0
         teacher = MemoryTerm("original's states", kept * copies, f"{config.evaluation.tokens:,} held-out tokens, kept")
         logits = min(layer.tokens, max(1, CHUNK_ELEMENTS // self.model.vocab_size)) * self.model.vocab_size
-        forward = max(layer.forward_original, layer.forward_converted + layer.narrow)
         return self.worst(
             "evaluation",
             terms,
@@ -246,8 +245,8 @@ class _Count:
                 ],
                 "a layer": [
                     teacher,
-                    MemoryTerm("hidden states", 3 * layer.stream, f"{layer.tokens:,} tokens"),
-                    MemoryTerm("one layer", forward, "without gradient"),
+                    MemoryTerm("hidden states", 2 * layer.stream, f"{layer.tokens:,} tokens"),
+                    MemoryTerm("one layer", layer.forward_inference, "without gradient"),
                 ],
                 "logits": [
                     teacher,
@@ -269,7 +268,7 @@ class _Count:
             {
                 "a token": [
                     MemoryTerm("key-value cache", (self.layers_here + 1) * per_layer, f"about {new} tokens, one prompt"),
-                    MemoryTerm("one layer", layer.forward_converted + 3 * layer.stream, f"{_PROMPT_TOKENS} tokens"),
+                    MemoryTerm("one layer", layer.forward_inference + 2 * layer.stream, f"{_PROMPT_TOKENS} tokens"),
                     MemoryTerm("logits", 2 * self.model.vocab_size * _WIDE, "of one token"),
                 ]
             },
@@ -286,41 +285,55 @@ class _Count:
         moments = MemoryTerm(
             "second moments", (2 if fisher else 1) * count * square, f"{count} layers × d × d × float64"
         )
-        above = max(0, self.layers_here - self.adapter.layers[0]) if self.parallel.pipeline == 1 else self.layers_here
-        kept = above * layer.kept_unconverted if fisher else 0
+        above = self._above()
+        kept = layer.kept_first_unconverted + above * layer.kept_unconverted + layer.norm_copy
         elements = layer.tokens * model.vocab_size
-        # logits, their log-softmax and two gradients of it
-        logits = elements * (self.plain.stream + 3 * _WIDE) if fisher else 0
-        scratch = layer.wide + model.hidden_size**2 * (_WIDE + _DOUBLE)
-        parts = count * square * (7 if fisher else 5)
         tokens = min(REFIT_TOKENS, data.calibration_tokens) // length * length
         refit = self.layer(self.plain, max(1, tokens // length), length)
         batch = self.layer(self.plain, min(4, max(1, tokens // length)), length)
+        copies = 7 if fisher else 5
         bases = [
-            MemoryTerm("moments, metrics and bases", parts, f"{count} layers × {7 if fisher else 5} × d × d × float64"),
+            MemoryTerm(
+                "moments, metrics and bases", count * square * copies, f"{count} layers × {copies} × d × d × float64"
+            ),
             *self.adapters(optimizer=False),
         ]
-        return self.worst(
-            "conversion",
-            list(self.frozen()),
-            {
-                "forward and backward" if fisher else "forward": [
-                    moments,
-                    MemoryTerm("activations", kept, f"{above} layers, {layer.tokens:,} tokens"),
-                    MemoryTerm("logits", logits, f"{layer.tokens:,} × {model.vocab_size:,}"),
-                    MemoryTerm("one layer", scratch + 3 * layer.stream + layer.forward_original, f"{layer.tokens:,} tokens"),
-                ],
-                "bases": [*bases, MemoryTerm("decomposition", 4 * square, "d × d × float64")],
-                "refit": [
-                    *bases,
-                    MemoryTerm("streams", 4 * refit.stream, f"{refit.tokens:,} tokens, original and converted, h and a"),
-                    MemoryTerm("regression", 7 * refit.wide + 3 * square, f"{refit.tokens:,} tokens in float32"),
-                    MemoryTerm("one layer", batch.forward_converted if not config.model.refit else 0, ""),
-                ]
-                if config.model.refit
-                else [],
-            },
+        hook = layer.wide + model.hidden_size**2 * (_WIDE + _DOUBLE)
+        scratch = MemoryTerm(
+            "one layer", 2 * layer.stream + max(layer.forward_original, hook), f"{layer.tokens:,} tokens"
         )
+        passes = {"forward": [moments, scratch]}
+        if fisher:
+            what = f"{above + 1} layers, {layer.tokens:,} tokens"
+            size = f"{layer.tokens:,} × {model.vocab_size:,}"
+            # Log-softmax, its gradient and that of the logits; GPU or CPU, in float32.
+            passes = {
+                "loss": [
+                    moments,
+                    MemoryTerm("activations", kept + layer.stream, what),
+                    MemoryTerm("logits", elements * (self.plain.stream + 3 * _WIDE), size),
+                ],
+                "backward": [
+                    moments,
+                    MemoryTerm("activations", kept + max(layer.backward_unconverted, hook), what),
+                    MemoryTerm("logits", elements * self.plain.stream, size),
+                ],
+            }
+        passes["bases"] = [*bases, MemoryTerm("decomposition", 5 * square, "d × d × float64")]
+        if config.model.refit:
+            tokens_text = f"{refit.tokens:,} tokens"
+            one = max(batch.forward_inference, batch.forward_original)
+            streams_ = MemoryTerm("streams", 4 * refit.stream, f"{tokens_text}, original and converted, h and a")
+            passes["refit, regression"] = [
+                *bases, streams_, MemoryTerm("regression", 4 * refit.wide + 9 * square, f"{tokens_text} in float32")
+            ]  # fmt: skip
+            passes["refit, a layer"] = [*bases, streams_, MemoryTerm("one layer", one, f"{batch.tokens:,} tokens")]
+        return self.worst("conversion", list(self.frozen()), passes)
+
+    def _above(self) -> int:
+        """Decoder layers here above the first converted one."""
+        first = self.adapter.layers[0] if self.parallel.pipeline == 1 else 0
+        return max(0, self.layers_here - first - 1)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -350,12 +363,18 @@ class _Count:
         tokens = f"{layer.tokens:,} tokens"
         # The model's own frame holds the embeddings while a layer runs from its input h to its output y.
         hidden = [MemoryTerm("hidden states", (2 + visits) * layer.stream, f"embedding, h and y, {tokens}")]
-        gradients = MemoryTerm("gradients", self.np_parameters * _WIDE, "NP parameters × float32")
+        # The last layer's own gradients are among its activations.
+        before = max(0, self.np_parameters - round(self.adapter.largest * self.adapter_share * self.parallel.pipeline))
+        if training.gradient_accumulation_steps > 1:
+            before = self.np_parameters
+        gradients = MemoryTerm("gradients", before * _WIDE, "NP parameters × float32")
         one = "one layer at a time, original and converted on its input"
+        penalty = layer.penalty if training.regularization_weight else 0
+        cast = layer.wide if self.trained.casts else 0  # the loss's gradient before it is cast
         moments = {
             "original layer": layer.forward_original + layer.narrow - layer.stream,
             "converted layer, forward": layer.forward_converted + layer.narrow,
-            "converted layer, backward": layer.kept(True) + layer.backward_mlp + layer.wide,
+            "converted layer, backward": layer.kept(True) + layer.backward_mlp(False) + cast + penalty,
         }
         extra = {
             name: [*hidden, gradients, MemoryTerm("activations", size, one)] for name, size in moments.items()
@@ -379,41 +398,54 @@ class _Count:
         def gradients(size: int) -> MemoryTerm:
             return MemoryTerm("gradients", size, "NP parameters × float32")
 
-        # The original's states stay until the loss is known; the last norm keeps its input.
-        targets = layer.stream if kl else len(self.adapter.layers) * (layer.stream + 2 * layer.norm_copy)
-        ends = layer.stream + layer.norm_copy
+        converted = len(self.adapter.layers)
+        checkpointing = self.config.optimization.gradient_checkpointing
+        if training.regularization_weight:
+            # Its graph hangs on the loss, not on the layer: checkpointing does not drop it, and it holds the attention output.
+            saved += converted * (layer.penalty + (layer.narrow if checkpointing else 0))
         chunk = min(layer.tokens, max(1, CHUNK_ELEMENTS // self.model.vocab_size)) * self.model.vocab_size
         head = self.model.vocab_size * self.model.hidden_size
         copies = 2 * layer.narrow + head * self.trained.width if self.trained.casts else 0
-        checkpointing = self.config.optimization.gradient_checkpointing
-        recomputed = first if len(self.adapter.layers) == 1 else kept
+        recomputed = first if converted == 1 else kept - layer.stream
         again = recomputed if checkpointing else 0
-        backward = layer.backward_mlp + 2 * layer.stream
-        norm = layer.backward_norm + layer.stream - (layer.mlp_kept - layer.narrow)
-        transient = max(backward, norm)
-        before = gradients(whole if accumulated else 0)
+        # The MLP's part of what the layer kept is free by the time its norm runs.
+        norm = layer.backward_norm - layer.mlp_kept() + 2 * layer.narrow + layer.adapter.largest * _WIDE
+        transient = max(layer.backward_mlp() + layer.stream, norm)
+        # In the frame of the loss: states of both models, or every layer's output and target.
+        states = 2 * layer.stream if kl else (converted + 1) * layer.stream
+        if kl:
+            loss = [
+                term("activations", saved + layer.stream + layer.norm_copy, self._why(layer, checkpointing)),
+                term("states of both models", 3 * layer.stream + copies, f"{tokens}, and their gradient"),
+                _logits(chunk, self.model.vocab_size),
+            ]
+        else:
+            # The loss works on float32: copies of both, where they are not that already.
+            wide = 2 * layer.wide if layer.stream != layer.wide else 0
+            loss = [
+                term("activations", saved + layer.stream, self._why(layer, checkpointing)),
+                term("layer outputs and targets", converted * (layer.stream + wide) + layer.wide, tokens),
+            ]
+            states += (converted - 1) * layer.stream  # their gradients all exist before the first layer's turn
         moments = {
+            "loss": [*loss, gradients(whole if accumulated else 0)],
             "last layer, backward": [
-                term("activations", saved + ends + targets + again + transient, self._why(layer, checkpointing)),
-                gradients(whole if accumulated else own),
+                term("activations", saved + states + layer.stream + again + transient, self._why(layer, checkpointing)),
+                gradients(whole if accumulated else 0),
             ],
             "first layers, backward": [
-                term("activations", (first if not checkpointing else 0) + recomputed + 2 * layer.stream + transient),
-                gradients(whole if accumulated else max(0, whole - own)),
+                term(
+                    "activations",
+                    (first if not checkpointing else layer.stream) + recomputed + states + layer.stream + transient,
+                ),
+                gradients(whole if accumulated else max(0, whole - 2 * own)),
+            ],
+            "last layer, forward": [
+                term("activations", saved + states + layer.stream + layer.forward_converted - layer.mlp_kept()),
+                gradients(whole if accumulated else 0),
             ],
             "optimizer step": self.optimizer_moment(),
         }
-        if kl:
-            moments["loss"] = [
-                term("activations", saved + ends, self._why(layer, checkpointing)),
-                term("states of both models", 3 * layer.stream + copies, f"{tokens}, and their gradient"),
-                _logits(chunk, self.model.vocab_size),
-                before,
-            ]
-        moments["last layer, forward"] = [
-            term("activations", saved + targets + 2 * layer.stream + layer.forward_converted - layer.mlp_kept),
-            before,
-        ]
         terms = [*self.frozen(), *self.adapters(optimizer=True)]
         return self.worst("end_to_end", terms, moments)
 
@@ -423,8 +455,7 @@ class _Count:
 
     def _kept(self, layer: LayerBytes) -> tuple[int, int, int]:
         """``(by the first converted layer, by another, by all together)`` for the backward pass."""
-        first_index = self.adapter.layers[0] if self.parallel.pipeline == 1 else 0
-        above = max(0, self.layers_here - first_index - 1)
+        above = self._above()
         converted = min(above, -(-len(self.adapter.layers) // self.parallel.pipeline) - 1)
         first, kept = layer.kept(True), layer.kept(False)
         if self.config.optimization.gradient_checkpointing:

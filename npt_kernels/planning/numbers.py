@@ -111,6 +111,7 @@ class Adapter:
         slots: Target → place in the MLP (``gate``, ``up``, ``down``).
         skipped: Layer → why it was not converted although the selection names it.
         key: Of the rule: ``matrix``, ``vector`` or ``none``.
+        norm_match: Whether the MLP's norm divides by the norm of h + a.
     """
 
     layers: list[int]
@@ -119,6 +120,7 @@ class Adapter:
     targets: dict[str, tuple[int, int]]
     slots: dict[str, str]
     key: str
+    norm_match: bool = True
     skipped: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -236,6 +238,7 @@ def count_adapter(model: nn.Module, config: NPTConfig) -> Adapter:
         targets=first.targets,
         slots={target: first.plan.shape.targets[target].slot for target in first.targets},
         key=components[0].rule.key,
+        norm_match=config.matches_norm,
         skipped=skipped,
     )
 
