@@ -43,13 +43,13 @@ class _ReachedLayersError(Exception):
 
 @contextmanager
 def _captured_calls(layers: nn.ModuleList, calls: dict[int, Any]) -> Iterator[None]:
-    """Record ``(args, kwargs)`` of every decoder layer's next call, without the hidden states: 2 GiB for an 8B model."""
+    """Record ``(hidden_states, args, kwargs)`` of every decoder layer's next call."""
 
     def make(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
-            kwargs.pop("hidden_states", None)
-            calls[index] = (args[1:], kwargs)
+            hidden_states = args[0] if args else kwargs.pop("hidden_states")
+            calls[index] = (hidden_states, args[1:], kwargs)
 
         return hook
 
@@ -123,7 +123,7 @@ def refit_sequentially(
     fits = {choice.plan.index: position for position, choice in enumerate(choices)}
     lossy_below = False  # until a rank is cut nothing has drifted, and a regression would fit rounding errors
     for index, layer in enumerate(layers):
-        args, kwargs = calls[index]
+        _, args, kwargs = calls[index]
         if index not in fits:
             teacher = [first_output(layer(h, *args, **kwargs)) for h in teacher]
             student = [first_output(layer(h, *args, **kwargs)) for h in student]
@@ -135,7 +135,8 @@ def refit_sequentially(
             a_s = [shape.attention(layer, h, *args, **kwargs) for h in student]
             if lossy_below:
                 target = _fit_target(teacher, student, a_t, a_s)
-                fill(component, choice, make_basis(metrics[position], covariances[position], target))
+                metric, covariance = metrics[position].to(device), covariances[position].to(device)
+                fill(component, choice, make_basis(metric, covariance, target))
             lossy_below |= component.total_rank < choice.hidden_size
             for b in range(len(batches)):
                 teacher[b] = teacher_output(layer, shape, teacher[b], a_t[b])

@@ -291,13 +291,14 @@ class _Count:
         tokens = min(REFIT_TOKENS, data.calibration_tokens) // length * length
         refit = self.layer(self.plain, max(1, tokens // length), length)
         batch = self.layer(self.plain, min(4, max(1, tokens // length)), length)
-        copies = 7 if fisher else 5
-        bases = [
-            MemoryTerm(
-                "moments, metrics and bases", count * square * copies, f"{count} layers × {copies} × d × d × float64"
-            ),
-            *self.adapters(optimizer=False),
-        ]
+        # Metric and covariance of every layer, until the components are filled its basis too: in host memory.
+        metric = 2 if fisher or self.device.type != "cpu" else 1
+        host = "host" if self.device.type != "cpu" else "device"
+
+        def fitted(copies: int) -> list[MemoryTerm]:
+            why = f"{count} layers × {copies} × d × d × float64"
+            return [MemoryTerm("metrics and bases", count * square * copies, why, host)]
+
         hook = layer.wide + model.hidden_size**2 * (_WIDE + _DOUBLE)
         scratch = MemoryTerm(
             "one layer", 2 * layer.stream + max(layer.forward_original, hook), f"{layer.tokens:,} tokens"
@@ -319,15 +320,21 @@ class _Count:
                     MemoryTerm("logits", elements * self.plain.stream, size),
                 ],
             }
-        passes["bases"] = [*bases, MemoryTerm("decomposition", 5 * square, "d × d × float64")]
+        left = 0 if self.device.type == "cpu" else moments.bytes
+        passes["bases"] = [
+            *fitted(metric + 3),
+            MemoryTerm("second moments", left, moments.why),
+            MemoryTerm("decomposition", 9 * square if left else 3 * square, "d × d × float64"),
+        ]
         if config.model.refit:
+            after = [*fitted(metric + 1), *self.adapters(optimizer=False)]
             tokens_text = f"{refit.tokens:,} tokens"
             one = max(batch.forward_inference, batch.forward_original)
             streams_ = MemoryTerm("streams", 4 * refit.stream, f"{tokens_text}, original and converted, h and a")
             passes["refit, regression"] = [
-                *bases, streams_, MemoryTerm("regression", 4 * refit.wide + 9 * square, f"{tokens_text} in float32")
+                *after, streams_, MemoryTerm("regression", 4 * refit.wide + 9 * square, f"{tokens_text} in float32")
             ]  # fmt: skip
-            passes["refit, a layer"] = [*bases, streams_, MemoryTerm("one layer", one, f"{batch.tokens:,} tokens")]
+            passes["refit, a layer"] = [*after, streams_, MemoryTerm("one layer", one, f"{batch.tokens:,} tokens")]
         return self.worst("conversion", list(self.frozen()), passes)
 
     def _above(self) -> int:
