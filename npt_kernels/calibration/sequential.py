@@ -137,7 +137,8 @@ def refit_sequentially(
             a_s = [shape.attention(layer, h, *a, **k) for h, (a, k) in zip(student, given, strict=True)]
             if lossy_below:
                 target = _fit_target(teacher, student, a_t, a_s)
-                fill(component, choice, make_basis(metrics[position], covariances[position], target))
+                metric, covariance = metrics[position].to(device), covariances[position].to(device)
+                fill(component, choice, make_basis(metric, covariance, target))
             lossy_below |= component.total_rank < choice.hidden_size
             for b in range(len(batches)):
                 teacher[b] = teacher_output(layer, shape, teacher[b], a_t[b])
