@@ -172,7 +172,11 @@ def _step(
     # Passes over the layers of one micro-batch: local meets each once; end to end twice forward and once or twice backward.
     passes = 1 if phase == "local" else 4 if recompute else 3
     stored = precision.linears(model.linears)
-    read = model.layer_linear * precision.width if phase != "local" else (model.layer_linear + 2 * model.mlp) * precision.width
+    read = (
+        model.layer_linear * precision.width
+        if phase != "local"
+        else (model.layer_linear + 2 * model.mlp) * precision.width
+    )
     if precision.format is not None:
         read += stored + model.layer_linear * precision.width  # read what is stored, write the dequantised copy
     elements = 24 * model.hidden_size + 12 * model.intermediate_size  # reads and writes of a pass, about
