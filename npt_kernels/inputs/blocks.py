@@ -24,7 +24,7 @@ from .readers import check_files
 from .sources import Source, TextEntry, find_files, local_sources, text_entries
 from .streaming_text import PackedStream, open_stream
 
-__all__ = ["TokenBlocks", "check_sources", "load_token_blocks", "split_source"]
+__all__ = ["TokenBlocks", "check_sources", "document_separator", "load_token_blocks", "split_source"]
 
 #: A mixture that repeats its small texts until it fills more bytes than this is asked for a number of sequences.
 _MIXTURE_BYTES = 2**32
@@ -63,7 +63,7 @@ def load_token_blocks(config: RunConfig, tokenizer: Any) -> TokenBlocks:
         AssetError: The demo text could not be fetched.
     """
     entries = text_entries(config)
-    _check_separator(config, tokenizer)
+    document_separator(config, tokenizer)
     if config.data.streaming:
         return _stream_blocks(config, entries, tokenizer)
     _check_unseen(config, entries)
@@ -373,9 +373,15 @@ def _check_steps(config: RunConfig) -> None:
         )
 
 
-def _check_separator(config: RunConfig, tokenizer: Any) -> None:
-    if config.data.isolate_documents and getattr(tokenizer, "eos_token_id", None) is None:
+def document_separator(config: RunConfig, tokenizer: Any) -> int | None:
+    """The token behind every document if ``data.isolate_documents``, else ``None``. Raises :class:`ConfigError` if there is
+    none."""
+    if not config.data.isolate_documents:
+        return None
+    separator: int | None = getattr(tokenizer, "eos_token_id", None)
+    if separator is None:
         raise ConfigError(
             "data.isolate_documents=true finds documents by the tokenizer's end-of-text token, and this tokenizer "
             f"({type(tokenizer).__name__}) has none; set it to false"
         )
+    return separator

@@ -302,26 +302,28 @@ def open_stream(
     total = sum(entry.weight for entry in entries)
     texts: list[PackedText] = []
     starts: list[dict[str, Any]] = []
-    found: dict[str, list[Tensor]] = {"heldout": [], "calibration": []}
+    found: dict[str, list[Tensor]] = {"evaluation": [], "calibration": []}
     notes = []
     for entry in entries:
         reader, separate, note = open_reader(entry, config)
         text = PackedText(entry.label, reader, frame, length, entry.weight)
         place = _START
-        for part, wanted in (("heldout", heldout), ("calibration", calibration)):
+        for part, wanted in (("evaluation", heldout), ("calibration", calibration)):
             source, count = text, math.ceil(wanted * entry.weight / total)
-            if part == "heldout" and separate is not None:
+            if part == "evaluation" and separate is not None:
                 source = PackedText(f"{entry.label} (held out)", separate, frame, length)
                 rows, _ = _take(source, _START, count)
             else:
                 rows, place = _take(source, place, count)
             found[part].append(rows)
         if next(text.sequences(place), None) is None:
-            taken = " and ".join(f"{len(rows[-1]):,} {part}" for part, rows in found.items())
+            if place is _START:
+                raise ConfigError(_too_short(text))
+            taken = ", ".join(f"{len(rows[-1]):,} for {part}" for part, rows in found.items())
             raise ConfigError(
                 f"{text.name} has too little text to be streamed: its first sequences of data.max_length={length} tokens are "
-                f"taken apart ({taken}), and none is left for training; set data.streaming=false, or lower "
-                "evaluation.tokens, data.calibration_tokens or data.max_length"
+                f"set apart ({taken}), and none is left for training; set data.streaming=false, or lower evaluation.tokens, "
+                "data.calibration_tokens or data.max_length"
             )
         texts.append(text)
         starts.append(place)
@@ -331,7 +333,7 @@ def open_stream(
         texts, shuffle_buffer=config.data.shuffle_buffer, seed=config.training.seed,
         num_sequences=config.data.num_train_samples, starts=starts,
     )  # fmt: skip
-    return StreamHead(stream, found["calibration"], found["heldout"], notes)
+    return StreamHead(stream, found["calibration"], found["evaluation"], notes)
 
 
 def _take(text: PackedText, place: dict[str, Any], count: int) -> tuple[Tensor, dict[str, Any]]:

@@ -21,7 +21,7 @@ from ..inputs.packing import derived_seed
 if TYPE_CHECKING:
     from ..inputs.streaming_text import PackedStream
 
-__all__ = ["StepBatch", "StepBatches", "step_batches", "steps_per_epoch"]
+__all__ = ["StepBatch", "StepBatches", "derived_seed", "step_batches", "steps_per_epoch"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from rich.console import Console
 from torch import nn
 
 from ..configs.schema import RunConfig
+from ..inputs.blocks import document_separator
+from ..models.running import isolated_documents
 from .distributed import World
 from .loop import TrainingError
 from .recording import RunSummary
@@ -66,7 +68,8 @@ def run_training(
     run: Run | None = None
     try:
         run = Run(config, model, tokenizer, blocks, console, resume, world)
-        return run.execute()
+        with isolated_documents(model, document_separator(config, tokenizer)):
+            return run.execute()
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -38,6 +38,7 @@ from .objectives import delta_variances, enable_checkpointing
 from .recording import Pace, Recorder, RunSummary, check_trackers, mean_report
 from .resources import base_fingerprint, peak_memory
 from .resuming import ResumePoint, changed_settings, find_resume, text_fingerprint
+from .utilisation import utilisation_of
 
 __all__ = ["Run"]
 
@@ -304,7 +305,11 @@ class Run:
             rows = max(1, _VARIANCE_TOKENS // text.shape[1])
             variances = delta_variances(self.model, text[:rows].to(self.accelerator.device))
         objective = make_objective(phase.objective, self.model, config, variances)
-        display = TrainingDisplay(self.console)
+        length = self.blocks.heldout.shape[1]
+        display = TrainingDisplay(
+            self.console,
+            utilisation_of(self.model, length, phase.objective, devices=self.accelerator.num_processes),
+        )
 
         def note(text: str) -> None:
             display.note(text)

@@ -19,6 +19,7 @@ from texts import Numbers, numbered
 from torch import Tensor
 
 from npt_kernels.configs.schema import ConfigError, RunConfig
+from npt_kernels.inputs import streaming_text
 from npt_kernels.inputs.formats import Piece
 from npt_kernels.inputs.packing import Frame, mixed_order, pack
 from npt_kernels.inputs.readers import FileReader, ListReader
@@ -63,6 +64,12 @@ def no_thread_is_left() -> Iterator[None]:
     assert not threads()
 
 
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are left over from one batch to the next all the time."""
+    monkeypatch.setattr(streaming_text, "DOCUMENTS_PER_CALL", 3)
+
+
 def test_it_packs_as_the_text_that_is_read_whole() -> None:
     texts = documents(10, 200)
     assert torch.equal(whole(stream_of(text_of(texts))), pack(texts, Numbers(), L, None))
@@ -105,7 +112,7 @@ def test_shuffling_loses_nothing_and_differs_by_epoch_and_seed() -> None:
 
 
 @given(st.integers(1, 20), st.sampled_from([None, 1, 13, 16, 33, 1000]), st.booleans())
-def test_resuming_anywhere_gives_the_rest(buffer: int, limit: int | None, several: bool) -> None:
+def test_resuming_anywhere_gives_the_rest(small_batches: None, buffer: int, limit: int | None, several: bool) -> None:
     def fresh() -> PackedStream:
         texts = [text_of(documents(10, 30))]
         texts += [text_of(documents(5000, 9), 0.7, "u")] if several else []
@@ -142,7 +149,7 @@ def test_resuming_anywhere_gives_the_rest(buffer: int, limit: int | None, severa
             assert all(torch.equal(a, b) for a, b in zip(rest, rows[done:], strict=True))
 
 
-def test_steps_of_a_stream_resume_on_any_rank() -> None:
+def test_steps_of_a_stream_resume_on_any_rank(small_batches: None) -> None:
     def ranks(state: dict[str, Any] | None = None) -> list[Any]:
         made = []
         for rank in range(2):
@@ -306,8 +313,12 @@ def test_too_little_text(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_text(numbered("w", 30))
     with pytest.raises(
-        ConfigError, match=r"too little text to be streamed: .* \(4 heldout and 2 calibration\).*streaming=false"
+        ConfigError,
+        match=r"too little text to be streamed: .* \(4 for evaluation, 2 for calibration\).*streaming=false",
     ):
+        opened({"train_files": [str(path)]})
+    path.write_text("w1 w2")
+    with pytest.raises(ConfigError, match=r"x\.txt is shorter than one sequence of data\.max_length=5 tokens"):
         opened({"train_files": [str(path)]})
     path.write_text("")
     with pytest.raises(ConfigError, match=r"data\.train_files: .*x\.txt has no text in it"):
@@ -329,7 +340,7 @@ def dataset_folder(tmp_path: Path, splits: dict[str, list[str]], kind: str) -> P
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_streamed_dataset_resumes_anywhere(tmp_path: Path, kind: str) -> None:
+def test_a_streamed_dataset_resumes_anywhere(tmp_path: Path, small_batches: None, kind: str) -> None:
     rows = [text for text in documents(10, 100) if text]
     # Lines of pages, as in WikiText, after plain rows.
     pages = [f" = w{i} = \n" if i % 9 == 0 else "" if i % 4 == 0 else f"w{i} w{i}\n" for i in range(5000, 5060)]
