@@ -60,13 +60,9 @@ def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 
 def optimization_notes(config: RunConfig, device: torch.device) -> list[str]:
     """What the memory keys do on this device, for the plan and the log: a key is never silently without effect."""
-    notes = []
-    if config.optimization.use_cpu_offload:
-        notes.append(
-            "optimization.use_cpu_offload: nothing to do, the model already lives in host memory"
-            if device.type == "cpu"
-            else "optimization.use_cpu_offload: streaming of frozen layers is not built yet; the model stays on the GPU"
-        )
+    from ..streaming import streaming_notes
+
+    notes = streaming_notes(config, device)
     quantization = config.optimization.base_quantization
     if quantization is not None:
         notes.append(
@@ -81,6 +77,7 @@ def optimization_notes(config: RunConfig, device: torch.device) -> list[str]:
 def load_model(config: RunConfig, device: torch.device | str | None = None) -> tuple[nn.Module, Any]:
     """The base model of ``model.base_model_name``, in eval mode on ``device``, and its tokenizer.
 
+    A model that will be streamed stays in host memory; ``npt_kernels.streaming.streaming`` brings it to the device.
     A local directory wins over a hub id of the same name. A hub model that is in the cache is used as it is there.
 
     Args:
@@ -110,29 +107,38 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
         raise ConfigError(f"loading a model needs {error.name}; pip install 'npt_kernels[train]'") from error
     from transformers.utils import logging
 
+    from ..streaming import load_for_streaming, stream_mode
+
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(source, **hub)
         check_length(config, model_config.to_dict())
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-        placement = _prequantised(config, model_config, device)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=model_config, dtype=resolve_dtype(config, device), **placement, **hub
-        )
+        dtype = resolve_dtype(config, device)
+        streamed = stream_mode(config, device) != "off"
+        # A model to be streamed stays in host memory.
+        home = torch.device("cpu") if streamed else device
+        placement = _prequantised(config, model_config, home)
+
+        def load(dtype: torch.dtype | str) -> Any:
+            arguments = {"config": model_config, "dtype": dtype, **placement, **hub}
+            return AutoModelForCausalLM.from_pretrained(source, **arguments)
+
+        model: Any = load_for_streaming(config, device, dtype, model_config, load) if streamed else load(dtype)
     except ConfigError:
         raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ConfigError(f"model.base_model_name={name!r} could not be loaded: {_first_line(error)}") from error
     if placement:
         adopt_quantised(model)
-    else:
-        if quantization is not None:
-            try:
-                # Linear by linear on the device, which so never holds more than one dense weight.
-                quantise_base(model, *quantization, device=device, progress=sys.stderr.isatty())
-            except ValueError as error:
-                raise ConfigError(f"optimization.quantization={quantization[0]!r}: {error}") from error
+    elif quantization is not None:
+        try:
+            # Linear by linear at home, which so never holds more than one dense weight.
+            quantise_base(model, *quantization, device=home, progress=sys.stderr.isatty())
+        except ValueError as error:
+            raise ConfigError(f"optimization.quantization={quantization[0]!r}: {error}") from error
+    if not streamed and not placement:
         model = model.to(device)
     # The name that an adapter records as its base: 'demo' means the same on every machine, a cache path does not.
     model.config._name_or_path = name if name == DEMO_NAME or hub else str(Path(source).resolve())

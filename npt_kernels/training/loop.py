@@ -110,8 +110,10 @@ def make_objective(name: str, model: nn.Module, config: RunConfig, variances: di
     weights = {"equivalence_weight": t.equivalence_weight, "regularization_weight": t.regularization_weight}
     if name == "kl":
         return KLObjective(model, **weights)
-    kind = LocalObjective if name == "local" else LayerObjective
-    return kind(model, kind=t.loss, variances=variances, **weights)
+    if name == "local":
+        per_visit = config.optimization.micro_batches_per_layer
+        return LocalObjective(model, kind=t.loss, variances=variances, micro_batches_per_layer=per_visit, **weights)
+    return LayerObjective(model, kind=t.loss, variances=variances, **weights)
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -139,7 +141,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, kind: str, warmup: int, ste
 
 
 class StopRequest:
-    """Ctrl-C as a wish: the first one lets the current step finish, the second one interrupts at once."""
+    """Ctrl-C, or a scheduler's SIGTERM, as a wish: the first one lets the step finish, the second one interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -149,18 +151,18 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = signal.getsignal(signal.SIGINT)
 
         def handle(number: int, frame: Any) -> None:
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
 
-        signal.signal(signal.SIGINT, handle)
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def agree(flag: bool) -> bool:
