@@ -84,7 +84,9 @@ class TrainingSection(_Section):
         0, ge=0, description="Generate samples every N steps; 0: only before and after."
     )
     eval_steps: int = Field(0, ge=0, description="Evaluate every N steps; 0: only before and after.")
-    save_steps: int = Field(0, ge=0, description="Write a checkpoint every N steps; 0: only at the end.")
+    save_steps: int = Field(
+        0, ge=0, description="Checkpoint every N steps; 0: only at a stop and at the end of every phase."
+    )
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="Trackers that get the metrics beside metrics.jsonl."
@@ -174,6 +176,28 @@ class OptimizationSection(_Section):
     gradient_checkpointing: bool = Field(False, description="end_to_end: recompute activations in the backward pass.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; None: all cores.")
 
+    @property
+    def base_quantization(self) -> tuple[str, str] | None:
+        """``(format, library)`` of the frozen base, ``None`` for dense. Raises :class:`ConfigError` for keys that disagree."""
+        from ..models.quantised import choose_library
+
+        asked = {key: format for key, format in (("use_8bit", "int8"), ("use_4bit", "nf4")) if getattr(self, key)}
+        if len(asked) == 2:
+            raise ConfigError("optimization.use_8bit and optimization.use_4bit are both true; set one of them to false")
+        for key, format in asked.items():
+            if self.quantization not in ("none", format):
+                raise ConfigError(
+                    f"optimization.{key}=true is short for quantization={format}, but optimization.quantization="
+                    f"{self.quantization!r}; set one of them"
+                )
+        format = next(iter(asked.values()), self.quantization)
+        if format == "none":
+            return None
+        try:
+            return format, choose_library(format, self.quantization_library)
+        except ValueError as error:
+            raise ConfigError(f"optimization.{error}") from None
+
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _yaml_booleans(cls, value: Any) -> Any:
@@ -220,6 +244,7 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _npt_settings_are_valid(self) -> RunConfig:
         self.npt_config()
+        _ = self.optimization.base_quantization
         return self
 
     def npt_config(self) -> NPTConfig:

@@ -62,7 +62,7 @@ def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h:
     weights, biases = {}, {}
     for target, place in plan.shape.targets.items():
         linear = plan.shape.linear(layer, target)
-        weights[place.slot], biases[place.slot] = linear_weight(linear), linear_bias(linear)
+        weights[place.slot], biases[place.slot] = linear_weight(linear, u.dtype), linear_bias(linear)
     dtype = weights["up"].dtype
     u, a = u.to(dtype), a.to(dtype)
     key_scale = None if key_scale is None else key_scale.to(dtype)

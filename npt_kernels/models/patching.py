@@ -15,7 +15,7 @@ from ..config import NPTConfig, parse_rank, resolve_layers
 from ..nn import NPComponent
 from ..norms import identify_norm
 from . import LAYER_SHAPES
-from .base import LayerShape, linear_shape
+from .base import LayerShape, count_parameters, linear_shape
 from .initialise import initialise
 from .layer import LayerPlan, NPTLayer, convert_layer, is_converted, own_forward, restore_layer
 from .residence import compute_device
@@ -239,7 +239,7 @@ def make_component(choice: LayerChoice, config: NPTConfig, rank: int) -> NPCompo
         rule=config.rule,
         num_ranks=config.num_ranks,
         scale=config.modulation_scale,
-        dtype=torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32,
+        dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
         device=compute_device(choice.layer),
     )
 
@@ -310,7 +310,7 @@ def apply_npt(
         generator = torch.Generator().manual_seed(config.seed)
         for component in components:
             initialise(component, config.init, generator)
-    base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    base_parameters = count_parameters(model)
     install(model, config, choices, components)
     return make_report(choices, components, skipped, total, base_parameters, notes)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..configs.schema import RunConfig
+from ..models.library_linears import stored_tensors
 from ..models.patching import converted_layers
 
 __all__ = ["base_fingerprint", "is_out_of_memory", "keep_freed_memory", "memory_advice", "peak_memory"]
@@ -55,12 +56,12 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def base_fingerprint(model: nn.Module) -> dict[str, int]:
-    """Name → sum of the bit patterns, for every parameter and buffer that is no NP component's: equal if nothing moved."""
+    """Name → sum of the bit patterns, for all that is stored and no NP component's (quantised weights too): equal if nothing
+    moved."""
     own = {id(p) for layer in converted_layers(model).values() for p in layer.np_component.parameters()}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
     return {
         name: int(t.detach().contiguous().view(_INTEGER[t.element_size()]).sum(dtype=torch.int64))
-        for name, t in tensors
+        for name, t in stored_tensors(model)
         if id(t) not in own and not t.is_meta and not t.is_complex()
     }
 
