@@ -161,8 +161,12 @@ class _Count:
         linears = self.trained.linears(self.model.linears)
         return linears // self.parallel.tensor + self.model.layer_other * self.trained.stream
 
-    def frozen(self) -> Iterator[MemoryTerm]:
+    @cached_property
+    def frozen(self) -> list[MemoryTerm]:
         """The frozen base, wherever it lives."""
+        return list(self._frozen())
+
+    def _frozen(self) -> Iterator[MemoryTerm]:
         model, precision, parallel = self.model, self.trained, self.parallel
         layer, count = self.layer_bytes(), self.layers_here
         outside = (model.embedding + model.head + model.other) * precision.stream + model.buffers
@@ -219,7 +223,7 @@ class _Count:
             yield self.end_to_end()
 
     def load(self) -> Phase:
-        terms = list(self.frozen())
+        terms = list(self.frozen)
         if self.device.type != "cpu" and not streams(self.config, self.device):
             size = self.model.parameters * self.trained.stream
             where = "memory-mapped files, read once" if self.trained.format else "as loaded, before it moves to the GPU"
@@ -231,7 +235,7 @@ class _Count:
         rows = min(max(1, EVALUATION_BATCH // length), max(1, config.evaluation.tokens // length))
         layer = self.layer(self.plain, rows, length)
         during = bool(config.training.eval_steps) and config.training.mode != "none"
-        terms = [*self.frozen(), *self.adapters(optimizer=during)]
+        terms = [*self.frozen, *self.adapters(optimizer=during)]
         kept = config.evaluation.tokens // length * length * self.model.hidden_size * self.plain.stream
         copies = 1 if kept <= TEACHER_BYTES else 0
         teacher = MemoryTerm("original's states", kept * copies, f"{config.evaluation.tokens:,} held-out tokens, kept")
@@ -264,7 +268,7 @@ class _Count:
         during = bool(self.config.training.prediction_logging_steps) and self.config.training.mode != "none"
         return self.worst(
             "generation",
-            [*self.frozen(), *self.adapters(optimizer=during)],
+            [*self.frozen, *self.adapters(optimizer=during)],
             {
                 "a token": [
                     MemoryTerm("key-value cache", (self.layers_here + 1) * per_layer, f"about {new} tokens, one prompt"),
@@ -335,7 +339,7 @@ class _Count:
                 *after, streams_, MemoryTerm("regression", 4 * refit.wide + 9 * square, f"{tokens_text} in float32")
             ]  # fmt: skip
             passes["refit, a layer"] = [*after, streams_, MemoryTerm("one layer", one, f"{batch.tokens:,} tokens")]
-        return self.worst("conversion", list(self.frozen()), passes)
+        return self.worst("conversion", list(self.frozen), passes)
 
     def _above(self) -> int:
         """Decoder layers here above the first converted one."""
@@ -386,7 +390,7 @@ class _Count:
         extra = {
             name: [*hidden, gradients, MemoryTerm("activations", size, one)] for name, size in moments.items()
         }
-        terms = [*self.frozen(), *self.adapters(optimizer=True)]
+        terms = [*self.frozen, *self.adapters(optimizer=True)]
         return self.worst("local", terms, {**extra, "optimizer step": self.optimizer_moment()})
 
     def end_to_end(self) -> Phase:
@@ -453,7 +457,7 @@ class _Count:
             ],
             "optimizer step": self.optimizer_moment(),
         }
-        terms = [*self.frozen(), *self.adapters(optimizer=True)]
+        terms = [*self.frozen, *self.adapters(optimizer=True)]
         return self.worst("end_to_end", terms, moments)
 
     def _why(self, layer: LayerBytes, checkpointing: bool) -> str:
