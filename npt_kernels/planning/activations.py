@@ -171,7 +171,7 @@ class LayerBytes:
         m, width = self.model, self.precision.width
         attention = normed + self.tokens * (3 * m.heads_width + 2 * m.kv_width) * width // self.tensor
         if m.eager_attention:
-            attention += self._scores * (2 * _WIDE + width)
+            attention += self._scores * 2 * _WIDE
         return max(mlp, attention) + self.largest_cast
 
     @property
@@ -208,6 +208,14 @@ class LayerBytes:
         early = wide + self.adapter.rank * self.model.hidden_size * self.precision.width
         late = wide - (self.inner if wide else 0) + self.adapter.largest * _WIDE
         return max(early, late) + 2 * self.bottleneck + self.narrow
+
+    @property
+    def backward_attention(self) -> int:
+        """Beside what the layer kept, the MLP's part of which is free by now: gradients of q, k, v and, written out, of the
+        scores (of the softmax's result, of its input)."""
+        m, width = self.model, self.precision.width
+        rows = self.tokens * (2 * m.heads_width + 2 * m.kv_width) * width // self.tensor
+        return rows + (self._scores * (_WIDE + width) if m.eager_attention else 0)
 
     @property
     def backward_norm(self) -> int:

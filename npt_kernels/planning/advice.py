@@ -111,9 +111,7 @@ def _same_result(config: RunConfig, sizes: Sizes) -> Iterator[Changes]:
     for parts in itertools.product(_batches(config), checkpoint, stream, shard):
         changes = {key: value for part in parts for key, value in part.items()}
         visits = changes.get("optimization.micro_batches_per_layer", 1)
-        accumulation = changes.get(
-            "training.gradient_accumulation_steps", config.training.gradient_accumulation_steps
-        )
+        accumulation = changes.get("training.gradient_accumulation_steps", config.training.gradient_accumulation_steps)
         streamed = "optimization.stream_layers" in changes
         if visits <= max(1, accumulation) and not (streamed and "optimization.distributed" in changes):
             yield changes
@@ -185,6 +183,11 @@ def suggest(config: RunConfig, sizes: Sizes, budget: Budget) -> list[Suggestion]
     return found
 
 
+def _weight(sizes: Sizes, config: RunConfig) -> tuple[int, int]:
+    need = sizes.needs(config)
+    return need.device, need.host
+
+
 def _best(
     config: RunConfig, sizes: Sizes, budget: Budget, tier: int, candidates: Iterator[tuple[Changes, ...]]
 ) -> Suggestion | None:
@@ -200,17 +203,17 @@ def _best(
         if best is not None and given_up > best[0][:3]:
             break
         try:
-            device, host = sizes.needs(changed)
+            need = sizes.needs(changed)
         except ConfigError:  # such as a rank list that no longer matches the layers
             continue
-        if not budget.allows(device, host):
+        if not budget.allows(need):
             continue
         steps = sizes.steps(changed)
         seconds = steps[0].seconds / steps[0].tokens if steps else None
         total = sum(step.seconds / step.tokens for step in steps)
         key = (*given_up, total, float(len(changes)))
         if best is None or key < best[0]:
-            best = key, Suggestion(_line(changes), tier, device, host, seconds)
+            best = key, Suggestion(_line(changes), tier, need.device, need.host, seconds)
     return None if best is None else best[1]
 
 
@@ -219,7 +222,7 @@ def _smallest(config: RunConfig, sizes: Sizes, same: list[Changes]) -> list[Chan
     few: list[Changes] = [{}]
     for streamed in (False, True):
         of_kind = [c for c in same if ("optimization.stream_layers" in c) == streamed]
-        valid = [(sizes.needs(changed), c) for c in of_kind if (changed := _changed(config, c)) is not None]
+        valid = [(_weight(sizes, changed), c) for c in of_kind if (changed := _changed(config, c)) is not None]
         if valid:
             few.append(min(valid, key=lambda entry: entry[0])[1])
     return few
@@ -268,21 +271,42 @@ def largest_batch(config: RunConfig, sizes: Sizes, budget: Budget, limit: int = 
 
 
 def advise(
-    config: RunConfig, device: torch.device, *, limit: int | None = None, processes: int = 1
+    config: RunConfig, error: BaseException, *, limit: int | None = None, processes: int = 1
 ) -> list[Suggestion]:
-    """Changes after a run did not fit in ``limit`` bytes (``None``: what the device has).
+    """Changes after a run ended in an out-of-memory ``error``, the cheapest first.
 
-    It has failed, so a change has to need at least a fifth less than this configuration does by the count, whatever the limit
-    says. Raises :class:`ConfigError` if the model's ``config.json`` cannot be found.
+    The phase that failed (by the traceback; the largest one if that does not tell) has to need at least a fifth less than the
+    count gives it now, and the whole must fit in ``limit`` bytes (``None``: what the device, or the machine, has).
+    Raises :class:`ConfigError` if the model's ``config.json`` cannot be found.
     """
-    if limit is None:
-        limit = _memory_of(device)
+    device = torch.device("cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu")
+    limit = _memory_of(device) if limit is None else limit
     gpu = (local_gpu() or gpu_with(limit)) if device.type == "cuda" else None
     sizes = Sizes.of(config, device, Parallel(data=processes), gpu)
-    needed = max(sizes.needs(config))
-    less = min(limit, needed * 4 // 5)
-    budget = Budget(host=less) if device.type == "cpu" else Budget(device=less, host=host_memory())
+    need = sizes.needs(config)
+    failed = [name for name in _phases_of(error) if name in need.phases]
+    failed = failed or [max(need.phases, key=lambda name: need.phases[name])]
+    limits = {name: need.phases[name] * 4 // 5 for name in failed}
+    budget = Budget(None, limit, limits) if device.type == "cpu" else Budget(limit, host_memory(), limits)
     return suggest(config, sizes, budget)
+
+
+def _phases_of(error: BaseException) -> tuple[str, ...]:
+    """Phases that the traceback of an error runs through, by the package's own modules."""
+    modules = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        modules.append(str(traceback.tb_frame.f_globals.get("__name__", "")))
+        traceback = traceback.tb_next
+    for prefix, phases in (
+        ("npt_kernels.evaluation", ("evaluation", "generation")),
+        ("npt_kernels.calibration", ("conversion",)),
+        ("npt_kernels.training.objectives", ("local", "end_to_end")),
+        ("npt_kernels.training.loop", ("local", "end_to_end")),
+    ):
+        if any(name.startswith(prefix) for name in modules):
+            return phases
+    return ()
 
 
 def _memory_of(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """The byte count of a run: every phase as a list of terms, from numbers alone.
 
-One function, :func:`count_bytes`, is behind ``npt plan``, ``npt train --dry-run``, the advice after an out-of-memory error and the
-tables of ``docs/scaling.md``. It counts tensors; what an allocator adds is in :func:`reserve`.
+One function, :func:`count_bytes`, is behind ``npt plan``, ``npt train --dry-run``, the advice after an out-of-memory error
+and the tables of ``docs/scaling.md``. It counts tensors; what an allocator adds is in :func:`reserve`.
 """
 
 from __future__ import annotations
@@ -141,9 +141,7 @@ class _Count:
         """NP parameters on one device: only gate's and up's ``w_b_up`` (and down's ``w_a_up``) divide over tensor degrees."""
         share = 1.0 / self.parallel.pipeline
         if self.parallel.tensor > 1:
-            divided = sum(
-                size[1] if self.adapter.slots[t] != "down" else 0 for t, size in self.adapter.targets.items()
-            )
+            divided = sum(size[1] if self.adapter.slots[t] != "down" else 0 for t, size in self.adapter.targets.items())
             widths = self.model.hidden_size + sum(size[1] for size in self.adapter.targets.values())
             if self.adapter.key == "matrix":
                 divided += sum(size[0] for t, size in self.adapter.targets.items() if self.adapter.slots[t] == "down")
@@ -173,10 +171,14 @@ class _Count:
         what = f"{model.parameters:,} parameters, {precision.storage}"
         if streams(self.config, self.device):
             yield MemoryTerm("frozen layers: two buffers", 2 * layer, f"of {layer / 2**20:,.0f} MiB, filled in turn")
-            yield MemoryTerm("frozen layers in host memory", count * layer, f"{count} layers, {precision.storage}", "host")
+            yield MemoryTerm(
+                "frozen layers in host memory", count * layer, f"{count} layers, {precision.storage}", "host"
+            )
         elif parallel.shard and parallel.data > 1:
             part = -(-count * layer // parallel.data)
-            yield MemoryTerm("frozen layers: own part", part, f"1/{parallel.data} of {count} layers, {precision.storage}")
+            yield MemoryTerm(
+                "frozen layers: own part", part, f"1/{parallel.data} of {count} layers, {precision.storage}"
+            )
             yield MemoryTerm("frozen layers: gathered", 2 * layer, "the layer at work and the next one")
         else:
             yield MemoryTerm("frozen layers", count * layer, f"{count} layers of {what}")
@@ -271,7 +273,9 @@ class _Count:
             [*self.frozen, *self.adapters(optimizer=during)],
             {
                 "a token": [
-                    MemoryTerm("key-value cache", (self.layers_here + 1) * per_layer, f"about {new} tokens, one prompt"),
+                    MemoryTerm(
+                        "key-value cache", (self.layers_here + 1) * per_layer, f"about {new} tokens, one prompt"
+                    ),
                     MemoryTerm("one layer", layer.forward_inference + 2 * layer.stream, f"{_PROMPT_TOKENS} tokens"),
                     MemoryTerm("logits", 2 * self.model.vocab_size * _WIDE, "of one token"),
                 ]
@@ -387,9 +391,7 @@ class _Count:
             "converted layer, forward": layer.forward_converted + layer.narrow,
             "converted layer, backward": layer.kept(True) + layer.backward_mlp(False) + cast + penalty,
         }
-        extra = {
-            name: [*hidden, gradients, MemoryTerm("activations", size, one)] for name, size in moments.items()
-        }
+        extra = {name: [*hidden, gradients, MemoryTerm("activations", size, one)] for name, size in moments.items()}
         terms = [*self.frozen, *self.adapters(optimizer=True)]
         return self.worst("local", terms, {**extra, "optimizer step": self.optimizer_moment()})
 
@@ -420,8 +422,8 @@ class _Count:
         recomputed = first if converted == 1 else kept - layer.stream
         again = recomputed if checkpointing else 0
         # The MLP's part of what the layer kept is free by the time its norm runs.
-        norm = layer.backward_norm - layer.mlp_kept() + 2 * layer.narrow + layer.adapter.largest * _WIDE
-        transient = max(layer.backward_mlp() + layer.stream, norm)
+        rest = max(layer.backward_norm, layer.backward_attention) + 2 * layer.narrow + layer.adapter.largest * _WIDE
+        transient = max(layer.backward_mlp() + layer.stream, rest - layer.mlp_kept())
         # In the frame of the loss: states of both models, or every layer's output and target.
         states = 2 * layer.stream if kl else (converted + 1) * layer.stream
         if kl:
@@ -477,5 +479,3 @@ class _Count:
 def _logits(elements: int, vocabulary: int) -> MemoryTerm:
     """Two models' logits in their dtype and as log-softmax: 16 bytes an entry at the widest, in any dtype."""
     return MemoryTerm("logits", 16 * elements, f"chunks of {elements // vocabulary:,} tokens × {vocabulary:,}")
-
-

@@ -56,7 +56,7 @@ class Plan:
     phases: list[Phase]
     gpu: Gpu | None = None
     times: list[StepTime] = field(default_factory=list)
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     largest_batch: int | None = None
     suggestions: list[Suggestion] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

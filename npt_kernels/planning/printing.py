@@ -50,9 +50,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 def _table(title: str, *, header: bool = True) -> Table:
     from rich.table import Table
 
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), show_header=header
-    )
+    return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), show_header=header)
 
 
 def _rows(plan: Plan) -> list[tuple[str, str]]:
@@ -70,7 +68,10 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
             f"{config.model.base_model_name}: {model.num_layers} {model.family} layers, hidden size {model.hidden_size}",
         ),
         ("device", f"{where}, frozen base in {str(plan.dtype).removeprefix('torch.')}"),
-        ("converted", f"{len(adapter.layers)} layers ({config.model.npt_layers}), rule {config.model.rule}, rank {rank}"),
+        (
+            "converted",
+            f"{len(adapter.layers)} layers ({config.model.npt_layers}), rule {config.model.rule}, rank {rank}",
+        ),
     ]
     rows += [(f"  {name}", f"{shape[0]} → {shape[1]}") for name, shape in adapter.targets.items()]
     rows += [("skipped", f"layer {index}: {reason}") for index, reason in adapter.skipped.items()]
@@ -179,12 +180,16 @@ def _print_verdict(plan: Plan, console: Console) -> None:
         return
     console.print(f"\n[red]does not fit[/red] {escape(there)}", highlight=False)
     if not plan.suggestions:
-        console.print("no change of memory keys makes it fit; more or larger GPUs do (--gpus, --gpu-memory), or a smaller model")
+        console.print(
+            "no change of memory keys makes it fit; more or larger GPUs do (--gpus, --gpu-memory), or a smaller model"
+        )
         return
     console.print("these changes do, cheapest first (append them to the command):")
     for entry in plan.suggestions:
         console.print(f"  {entry.line}", style="bold", soft_wrap=True, markup=False, highlight=False)
         need = size_text(entry.device_bytes if plan.device.type != "cpu" else entry.host_bytes)
-        host = f", {size_text(entry.host_bytes)} of host memory" if entry.host_bytes and plan.device.type != "cpu" else ""
+        host = (
+            f", {size_text(entry.host_bytes)} of host memory" if entry.host_bytes and plan.device.type != "cpu" else ""
+        )
         speed = f", predicted {1 / entry.seconds_per_token:,.0f} tokens/s" if entry.seconds_per_token else ""
         console.print(f"    {entry.cost}; needs {need}{host}{speed}", style="dim", soft_wrap=True, highlight=False)

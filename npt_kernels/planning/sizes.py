@@ -16,7 +16,7 @@ from .numbers import Adapter, ModelNumbers, count_adapter, meta_model, read_numb
 from .parallel import Parallel
 from .work import StepTime, step_time
 
-__all__ = ["GPUS_PER_MACHINE", "Budget", "Sizes"]
+__all__ = ["GPUS_PER_MACHINE", "Budget", "Need", "Sizes"]
 
 #: Processes of one run on one machine at most (assumed): they share its host memory.
 GPUS_PER_MACHINE = 8
@@ -24,14 +24,37 @@ GPUS_PER_MACHINE = 8
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes there are: on each device, and in the host memory of a machine; ``None``: not known, so never too little."""
+    """Bytes there are; ``None``: not known, so never too little.
+
+    Attributes:
+        device: On each device.
+        host: In the host memory of a machine.
+        phases: Phase → bytes that its tensors may take, for a phase that is known to have failed with more.
+    """
 
     device: int | None = None
     host: int | None = None
+    phases: dict[str, int] = field(default_factory=dict)
 
-    def allows(self, device: int, host: int) -> bool:
-        """Whether that many bytes of each are there."""
-        return (self.device is None or device <= self.device) and (self.host is None or host <= self.host)
+    def allows(self, need: Need) -> bool:
+        """Whether that much is there."""
+        return (
+            (self.device is None or need.device <= self.device)
+            and (self.host is None or need.host <= self.host)
+            and all(need.phases.get(name, 0) <= limit for name, limit in self.phases.items())
+        )
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the peak: ``device`` with reserve, ``host`` of a machine, and of every phase the counted tensors.
+
+    On a CPU all is host memory.
+    """
+
+    device: int
+    host: int
+    phases: dict[str, int]
 
 
 @dataclass
@@ -97,13 +120,14 @@ class Sizes:
             return []
         return step_time(self.numbers, self.adapter(config), config, self.gpu, self.layout(config))
 
-    def needs(self, config: RunConfig) -> tuple[int, int]:
-        """``(bytes on a device with reserve, bytes of host memory of a machine)`` at the peak. On a CPU all is host memory."""
+    def needs(self, config: RunConfig) -> Need:
+        """What the whole run needs under ``config``."""
         phases, processes = self.phases(config), self.processes_per_machine
+        by_phase = {phase.name: phase.device_bytes for phase in phases}
         if self.device.type == "cpu":
-            return 0, processes * max(phase.device_bytes + phase.host_bytes for phase in phases)
+            return Need(0, processes * max(phase.device_bytes + phase.host_bytes for phase in phases), by_phase)
         counted = peak(phases)
-        return counted + reserve(counted, self.device), processes * peak(phases, "host")
+        return Need(counted + reserve(counted, self.device), processes * peak(phases, "host"), by_phase)
 
     @property
     def processes_per_machine(self) -> int:
@@ -111,4 +135,4 @@ class Sizes:
         return min(self.parallel.devices, GPUS_PER_MACHINE)
 
     def fits(self, config: RunConfig, budget: Budget) -> bool:
-        return budget.allows(*self.needs(config))
+        return budget.allows(self.needs(config))

@@ -150,7 +150,7 @@ class StepTime:
 def step_time(
     model: ModelNumbers, adapter: Adapter, config: RunConfig, gpu: Gpu, parallel: Parallel | None = None
 ) -> list[StepTime]:
-    """A step of every training phase, by a roofline with the rates of ``gpu`` (module ``devices``: which, and how much of them)."""
+    """A step of every training phase, by a roofline with the rates of ``gpu`` (how much of them: module ``devices``)."""
     mode = config.training.mode
     names = [name for name, on in (("local", mode.startswith("local")), ("end_to_end", runs_end_to_end(config))) if on]
     return [_step(name, model, adapter, config, gpu, parallel or Parallel()) for name in names]
@@ -172,7 +172,11 @@ def _step(
     # Passes over the layers of one micro-batch: local meets each once; end to end twice forward and once or twice backward.
     passes = 1 if phase == "local" else 4 if recompute else 3
     stored = precision.linears(model.linears)
-    read = model.layer_linear * precision.width if phase != "local" else (model.layer_linear + 2 * model.mlp) * precision.width
+    read = (
+        model.layer_linear * precision.width
+        if phase != "local"
+        else (model.layer_linear + 2 * model.mlp) * precision.width
+    )
     if precision.format is not None:
         read += stored + model.layer_linear * precision.width  # read what is stored, write the dequantised copy
     elements = 24 * model.hidden_size + 12 * model.intermediate_size  # reads and writes of a pass, about

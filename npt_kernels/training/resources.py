@@ -95,7 +95,7 @@ def memory_advice(config: RunConfig, error: BaseException) -> str:
     where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the host"
     first = (str(error) or type(error).__name__).splitlines()[0]
     try:
-        found = advise(config, torch.device("cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu"))
+        found = advise(config, error)
     except ValueError:  # a model whose config.json is nowhere: the rules of thumb above
         found = []
     if found:
