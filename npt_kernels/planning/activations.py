@@ -171,7 +171,8 @@ class LayerBytes:
         m, width = self.model, self.precision.width
         attention = normed + self.tokens * (3 * m.heads_width + 2 * m.kv_width) * width // self.tensor
         if m.eager_attention:
-            attention += self._scores * 2 * _WIDE
+            # scores and their softmax; k and v repeated for every head
+            attention += self._scores * 2 * _WIDE + 2 * self.tokens * m.heads_width * width // self.tensor
         return max(mlp, attention) + self.largest_cast
 
     @property

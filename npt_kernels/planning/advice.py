@@ -7,6 +7,7 @@ the plan, so what it says fits does fit as far as the count is right.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -211,7 +212,9 @@ def _best(
         steps = sizes.steps(changed)
         seconds = steps[0].seconds / steps[0].tokens if steps else None
         total = sum(step.seconds / step.tokens for step in steps)
-        key = (*given_up, total, float(len(changes)))
+        # Predictions closer than a twentieth are the same; then the simpler change is the better one.
+        speed = round(math.log(total, 1.05)) if total else 0
+        key = (*given_up, speed, _effort(changes), total)
         if best is None or key < best[0]:
             best = key, Suggestion(_line(changes), tier, need.device, need.host, seconds)
     return None if best is None else best[1]
@@ -232,6 +235,11 @@ def _much_faster(one: Suggestion, other: Suggestion) -> bool:
     if one.seconds_per_token is None or other.seconds_per_token is None:
         return False
     return one.seconds_per_token < 0.9 * other.seconds_per_token
+
+
+def _effort(changes: Changes) -> float:
+    """Number of keys; streaming asks more of the machine than a key does."""
+    return len(changes) + (2.0 if "optimization.stream_layers" in changes else 0.0)
 
 
 def _given_up(before: RunConfig, after: RunConfig) -> tuple[float, float, float]:

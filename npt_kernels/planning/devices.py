@@ -5,6 +5,7 @@ Everything computed from these is *predicted*, not measured.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -64,20 +65,17 @@ GPUS = {
 }
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removeprefix("geforce")
-
-
 def find_gpu(name: str) -> Gpu:
     """The GPU of that name, however it is written (``h100``, ``NVIDIA H100 80GB HBM3``, ``4090``).
 
     Raises :class:`ConfigError` naming the known ones.
     """
-    wanted = _plain(name)
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    there = {*words, *(a + b for a, b in itertools.pairwise(words))}  # "RTX 4090" is also "RTX4090"
     # Longest first: "H100-PCIe" must not be found as "H100".
     for gpu in sorted(GPUS.values(), key=lambda g: -len(g.name)):
-        plain = _plain(gpu.name)
-        if wanted == plain or wanted == plain.removeprefix("rtx") or (len(wanted) > len(plain) and plain in wanted):
+        wanted = set(re.findall(r"[a-z0-9]+", gpu.name.lower()))
+        if wanted <= there or gpu.name.lower().removeprefix("rtx") in there:
             return gpu
     raise ConfigError(f"--gpu {name!r} is not known; choose one of {', '.join(GPUS)}, or give --gpu-memory alone")
 
