@@ -97,7 +97,13 @@ def test_dry_run_of_the_published_configuration(eight: Path, tmp_path: Path) -> 
     file = tmp_path / "config_optimized.yaml"
     file.write_text(PUBLISHED.format(model=eight, cache=tmp_path))
     text = run("train", "optimized", "--dry-run", "--config", str(file))
-    for part in ("32 llama-like layers, hidden size 4096", "16 layers (upper_half)", "8,030,261,248", "by phase", "local"):
+    for part in (
+        "32 llama-like layers, hidden size 4096",
+        "16 layers (upper_half)",
+        "8,030,261,248",
+        "by phase",
+        "local",
+    ):
         assert part in text
     assert not (tmp_path / "outputs").exists()
 

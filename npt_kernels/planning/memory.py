@@ -138,15 +138,8 @@ class _Count:
 
     @cached_property
     def adapter_share(self) -> float:
-        """NP parameters on one device: only gate's and up's ``w_b_up`` (and down's ``w_a_up``) divide over tensor degrees."""
-        share = 1.0 / self.parallel.pipeline
-        if self.parallel.tensor > 1:
-            divided = sum(size[1] if self.adapter.slots[t] != "down" else 0 for t, size in self.adapter.targets.items())
-            widths = self.model.hidden_size + sum(size[1] for size in self.adapter.targets.values())
-            if self.adapter.key == "matrix":
-                divided += sum(size[0] for t, size in self.adapter.targets.items() if self.adapter.slots[t] == "down")
-                widths += sum(size[0] for size in self.adapter.targets.values())
-            share *= 1 - divided / widths * (1 - 1 / self.parallel.tensor)
+        """NP parameters on one device, as a share of all."""
+        share = self.adapter.tensor_share(self.parallel.tensor) / self.parallel.pipeline
         return share / (self.parallel.data if self.parallel.shard_adapter else 1)
 
     @cached_property

@@ -71,7 +71,9 @@ def test_the_result_is_kept_where_that_is_possible(eight: Any) -> None:
     changed = applied_in_memory(config, first)
     before, after = config.training, changed.training
     assert after.batch_size < 16
-    assert after.batch_size * after.gradient_accumulation_steps == before.batch_size * before.gradient_accumulation_steps
+    assert (
+        after.batch_size * after.gradient_accumulation_steps == before.batch_size * before.gradient_accumulation_steps
+    )
     assert changed.model == config.model and changed.data == config.data and after.mode == before.mode
 
 
@@ -144,17 +146,26 @@ def raised_in(module: str, error: BaseException) -> BaseException:
 
 def test_advice_is_about_the_phase_that_failed(folder: Path) -> None:
     config = config_of(
-        str(folder), model__init="closed_form", training__mode="end_to_end", training__batch_size=8, data__max_length=128
+        str(folder),
+        model__init="closed_form",
+        training__mode="end_to_end",
+        training__batch_size=8,
+        data__max_length=128,
     )
     sizes = Sizes.of(config, torch.device("cpu"))
-    for module, phase in (("npt_kernels.training.loop", "end_to_end"), ("npt_kernels.calibration.statistics", "conversion")):
+    for module, phase in (
+        ("npt_kernels.training.loop", "end_to_end"),
+        ("npt_kernels.calibration.statistics", "conversion"),
+    ):
         found = advise(config, raised_in(module, MemoryError()), limit=64 * GIB)
         assert found
         for entry in found:
             changed = sizes.needs(applied_in_memory(config, entry)).phases[phase]
             assert changed <= 0.8 * sizes.needs(config).phases[phase], (entry.line, phase)
     text = memory_advice(config, raised_in("npt_kernels.training.loop", MemoryError("DefaultCPUAllocator: 4 GiB")))
-    assert text.startswith("out of memory on the host (DefaultCPUAllocator: 4 GiB). By the plan's count these would fit: ")
+    assert text.startswith(
+        "out of memory on the host (DefaultCPUAllocator: 4 GiB). By the plan's count these would fit: "
+    )
     assert "\n" not in text and "same result" in text
 
 

@@ -123,7 +123,9 @@ def test_streaming_leaves_two_layers_on_the_gpu() -> None:
     assert resident.device_bytes - streamed.device_bytes == layers // 3
     # The older key means the same; on a CPU there is nothing to stream.
     assert counted(LLAMA, CUDA, optimization__use_cpu_offload=True, **keys)["local"] == streamed
-    assert counted(LLAMA, CPU, optimization__stream_layers="host", **keys)["local"] == counted(LLAMA, CPU, **keys)["local"]
+    assert (
+        counted(LLAMA, CPU, optimization__stream_layers="host", **keys)["local"] == counted(LLAMA, CPU, **keys)["local"]
+    )
 
 
 def test_micro_batches_per_layer_keep_their_hidden_states() -> None:
@@ -142,9 +144,7 @@ def test_quantised_formats(name: str, bits: float) -> None:
 
 def test_quantised_weights_come_with_a_scratch_buffer() -> None:
     keys = {"training__mode": "local", "model__dtype": "bfloat16"}
-    plain, quantised = (
-        counted(LLAMA, CUDA, optimization__use_8bit=on, **keys)["local"] for on in (False, True)
-    )
+    plain, quantised = (counted(LLAMA, CUDA, optimization__use_8bit=on, **keys)["local"] for on in (False, True))
     layers = term(plain, "frozen layers")
     assert 0.5 * layers < term(quantised, "frozen layers") < 0.56 * layers
     assert term(quantised, "dequantised weights") == 3 * 64 * 176 * 2
