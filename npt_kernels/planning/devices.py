@@ -13,10 +13,15 @@ import torch
 
 from ..configs.schema import ConfigError
 
-__all__ = ["COMPUTE_EFFICIENCY", "GPUS", "TRANSFER_EFFICIENCY", "Gpu", "find_gpu", "gpu_with", "parse_size"]
+__all__ = [
+    "COMPUTE_EFFICIENCY", "GPUS", "GPUS_PER_MACHINE", "NETWORK_GBS", "TRANSFER_EFFICIENCY", "Gpu", "find_gpu", "gpu_with",
+    "local_gpu", "parse_size",
+]  # fmt: skip
 
 #: Share of the dense peak that the products of a step are assumed to reach, and of the rates of memory, PCIe and links.
 COMPUTE_EFFICIENCY, TRANSFER_EFFICIENCY = 0.5, 0.8
+#: Between machines, one direction, GB/s per GPU: 400 Gb/s (assumed), and GPUs that one machine has at most (assumed).
+NETWORK_GBS, GPUS_PER_MACHINE = 50.0, 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Gpu:
     pcie_gbs: float
     link_gbs: float
     source: str
+
+    def link(self, devices: int) -> float:
+        """Bytes per second to the others of a group of that many, by the slowest part of the way."""
+        rate = self.link_gbs if devices <= GPUS_PER_MACHINE else min(self.link_gbs, NETWORK_GBS)
+        return rate * 1e9 * TRANSFER_EFFICIENCY
 
     @property
     def memory_bytes(self) -> int:

@@ -13,11 +13,11 @@ import torch
 from ..configs.schema import RunConfig
 from ..inputs.loading import choose_device, optimization_notes, resolve_dtype
 from .advice import Suggestion, host_memory, largest_batch, suggest
-from .devices import Gpu, gpu_with, local_gpu
+from .devices import GPUS_PER_MACHINE, Gpu, gpu_with, local_gpu
 from .memory import MemoryTerm, Phase, peak, reserve, uses_closed_form
 from .numbers import Adapter, ModelNumbers
 from .parallel import Parallel
-from .sizes import GPUS_PER_MACHINE, Budget, Sizes
+from .sizes import Budget, Sizes
 from .steps import count_steps
 from .work import StepTime
 

@@ -10,16 +10,13 @@ from torch import nn
 
 from ..configs.schema import ConfigError, RunConfig
 from ..inputs.loading import check_length, load_model_config, resolve_cache_dir
-from .devices import Gpu
+from .devices import GPUS_PER_MACHINE, Gpu
 from .memory import Phase, count_bytes, peak, reserve
 from .numbers import Adapter, ModelNumbers, count_adapter, meta_model, read_numbers
 from .parallel import Parallel
 from .work import StepTime, step_time
 
-__all__ = ["GPUS_PER_MACHINE", "Budget", "Need", "Sizes"]
-
-#: Processes of one run on one machine at most (assumed): they share its host memory.
-GPUS_PER_MACHINE = 8
+__all__ = ["Budget", "Need", "Sizes"]
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def _step(
     optimizer = 7 * 4 * parameters / memory  # reads parameter, gradient, two moments; writes parameter and moments
     if parallel.data > 1:
         ring = 2 * (parallel.data - 1) / parallel.data
-        optimizer += ring * 4 * parameters / (gpu.link_gbs * 1e9 * TRANSFER_EFFICIENCY)
+        optimizer += ring * 4 * parameters / gpu.link(parallel.data)
     seconds = compute + exposed + optimizer
     tokens = micro * batches * parallel.data
     needed = needed_flops(model, adapter, length, phase) * tokens
@@ -231,5 +231,5 @@ def _transfer(
         return rounds * visits * layer / (gpu.pcie_gbs * 1e9 * TRANSFER_EFFICIENCY)
     if parallel.shard and parallel.data > 1:
         part = (parallel.data - 1) / parallel.data
-        return rounds * visits * layer * part / (gpu.link_gbs * 1e9 * TRANSFER_EFFICIENCY)
+        return rounds * visits * layer * part / gpu.link(parallel.data)
     return 0.0
