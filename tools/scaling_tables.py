@@ -187,9 +187,10 @@ def times() -> str:
         for visits in (1, 8):
             model, adapter, config = run(name, optimization__micro_batches_per_layer=visits)
             step = step_time(model, adapter, config, GPUS["H200"], parallel)[0]
+            what = f"{name.rpartition('-')[2]}, {devices} × H200"
             rows.append(
                 [
-                    f"{name.rpartition('-')[2]}, {devices} × H200", str(visits), f"{step.compute:.2f} s", f"{step.transfer:.2f} s",
+                    what, str(visits), f"{step.compute:.2f} s", f"{step.transfer:.2f} s",
                     f"{step.hidden:.0%}", f"{step.tokens_per_second:,.0f}",
                 ]
             )  # fmt: skip
