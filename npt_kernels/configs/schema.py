@@ -84,7 +84,9 @@ class TrainingSection(_Section):
         0, ge=0, description="Generate samples every N steps; 0: only before and after."
     )
     eval_steps: int = Field(0, ge=0, description="Evaluate every N steps; 0: only before and after.")
-    save_steps: int = Field(0, ge=0, description="Write a checkpoint every N steps; 0: only at the end.")
+    save_steps: int = Field(
+        0, ge=0, description="Checkpoint every N steps; 0: only at a stop and at the end of every phase."
+    )
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="Trackers that get the metrics beside metrics.jsonl."

@@ -7,7 +7,7 @@ token ids, the micro-batch's share of the step and accelerate's ``backward``; gr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,19 @@ class Objective(ABC):
     @abstractmethod
     def accumulate(self, ids: Tensor, share: float, backward: Backward) -> Losses:
         """Add ``share`` × the gradient of the loss on ``ids [n, seq]`` to the NP components."""
+
+    def accumulate_group(self, batches: Sequence[Tensor], shares: Sequence[float], backward: Backward) -> list[Losses]:
+        """:meth:`accumulate` for the micro-batches of one optimizer step, in the order that costs this objective least.
+
+        Args:
+            batches: Token ids ``[n, seq]`` each; may be empty (a rank without rows).
+            shares: Share of each in the step.
+            backward: Called with every scaled loss.
+
+        Returns:
+            The losses of each micro-batch, in order.
+        """
+        return [self.accumulate(ids, share, backward) for ids, share in zip(batches, shares, strict=True)]
 
 
 def delta_variances(model: nn.Module, ids: Tensor) -> dict[int, Tensor]:
