@@ -80,8 +80,10 @@ class LayerBytes:
         return self.wide if self.precision.stream != _WIDE and not self.model.layer_norm else 0
 
     def casts(self, shapes: tuple[tuple[int, int], ...]) -> int:
-        """Low-precision copies of frozen weights under autocast."""
-        return sum(a * b for a, b in shapes) // self.tensor * self.precision.width if self.precision.casts else 0
+        """Low-precision copies of frozen weights under autocast; a quantised weight is made dense anew instead."""
+        if not self.precision.casts or self.precision.format is not None:
+            return 0
+        return sum(a * b for a, b in shapes) // self.tensor * self.precision.width
 
     @property
     def largest_cast(self) -> int:

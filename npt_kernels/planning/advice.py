@@ -98,7 +98,8 @@ def _same_result(config: RunConfig, sizes: Sizes) -> Iterator[Changes]:
         checkpoint.append({"optimization.gradient_checkpointing": True})
     stream: list[Changes] = [{}]
     o = config.optimization
-    if sizes.device.type != "cpu" and o.stream_layers == "off" and not o.use_cpu_offload:
+    sharded = sizes.layout(config).shard and sizes.parallel.data > 1
+    if sizes.device.type != "cpu" and o.stream_layers == "off" and not o.use_cpu_offload and not sharded:
         stream.append({"optimization.stream_layers": "host"})
         if config.training.mode.startswith("local"):
             stream += [
@@ -107,7 +108,8 @@ def _same_result(config: RunConfig, sizes: Sizes) -> Iterator[Changes]:
     elif o.micro_batches_per_layer > 1:
         stream.append({"optimization.micro_batches_per_layer": 1})
     shard: list[Changes] = [{}]
-    if sizes.parallel.data > 1 and not sizes.layout(config).shard:
+    dense = quantization_of(config) == "none" and o.stream_layers == "off" and not o.use_cpu_offload
+    if sizes.parallel.data > 1 and not sharded and dense:
         shard.append({"optimization.distributed": "fsdp"})
     for parts in itertools.product(_batches(config), checkpoint, stream, shard):
         changes = {key: value for part in parts for key, value in part.items()}
@@ -122,6 +124,8 @@ def _rounded(config: RunConfig, sizes: Sizes) -> list[Changes]:
     changes: list[Changes] = [{}]
     if config.model.dtype == "float32" or (config.model.dtype == "auto" and sizes.device.type == "cpu"):
         changes.append({"model.dtype": "bfloat16"})
+    if sizes.layout(config).shard and sizes.parallel.data > 1:
+        return changes  # FSDP2 cannot shard quantised weights
     if quantization_of(config) == "none":
         changes += [{"optimization.use_8bit": True}, {"optimization.use_4bit": True}]
     elif quantization_of(config) in {"int8", "fp8"}:
@@ -197,7 +201,7 @@ def _best(
     ranked: list[tuple[tuple[float, ...], int, Changes, RunConfig]] = []
     for position, changes in enumerate(merged):
         changed = _changed(config, changes) if changes else None
-        if changed is not None:
+        if changed is not None and not ("optimization.distributed" in changes and quantization_of(changed) != "none"):
             ranked.append((_given_up(config, changed), position, changes, changed))
     best: tuple[tuple[float, ...], Suggestion] | None = None
     for given_up, _, changes, changed in sorted(ranked, key=lambda entry: entry[:2]):

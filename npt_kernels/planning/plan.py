@@ -93,7 +93,8 @@ class Plan:
     @property
     def machine_bytes(self) -> int:
         """Host memory of a machine with all its processes."""
-        return self.host_bytes * min(self.parallel.devices, GPUS_PER_MACHINE)
+        processes = min(self.parallel.devices, GPUS_PER_MACHINE)
+        return max(phase.machine_bytes(processes) for phase in self.phases)
 
     @property
     def reserve_bytes(self) -> int:

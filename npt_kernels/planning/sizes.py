@@ -124,7 +124,9 @@ class Sizes:
         if self.device.type == "cpu":
             return Need(0, processes * max(phase.device_bytes + phase.host_bytes for phase in phases), by_phase)
         counted = peak(phases)
-        return Need(counted + reserve(counted, self.device), processes * peak(phases, "host"), by_phase)
+        return Need(
+            counted + reserve(counted, self.device), max(phase.machine_bytes(processes) for phase in phases), by_phase
+        )
 
     @property
     def processes_per_machine(self) -> int:
