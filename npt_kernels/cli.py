@@ -282,15 +282,18 @@ def evaluate(
     from .inputs.blocks import load_token_blocks
     from .inputs.loading import choose_device, load_model
     from .models.checkpoints import load_npt
+    from .streaming import streaming
 
     _set_threads(config)
     console.print(f"loading {config.model.base_model_name} and {path}", markup=False)
-    model, tokenizer = load_model(config, choose_device())
+    device = choose_device()
+    model, tokenizer = load_model(config, device)
     report = load_npt(model, path)
     console.print(str(report), markup=False, highlight=False)
     blocks = load_token_blocks(config, tokenizer)
-    result = measure(model, blocks.heldout)
-    samples = generate_samples(model, tokenizer, config.evaluation.prompts, config.evaluation.max_new_tokens)
+    with streaming(config, model, device, lambda line: console.print(line, markup=False, highlight=False)):
+        result = measure(model, blocks.heldout)
+        samples = generate_samples(model, tokenizer, config.evaluation.prompts, config.evaluation.max_new_tokens)
     if as_json:
         from dataclasses import asdict
 

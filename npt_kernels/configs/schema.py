@@ -145,7 +145,9 @@ class WandbSection(_Section):
 class OptimizationSection(_Section):
     """Memory and precision."""
 
-    use_cpu_offload: bool = Field(False, description="Keep frozen layers in host memory.")
+    use_cpu_offload: bool = Field(
+        False, description="GPU: keep frozen layers on the host; short for stream_layers=host, or disk if RAM is short."
+    )
     stream_layers: Literal["off", "host", "disk"] = Field(
         "off", description="Where frozen layers wait until their turn: pinned host memory, or memory-mapped files."
     )

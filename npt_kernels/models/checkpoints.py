@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -81,8 +82,11 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     final = [path / WEIGHTS_NAME, path / CONFIG_NAME]
     weights, text = temporary = [path / f".{target.name}.{os.getpid()}.tmp" for target in final]
     try:
-        save_file(tensors, weights, metadata={"format": "pt", _METADATA_KEY: json.dumps(header)})
+        # One key: safetensors writes several in random order, and two runs would differ in their bytes.
+        save_file(tensors, weights, metadata={_METADATA_KEY: json.dumps(header)})
         text.write_text(json.dumps({**header, "weights_sha256": sha256(weights)}, indent=2) + "\n")
+        # safetensors lets only the owner read what it wrote.
+        shutil.copymode(text, weights)
         for file in temporary:
             sync_file(file)
         # Only now, with both complete on disk, does the earlier adapter go.

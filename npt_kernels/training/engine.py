@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from ..configs.schema import RunConfig
+from ..streaming import streaming
 from .loop import TrainingError
 from .recording import RunSummary
 from .resources import is_out_of_memory, memory_advice
@@ -61,7 +62,8 @@ def run_training(
     run: Run | None = None
     try:
         run = Run(config, model, tokenizer, blocks, console, resume)
-        return run.execute()
+        with streaming(config, model, run.accelerator.device, run.recorder.say):
+            return run.execute()
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -107,8 +107,10 @@ def make_objective(name: str, model: nn.Module, config: RunConfig, variances: di
     weights = {"equivalence_weight": t.equivalence_weight, "regularization_weight": t.regularization_weight}
     if name == "kl":
         return KLObjective(model, **weights)
-    kind = LocalObjective if name == "local" else LayerObjective
-    return kind(model, kind=t.loss, variances=variances, **weights)
+    if name == "local":
+        per_visit = config.optimization.micro_batches_per_layer
+        return LocalObjective(model, kind=t.loss, variances=variances, micro_batches_per_layer=per_visit, **weights)
+    return LayerObjective(model, kind=t.loss, variances=variances, **weights)
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from ..evaluation.perplexity import (
 from ..models.checkpoints import load_npt, save_npt
 from ..models.patching import ApplyReport, apply_npt, converted_layers, remove_npt
 from ..progress import progress_bar
+from ..streaming import stream_mode
 from .accelerator import make_accelerator
 from .checkpoints import Checkpoint, list_checkpoints, save_checkpoint
 from .display import TrainingDisplay, describe
@@ -67,7 +68,7 @@ class Run:
         #: What the checkpoint holds of this class.
         self.saved: dict[str, Any] = {}
         self.notes = self._compare()
-        if not getattr(model, "hf_device_map", None):
+        if not getattr(model, "hf_device_map", None) and stream_mode(config, self.accelerator.device) == "off":
             model.to(self.accelerator.device)
         model.eval()
         self.recorder = Recorder(config, console, self.accelerator)
