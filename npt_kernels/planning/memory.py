@@ -418,10 +418,9 @@ class _Count:
     def local(self) -> Phase:
         training, length = self.config.training, self.config.data.max_length
         layer = self.layer(self.trained, training.batch_size, length)
-        visits = self.config.optimization.micro_batches_per_layer
-        tokens = f"{layer.tokens:,} tokens"
-        # The model's own frame holds the embeddings while a layer runs from its input h to its output y.
-        hidden = [MemoryTerm("hidden states", (2 + visits) * layer.stream, f"embedding, h and y, {tokens}")]
+        visits = min(self.config.optimization.micro_batches_per_layer, training.gradient_accumulation_steps)
+        what = f"h of {visits} micro-batches of {layer.tokens:,} tokens, y of one"
+        hidden = [MemoryTerm("hidden states", (1 + visits) * layer.stream, what)]
         # The last layer's own gradients are among its activations.
         before = max(0, self.np_parameters - round(self.adapter.largest * self.adapter_share * self.parallel.pipeline))
         if training.gradient_accumulation_steps > 1:

@@ -134,10 +134,31 @@ def test_streaming_leaves_two_layers_on_the_gpu() -> None:
 
 
 def test_micro_batches_per_layer_keep_their_hidden_states() -> None:
-    one, four = (
-        counted(LLAMA, CUDA, training__mode="local", optimization__micro_batches_per_layer=n)["local"] for n in (1, 4)
+    keys = {"training__mode": "local", "training__gradient_accumulation_steps": 4}
+    one, four, more = (
+        counted(LLAMA, CUDA, optimization__micro_batches_per_layer=n, **keys)["local"] for n in (1, 4, 16)
     )
     assert term(four, "hidden states") - term(one, "hidden states") == 3 * 4 * 64 * 64 * 2
+    assert more == four, "a step has no more than four"
+    check(LLAMA, "local", optimization__micro_batches_per_layer=4, **keys)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_streamed(family: str, mode: str) -> None:
+    """On a CPU home and buffers lie in the same memory."""
+    keys = {**MODES[mode], "optimization__stream_layers": "host"}
+    check(FAMILIES[family], keys["training__mode"], **keys)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantised(name: str, precision: str, mode: str, family: str) -> None:
+    pytest.importorskip("npt_kernels.models.quantised")
+    keys = {**MODES[mode], **PRECISIONS[precision], "optimization__quantization": name}
+    check(FAMILIES[family], keys["training__mode"], **keys)
 
 
 @pytest.mark.parametrize(
