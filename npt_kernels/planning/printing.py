@@ -19,7 +19,9 @@ __all__ = ["print_configuration", "print_plan", "size_text"]
 
 def size_text(count: int) -> str:
     """Bytes for people."""
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+    if count >= 2**30:
+        return f"{count / 2**30:,.2f} GiB"
+    return f"{count / 2**20:,.0f} MiB" if count >= 2**23 else f"{count / 2**10:,.0f} KiB"
 
 
 def print_configuration(plan: Plan, console: Console) -> None:
