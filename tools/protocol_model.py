@@ -5,6 +5,10 @@ The model mirrors, line by line where marked in the sources:
 * ``csrc/gemm/mainloop.cuh``: ``init_barriers`` [P1] [P2], ``produce`` [P3] [P4], ``multiply`` [P5], ``release`` [P6],
   ``finish_tile`` [P7]; ``csrc/decode/segk_swapab.cuh`` is the same with one consumer and no cluster.
 * ``csrc/gemm/segk_pingpong.cuh``: the turn order [O1] [O2] and the epilogue's fetches and stores [E1] to [E4].
+* ``csrc/skinny/ring.cuh``: the ring of two warpgroups again; ``csrc/skinny/pair.cuh``: the resident operand [S4] [S5].
+* ``csrc/skinny/shrink.cuh`` [S1] [S2] [S3] and ``decode_finish_split`` of ``csrc/decode/segk_swapab.cuh`` [D2] [D3]: a cluster's
+  blocks leave partial sums in the memory of their rings, meet, read each other's, meet again.
+* ``csrc/decode/segk_swapab.cuh``: overlap with the kernel before [D1] [D4].
 * ``csrc/gemm/segk_coop.cuh``: ``CoopEpilogue::store`` (two buffers in rotation) and the final ``cluster_sync``.
 
 What is modelled: mbarriers with their parity waits (so that aliasing two laps apart is seen), pending counts and byte
@@ -68,6 +72,7 @@ class Machine:
     counts: dict[object, int] = field(default_factory=dict)
     programs: list[list[tuple]] = field(default_factory=list)
     exits: dict[int, int] = field(default_factory=dict)  # process -> block, to find accesses to a block that has left
+    parts: int | None = None  # loads that fill a stage; by default one for each producer of the cluster
 
 
 def ring_machine(sc: Scenario, fault: Faults = Faults()) -> Machine:
@@ -221,6 +226,137 @@ def fetch_machine(tiles: int = 2, parts: int = 6, wait_between: bool = True, wai
     return m
 
 
+def meeting_machine(blocks: int = 2, groups: int = 2, k_blocks: tuple[int, ...] = (2, 1), stages: int = 2, drained: bool = True,
+                    meet_first: bool = True, meet_last: bool = True, producer_meets: bool = True) -> Machine:  # fmt: skip
+    """A split tile: each block its own ring and k-blocks (perhaps none), then partial sums over the ring, read by all blocks."""
+    m = Machine()
+    m.counts["meet"] = blocks * (groups + 1)
+    for cta in range(blocks):
+        for s in range(stages):
+            m.counts["full", cta, s] = 1
+            m.counts["empty", cta, s] = groups
+        m.counts["local", cta] = groups
+    for cta in range(blocks):
+        count = k_blocks[cta % len(k_blocks)]
+        where = [(i % stages, i // stages) for i in range(count)]
+        # Every block's producer comes first among its processes and says so, even when it has nothing to load.
+        program: list[tuple] = [
+            ("produce", ("empty", cta, stage), (use & 1) ^ 1, ("full", cta, stage), stage_bytes(FULL),
+             ((cta, stage, (cta, 0, i), stage_bytes(FULL)),))
+            for i, (stage, use) in enumerate(where)
+        ]  # fmt: skip
+        meetings = [(0, meet_first), (1, meet_last)]
+
+        def meet(program: list[tuple], phase: int, wanted: bool) -> None:
+            if wanted:
+                program.append(("arrive", "meet"))
+                program.append(("wait", "meet", phase if meet_first else 0))
+
+        if producer_meets:
+            for phase, wanted in meetings:
+                meet(program, phase, wanted)
+        m.exits[len(m.programs)] = cta
+        m.programs.append(program)
+        for group in range(groups):
+            program = []
+            held: int | None = None
+            for i, (stage, use) in enumerate(where):
+                program.append(("acquire", ("full", cta, stage), use & 1, cta, stage, 0, i))
+                if held is not None:
+                    program += [("drop", cta, held), ("arrive", ("empty", cta, held))]
+                held = stage
+            if held is not None:
+                program += [("drop", cta, held), ("arrive", ("empty", cta, held))]
+            if drained:
+                program += [("arrive", ("local", cta)), ("wait", ("local", cta), 0)]
+            program.append(("deposit", cta, group))
+            meet(program, *meetings[0])
+            program += [("collect", other, groups) for other in range(blocks)]
+            meet(program, *meetings[1])
+            m.exits[len(m.programs)] = cta
+            m.programs.append(program)
+    return m
+
+
+def overlap_machine(k_blocks: int = 3, dependent_from: int = 1, stages: int = 2, ahead: bool = True, wait_loads: bool = True,
+                    wait_stores: bool = True) -> Machine:  # fmt: skip
+    """A decode kernel that starts while the kernel before still runs: that one writes the activations of k-blocks from
+    ``dependent_from`` on, and still reads the memory that this one's output was given."""
+    m = Machine()
+    m.counts["before"] = 1
+    for s in range(stages):
+        m.counts["full", 0, s] = m.counts["empty", 0, s] = 1
+    program: list[tuple] = []
+    waited, i = not wait_loads, 0
+
+    def weights(i: int) -> None:
+        stage, use = i % stages, i // stages
+        program.append(("produce", ("empty", 0, stage), (use & 1) ^ 1, ("full", 0, stage), A_BYTES + B_BYTES,
+                        ((0, stage, (0, 0, i), B_BYTES),)))  # fmt: skip
+
+    def activations(i: int) -> None:
+        if i >= dependent_from:
+            program.append(("need", "activations", f"k-block {i} reads activations that are not written yet"))
+        program.append(("produce", None, 0, None, 0, ((0, i % stages, (1, 0, i), A_BYTES),)))
+
+    while i < k_blocks:
+        if not waited and i >= dependent_from:
+            lap = min(stages, k_blocks) if ahead and dependent_from == 0 else 0
+            for j in range(lap):
+                weights(j)
+            program.append(("wait", "before", 0))
+            waited = True
+            for j in range(lap):
+                activations(j)
+            i += lap
+            if i >= k_blocks:
+                break
+        weights(i)
+        activations(i)
+        i += 1
+    consumer: list[tuple] = []
+    for i in range(k_blocks):
+        stage, use = i % stages, i // stages
+        consumer += [
+            ("acquire", ("full", 0, stage), use & 1, 0, stage, 0, i), ("drop", 0, stage), ("arrive", ("empty", 0, stage)),
+        ]  # fmt: skip
+    if wait_stores:
+        consumer.append(("wait", "before", 0))
+    consumer.append(("need", "ended", "the output is written while the kernel before reads that memory"))
+    m.programs = [program, consumer, [("touch", "activations"), ("touch", "ended"), ("arrive", "before")]]
+    m.parts = 2
+    return m
+
+
+def resident_machine(tiles: int = 3, stages: int = 2, wait_resident: bool = True, wait_full: bool = True) -> Machine:
+    """The pair kernel: w_b_up loaded once, then a ring of tiles; two warpgroups."""
+    m = Machine()
+    m.counts["full", 0, "resident"] = 1
+    for s in range(stages):
+        m.counts["full", 0, s] = 1
+        m.counts["empty", 0, s] = 2
+    program: list[tuple] = [("produce", None, 0, ("full", 0, "resident"), 7, ((0, "resident", (0, 0, -1), 7),))]
+    for i in range(tiles):
+        stage, use = i % stages, i // stages
+        program.append(
+            ("produce", ("empty", 0, stage), (use & 1) ^ 1, ("full", 0, stage), 5, ((0, stage, (0, 0, i), 5),))
+        )
+    m.programs.append(program)
+    for _ in range(2):
+        consumer: list[tuple] = []
+        if wait_resident:
+            consumer.append(("wait", ("full", 0, "resident"), 0))
+        for i in range(tiles):
+            stage, use = i % stages, i // stages
+            if wait_full:
+                consumer.append(("acquire", ("full", 0, stage), use & 1, 0, stage, 0, i))
+            else:
+                consumer.append(("use", 0, stage, 0, i))
+            consumer += [("use", 0, "resident", 0, -1), ("drop", 0, stage), ("arrive", ("empty", 0, stage))]
+        m.programs.append(consumer)
+    return m
+
+
 class Violation(Exception):
     """Something that must not happen; the message says what."""
 
@@ -251,6 +387,13 @@ class Search:
         # Phases are kept modulo 4: parity waits and the check below see no more.
         barriers[index] = (
             ((phase + 1) % 4, self.counts[index], 0) if left == 0 and bytes_ == 0 else (phase, left, bytes_)
+        )
+
+    def _producers(self, cta: int) -> int:
+        """Processes that load into block ``cta``."""
+        return sum(
+            any(step[0] == "produce" and any(load[0] == cta for load in step[5]) for step in program)
+            for program in self.machine.programs
         )
 
     def _passed(self, state: tuple, name: object, parity: int) -> bool:
@@ -301,7 +444,8 @@ class Search:
             case ("produce", wait, parity, full, expected, loads):
                 if wait is not None and not self._passed(state, wait, parity):
                     return None
-                self._settle(bars, self.barriers[full], 1, expected)
+                if full is not None:
+                    self._settle(bars, self.barriers[full], 1, expected)
                 new = {
                     ("stage", cta, stage, tag[0], tag[1:], size, self.barriers["full", cta, stage])
                     for cta, stage, tag, size in loads
@@ -312,12 +456,34 @@ class Search:
                     return None
                 found = {c[3] for c in contents if c[0] == cta and c[1] == stage}
                 parts = {c[2] for c in contents if c[0] == cta and c[1] == stage}
-                producers = {p for p, prog in enumerate(self.machine.programs) if prog and prog[0][0] == "produce"}
-                if found != {(tile, block)} or len(parts) != len(producers):
+                wanted = self.machine.parts or self._producers(cta)
+                if found != {(tile, block)} or len(parts) != wanted:
                     raise Violation(
                         f"tile {tile} k-block {block} of block {cta} reads {sorted(found)} from stage {stage}"
                     )
                 return (*state[1:4], holds | {(cta, stage, process)}, stores)
+            case ("use", cta, stage, tile, block):
+                if {c[3] for c in contents if c[0] == cta and c[1] == stage} != {(tile, block)}:
+                    raise Violation(f"k-block {block} reads {stage} before it is loaded")
+                return state[1:]
+            case ("touch", name):
+                return (*state[1:3], contents | {("memory", name, 0, 0)}, *state[4:])
+            case ("need", name, why):
+                if ("memory", name, 0, 0) not in contents:
+                    raise Violation(why)
+                return state[1:]
+            case ("deposit", cta, group):
+                if any(h[0] == cta for h in holds):
+                    raise Violation(f"block {cta} writes its sums over a stage that is being read")
+                if any(f[1] == cta for f in flying):
+                    raise Violation(f"block {cta} writes its sums where a load is about to land")
+                return (*state[1:3], contents | {("sums", cta, group, 0)}, *state[4:])
+            case ("collect", cta, groups):
+                if any(("sums", cta, group, 0) not in contents for group in range(groups)):
+                    raise Violation(f"the sums of block {cta} are read before they are written")
+                if all(state[0][i] == len(self.machine.programs[i]) for i, b in self.machine.exits.items() if b == cta):
+                    raise Violation(f"the sums of block {cta} are read after it has left")
+                return state[1:]
             case ("drop", cta, stage):
                 return (*state[1:4], holds - {(cta, stage, process)}, stores)
             case ("wait_read", allowed):
@@ -396,6 +562,13 @@ CASES: dict[str, Callable[[], Machine]] = {
     "epilogue stores, 4 buffers": lambda: store_machine(4, stores=9),
     "backward epilogue, 6 parts, 2 tiles": lambda: fetch_machine(),
     "backward epilogue, 6 parts, 3 tiles": lambda: fetch_machine(tiles=3),
+    "split tile, 2 blocks, 2 warpgroups": lambda: meeting_machine(),
+    "split tile, 2 blocks, one without k-blocks": lambda: meeting_machine(k_blocks=(3, 0)),
+    "split tile, 3 blocks, 1 warpgroup (decode)": lambda: meeting_machine(blocks=3, groups=1),
+    "overlap, low-rank segment depends": lambda: overlap_machine(),
+    "overlap, all activations depend, weights ahead": lambda: overlap_machine(k_blocks=4, dependent_from=0),
+    "overlap, ring longer than the K loop": lambda: overlap_machine(k_blocks=2, dependent_from=0, stages=3),
+    "pair, resident operand and 2 stages": lambda: resident_machine(),
 }
 
 

@@ -28,7 +28,7 @@ from npt_kernels.ops.mlp import eager as mlp_eager
 from npt_kernels.rules import RULES
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_launch import CALLS, LOW, LOW_FIRST, LOW_SECOND, MAIN, fake_run
+from fake_launch import CALLS, LOW, LOW_FIRST, LOW_SECOND, MAIN, install
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = importlib.util.find_spec("npt_kernels._cuda") is not None
@@ -126,7 +126,8 @@ def test_print_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 GOOD: dict[str, Any] = {
     "family": 0, "epilogue": 0, "dtype": 0, "mn_major": False, "cluster": 2, "block_m": 128, "rows": 512, "cols": 256,
     "segments": [(0, 4096, 512, 512, 8192, 512, 0, 0)], "inputs": [], "outputs": [(1 << 20, 256)], "bias": 0,
-    "act_a": 1.0, "act_b": 0.0, "store_pre": False, "group_m": 8, "device": 0, "stream": 0,
+    "act_a": 1.0, "act_b": 0.0, "store_pre": False, "group_m": 8, "split": 1,
+    "dependent_from": -1, "device": -1, "stream": 0,
 }  # fmt: skip
 
 
@@ -148,15 +149,19 @@ GOOD: dict[str, Any] = {
         ({"bias": 2}, "multiple of 4 bytes"),
         ({"epilogue": 2}, "second operand"),
         ({"family": 2, "cluster": 1, "block_m": 64, "rows": 65}, "rows = 65"),
+        ({"family": 2, "cluster": 1, "block_m": 64, "rows": 64, "split": 3}, "split = 3"),
+        ({"split": 2}, "only the decode kernels"),
+        ({"dependent_from": 0}, "only the decode kernels"),
+        ({"family": 2, "cluster": 1, "block_m": 64, "rows": 64, "dependent_from": 1}, "dependent_from = 1"),
     ],
 )
 def test_launch_checks(change: dict[str, Any], part: str | None) -> None:
     arguments = GOOD | change
     if part is None:
-        _cuda.extension().check(**arguments)
+        _cuda.extension().launch(**arguments)
     else:
         with pytest.raises(ValueError, match=part):
-            _cuda.extension().check(**arguments)
+            _cuda.extension().launch(**arguments)
 
 
 def test_refusals_name_the_value() -> None:
@@ -181,10 +186,8 @@ def test_rows_ok_copies_only_when_it_must() -> None:
 # ------------------------------------------------------------------------------------- the ops against eager
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(mlp_cuda, "run", fake_run)
-    monkeypatch.setattr(factored_cuda, "run", fake_run)
+    install(monkeypatch)
     launch.say_fallback.cache_clear()
-    CALLS.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         yield

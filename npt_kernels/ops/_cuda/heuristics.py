@@ -34,6 +34,8 @@ class Epilogue(IntEnum):
 
 #: Decode pads the tokens to one of these; above 64 a 128-row tile wastes less than half of the tensor core.
 DECODE_TOKENS = (8, 16, 32, 64)
+#: k-blocks of 64 that each block of a split keeps: fewer, and filling the ring (~700 ns) costs more than the idle SMs.
+MIN_SPLIT_BLOCKS = 4
 #: K up to which the epilogue of a cooperative tile (not overlapped, ~3000 clocks predicted) costs more than 10 % of its K loop
 #: (64 clocks a k16 step of 128 x 256): there two warpgroups taking turns win.
 PINGPONG_MAX_DEPTH = 2048
@@ -54,11 +56,13 @@ class Config:
     block_n: int
     group_m: int
     reason: str
+    #: Decode: blocks of a cluster that share one tile's K.
+    split: int = 1
 
     def __str__(self) -> str:
         return (
             f"{self.family.name.lower()} {self.epilogue.name.lower()} {self.block_m}x{self.block_n} cluster {self.cluster} "
-            f"group {self.group_m}: {self.reason}"
+            f"group {self.group_m}{f' split {self.split}' if self.split > 1 else ''}: {self.reason}"
         )
 
 
@@ -85,9 +89,12 @@ def _choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int) -> C
     backward = epilogue in (Epilogue.ACT_BWD, Epilogue.DUAL_BWD)
     if rows <= DECODE_TOKENS[-1] and not backward:
         tokens = next(n for n in DECODE_TOKENS if rows <= n)
-        return Config(
-            Family.DECODE, epilogue, 1, tokens, 64, 1, f"{rows} tokens: bound by weight bandwidth, operands swapped"
-        )
+        tiles, k_blocks = _div_up(cols, 64), _div_up(depth, 64)
+        split = next(n for n in (8, 4, 2, 1) if n == 1 or (tiles * n <= sms and k_blocks >= n * MIN_SPLIT_BLOCKS))
+        why = f"{rows} tokens: bound by weight bandwidth, operands swapped"
+        if split > 1:
+            why += f"; {tiles} tiles would leave {sms - tiles} of {sms} SMs idle"
+        return Config(Family.DECODE, epilogue, 1, tokens, 64, 1, why, split)
 
     row_tiles = _div_up(rows, 128)
     waste = (row_tiles % 2) / (row_tiles + row_tiles % 2)
