@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_dtype", "check_shape", "check_tensors", "flatten_tokens"]
+__all__ = ["autocast_dtype", "check_shape", "check_tensors", "differ", "flatten_tokens"]
 
 
 def check_tensors(op: str, tensors: Sequence[tuple[str, object]], reference: Tensor) -> None:
@@ -39,9 +39,28 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | torch.
 
 def flatten_tokens(op: str, name: str, tensor: Tensor, leading: torch.Size, keep: int, meaning: str) -> Tensor:
     """``[*leading, ...] -> [T, ...]`` keeping the last ``keep`` dimensions; leading dimensions must match those of x."""
-    if tensor.dim() != len(leading) + keep or tensor.shape[: len(leading)] != leading:
+    if tensor.dim() != len(leading) + keep or differ(tensor.shape[: len(leading)], leading):
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {meaning} with ... = {list(leading)}")
     return tensor if len(leading) == 1 else tensor.reshape(-1, *tensor.shape[len(leading) :])
+
+
+def differ(sizes: torch.Size, expected: torch.Size) -> bool:
+    """Whether two lists of sizes differ. While tracing, sizes that are not known are assumed equal and checked
+    when the graph runs, so that several ``mark_unbacked`` inputs do not end the trace.
+    """
+    if not torch.compiler.is_compiling():
+        return sizes != expected
+    if len(sizes) != len(expected):
+        return True
+    # Imported here: it brings sympy, 0.4 s that eager use does not pay. torch 2.6 has no guard_or_false.
+    from torch.fx.experimental import symbolic_shapes
+
+    surely = getattr(symbolic_shapes, "guard_or_false", symbolic_shapes.statically_known_true)
+    for a, b in zip(sizes, expected, strict=True):
+        if surely(a != b):
+            return True
+        torch._check(a == b)
+    return False
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._checks import autocast_dtype, check_shape, check_tensors, flatten_tokens
+from ._checks import autocast_dtype, check_shape, check_tensors, differ, flatten_tokens
 from .activations import get_activation
 from .backends import resolve_backend
 from .ops.factored_linear import factored_linear
@@ -293,7 +293,7 @@ def _mlp(
             raise ValueError(f"{op}: w_a_up[{target}] is given without w_b_up[{target}]; give both or neither")
     flat = flatten_tokens(op, "x", x, leading, 1, "[..., d]")
     if key_scale is not None:
-        if key_scale.shape != leading:
+        if differ(key_scale.shape, leading):
             raise ValueError(f"{op}: key_scale has shape {list(key_scale.shape)}, expected [...] = {list(leading)}")
         key_scale = key_scale.reshape(-1)
     chosen = resolve_backend("mlp", backend, x.device, x.dtype, act=act)

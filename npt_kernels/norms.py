@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ._checks import differ
 from .backends import resolve_backend
 from .ops.matched_norm import matched_norm as matched_norm_op
 
@@ -50,7 +51,7 @@ def matched_norm(
         ValueError: ``h`` and ``a`` differ in shape.
         BackendUnavailableError: The backend asked for cannot run this call.
     """
-    if h.shape != a.shape:
+    if differ(h.shape, a.shape):
         raise ValueError(f"matched_norm: h has shape {list(h.shape)} but a {list(a.shape)}; both are [..., d]")
     width = h.shape[-1]
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)

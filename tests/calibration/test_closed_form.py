@@ -58,7 +58,7 @@ def test_exact_at_full_rank_in_float64(name):
     model = sharpened(name).double()
     original = model(input_ids=HELD_OUT).logits.detach()
     apply_npt(model, NPTConfig(layers="all", rank=32, basis="pca"), calibration=CALIBRATION)
-    tolerance = 1e-5 if name != "gpt2" else 1e-7  # HF's RMSNorm computes in fp32 whatever it is given
+    tolerance = 1e-5 if name != "gpt2" else 1e-12  # HF's RMSNorm computes in fp32 whatever it is given
     assert (model(input_ids=HELD_OUT).logits.detach() - original).abs().max() <= tolerance * original.abs().max()
 
 

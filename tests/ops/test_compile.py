@@ -83,19 +83,20 @@ def test_unbacked_token_dimension(rule):
     rest = {n: t for n, t in problem.leaves().items() if n not in PER_TOKEN}
     w = torch.randn(6, 5)
 
-    def block(h):
-        return problem.op(x=h, a=h @ w, key_scale=h[:, 0], **rest)
+    def block(h, key_scale):
+        return problem.op(x=h, a=h @ w, key_scale=key_scale, **rest)
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block, backend=counter, fullgraph=True)
     trained = [t for t in rest.values() if t is not None]
     for tokens in (1, 7, 128):
-        h = torch.randn(tokens, 6)
-        torch._dynamo.decorators.mark_unbacked(h, 0)
-        y = compiled(h)
-        torch.testing.assert_close(y, block(h), rtol=1e-6, atol=1e-6)
+        inputs = torch.randn(tokens, 6), torch.rand(tokens)
+        for tensor in inputs:  # two unknown sizes that the op must take for one
+            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        y = compiled(*inputs)
+        torch.testing.assert_close(y, block(*inputs), rtol=1e-6, atol=1e-6)
         for g, want in zip(
-            torch.autograd.grad(y.sum(), trained), torch.autograd.grad(block(h).sum(), trained), strict=True
+            torch.autograd.grad(y.sum(), trained), torch.autograd.grad(block(*inputs).sum(), trained), strict=True
         ):
             torch.testing.assert_close(g, want, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1

@@ -126,10 +126,10 @@ def backward(
     has_key = rule_.key != "none"
     need_z = need_a or need_w_down
     need_z_in = need_z or need_key_scale
-    gate_first = gated and (
-        need_x or need_z_in or need_gate_weight or need_gate_bias or need_gate_key or need_gate_value
-    )
-    up_first = need_x or need_z_in or need_up_weight or need_up_bias or need_up_key or need_up_value
+    # A gradient of z̃ passes only through targets that have a delta.
+    z_gate, z_up = need_z_in and gate_value is not None, need_z_in and up_value is not None
+    gate_first = gated and (need_x or z_gate or need_gate_weight or need_gate_bias or need_gate_key or need_gate_value)
+    up_first = need_x or z_up or need_up_weight or need_up_bias or need_up_key or need_up_value
 
     def low_rank(
         dy: Tensor, p: Tensor, value: Tensor, scale_of_z: Tensor | None, need_dz: bool, need_p: bool, need_value: bool

@@ -1,8 +1,4 @@
-"""The 2× rule and the odd tensors that the kernels' tests share.
-
-An implementation passes if its largest error against float64 is at most twice that of torch in the same dtype on the same
-inputs, plus ``2·eps·max|truth|`` (rounding the result twice), which matters only where torch was lucky.
-"""
+"""Dtypes and odd layouts that the kernels' tests share."""
 
 from __future__ import annotations
 
@@ -12,23 +8,6 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: What a tensor's memory may look like; :func:`odd` makes them.
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded", "offset")
-
-
-def assert_within_twice(actual: Tensor, reference: Tensor, truth: Tensor, what: str = "") -> None:
-    """``max|actual − truth| ≤ 2·max|reference − truth| + 2·eps·max|truth|``; dtype and shape as the reference's."""
-    assert actual.dtype == reference.dtype, f"{what}: dtype {actual.dtype}, reference {reference.dtype}"
-    assert actual.shape == reference.shape == truth.shape, f"{what}: {actual.shape}, {reference.shape}, {truth.shape}"
-    assert truth.dtype == torch.float64
-    if truth.numel() == 0:
-        return
-    assert bool(actual.isfinite().all()), f"{what}: not finite"
-    error, allowed = ((t.double() - truth).abs().max() for t in (actual, reference))
-    bound = 2 * allowed + 2 * torch.finfo(actual.dtype).eps * truth.abs().max()
-    assert error <= bound, f"{what}: error {error:.3e} > {bound:.3e}, torch's own {allowed:.3e}"
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
 
 
 def odd(tensor: Tensor, layout: str) -> Tensor:

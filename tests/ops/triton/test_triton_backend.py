@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from kernel_helpers import randn
+from helpers import randn
 from test_triton_ops import mlp_functions, mlp_tensors
 
 from npt_kernels import BackendUnavailableError, npt_linear

@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_within_twice, randn
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_helpers import DTYPES, LAYOUTS, assert_within_twice, odd, randn
+from kernel_helpers import DTYPES, LAYOUTS, odd
 
 from npt_kernels.activations import get_activation
 from npt_kernels.ops._triton import decode, explicit
