@@ -52,18 +52,18 @@ def test_never_chosen_by_itself() -> None:
     ],
 )
 def test_reasons(op: str, device: str, dtype: torch.dtype, part: str) -> None:
-    reason = BACKENDS["cuda"].check(Call(op, torch.device(device), dtype))
+    reason = BACKENDS["cuda"].reason(Call(op, torch.device(device), dtype))
     assert reason is not None and part in reason
 
 
 def test_wrong_gpu_and_missing_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "_import", lambda: _cuda)
     monkeypatch.setattr(_cuda, "_capability", lambda index: (8, 0))
-    assert "sm_80" in str(_cuda.unavailable("mlp", torch.device("cuda", 0), torch.bfloat16))
+    assert "sm_80" in str(_cuda.unavailable(torch.device("cuda", 0), torch.bfloat16))
     monkeypatch.setattr(_cuda, "_capability", lambda index: (9, 0))
-    assert _cuda.unavailable("mlp", torch.device("cuda", 0), torch.float16) is None
+    assert _cuda.unavailable(torch.device("cuda", 0), torch.float16) is None
     monkeypatch.setattr(_cuda, "_import", lambda: "its kernels are not built")
-    assert "not built" in str(_cuda.unavailable("mlp", torch.device("cuda", 0), torch.bfloat16))
+    assert "not built" in str(_cuda.unavailable(torch.device("cuda", 0), torch.bfloat16))
 
 
 def test_asked_for_by_name_raises_with_the_reason() -> None:
