@@ -275,7 +275,15 @@ def _check_mlp(rule: str, targets: str, act: str, gated: bool, bias: bool, conv1
     for needs in cases:
         needs = [n and p for n, p in zip(needs, present, strict=True)]
         given = (dout, x, a, scale, *weights, common[9], *pairs, z, *saved, gated, act, rule, k, 0.7, needs)
-        compare(mlp_cuda.backward(*given), mlp_eager.backward(*given))
+        want_grads = mlp_eager.backward(*given)
+        compare(mlp_cuda.backward(*given), want_grads)
+        if not any(needs[3:6]):  # what local and end-to-end training ask for; gate and up are given up
+            wide = [t.clone() for t in saved[3:5]]
+            again = (*given[:18], *wide, *given[20:], True)
+            calls = len(CALLS)
+            compare(mlp_cuda.backward(*again), want_grads)
+            touched = [not torch.equal(t, before) for t, before in zip(wide, saved[3:5], strict=True) if t.numel()]
+            assert any(touched) == any(c[0] in (Epilogue.ACT_BWD, Epilogue.DUAL_BWD) for c in CALLS[calls:])
 
 
 def test_unfused_activation_and_rank_fall_back_and_say_so(on_cpu: None) -> None:

@@ -36,7 +36,10 @@ from ..factored_linear.cuda import fused_sum
 from ..factored_linear.eager import add_key_grad, key_grad
 from . import eager
 
-__all__ = ["backward", "forward"]
+__all__ = ["OVERWRITES_SAVED", "backward", "forward"]
+
+#: ``backward`` takes ``overwrite``.
+OVERWRITES_SAVED = True
 
 
 def _activate(
@@ -184,8 +187,13 @@ def _act_backward(
     rule: Rule,
     want_gate: bool,
     want_up: bool,
+    overwrite: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``(dgate, dup)`` from ``dinter = dout @ Wd + dp_d @ A_d``, which is never stored where it can be fused."""
+    """``(dgate, dup)`` from ``dinter = dout @ Wd + dp_d @ A_d``, which is never stored where it can be fused.
+
+    ``overwrite``: in the places of gate and up. A block has read a part of both into shared memory before it stores the same
+    part, and no other block reads it (csrc/gemm/segk_pingpong.cuh).
+    """
     activation = fused_activation(act)
     low: tuple[Tensor, Tensor] | None = None
     if dp_down is not None:
@@ -202,12 +210,14 @@ def _act_backward(
         segments = [Segment(MAIN, rows_ok(dout), down_weight.t())]
         if low is not None:
             segments.append(low_rank(*low))
-        dup = torch.empty_like(up) if want_up else None
+        up = rows_ok(up)
+        dup = (up if overwrite else torch.empty_like(up)) if want_up else None
         if not gated:
-            run(Epilogue.ACT_BWD, segments, [dup], inputs=[rows_ok(up)], activation=activation)
+            run(Epilogue.ACT_BWD, segments, [dup], inputs=[up], activation=activation)
             return None, dup
-        dgate = torch.empty_like(gate) if want_gate else None
-        run(Epilogue.DUAL_BWD, segments, [dgate, dup], inputs=[rows_ok(gate), rows_ok(up)], activation=activation)
+        gate = rows_ok(gate)
+        dgate = (gate if overwrite else torch.empty_like(gate)) if want_gate else None
+        run(Epilogue.DUAL_BWD, segments, [dgate, dup], inputs=[gate, up], activation=activation)
         return dgate, dup
     if reason is not None:
         say_fallback("mlp backward", reason)
@@ -247,8 +257,12 @@ def backward(
     num_ranks: int,
     scale: float,
     needs: list[bool],
+    overwrite: bool = False,
 ) -> list[Tensor]:
-    """Gradients of the 16 tensor arguments of ``forward`` where ``needs`` is true, in that order."""
+    """Gradients of the 16 tensor arguments of ``forward`` where ``needs`` is true, in that order.
+
+    ``overwrite``: gate and up may be written over, which saves two ``[T, f]`` tensors.
+    """
     (
         need_x, need_a, need_key_scale, need_gate_weight, need_up_weight, need_down_weight,
         need_gate_bias, need_up_bias, need_down_bias, need_w_down,
@@ -282,7 +296,18 @@ def backward(
     if need_inter:
         assert down_weight is not None and gate is not None and up is not None
         dgate, dup = _act_backward(
-            dout, down_weight, dp_down, down_key, gate, up, gated, act, rule_, gate_first, up_first or not gated
+            dout,
+            down_weight,
+            dp_down,
+            down_key,
+            gate,
+            up,
+            gated,
+            act,
+            rule_,
+            gate_first,
+            up_first or not gated,
+            overwrite,
         )
 
     dz_in: Tensor | None = None
