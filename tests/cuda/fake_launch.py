@@ -17,7 +17,7 @@ from torch import Tensor
 
 from npt_kernels.ops import _cuda
 from npt_kernels.ops._cuda import launch, skinny
-from npt_kernels.ops._cuda.heuristics import Epilogue
+from npt_kernels.ops._cuda.heuristics import Config, Epilogue
 from npt_kernels.ops._cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Overlap, Segment, weights_layout
 from npt_kernels.ops.factored_linear import cuda as factored_cuda
 from npt_kernels.ops.mlp import cuda as mlp_cuda
@@ -59,13 +59,18 @@ def fake_shrink(
     )
     if a is not None:
         assert w_down is not None
-        z.copy_(a @ w_down)
+        exact_z = a.double() @ w_down.double()
+        z.copy_(exact_z)
+    else:
+        exact_z = z.double()
+    exact_p = None
     if key is not None:
         assert u is not None and p is not None
-        p.copy_(u @ {1: key.t(), 2: key, 3: key.unsqueeze(-1)}[key_kind])
-    if c is not None:
-        scaled = z if key_scale is None else z * key_scale.unsqueeze(1)
-        c.copy_(get_rule(rule).coefficients(scaled, p, z.shape[1] // width, scale))
+        exact_p = u.double() @ {1: key.t(), 2: key, 3: key.unsqueeze(-1)}[key_kind].double()
+        p.copy_(exact_p)
+    if c is not None:  # the rule sees what was not rounded yet
+        scaled = exact_z if key_scale is None else exact_z * key_scale.double().unsqueeze(1)
+        c.copy_(get_rule(rule).coefficients(scaled, exact_p, z.shape[1] // width, scale))
 
 
 def fake_pair(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int) -> None:
@@ -73,10 +78,10 @@ def fake_pair(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ran
     tiles = -(-dy.shape[0] // 64)
     for block in range(dc.shape[0]):
         columns = slice(512 * block, 512 * (block + 1))
-        dc[block].copy_(dy[:, columns] @ w_b_up[:, columns].t())
+        dc[block].copy_(dy[:, columns].double() @ w_b_up[:, columns].double().t())
     for part in range(ranges):
         rows = slice(64 * (tiles * part // ranges), 64 * (tiles * (part + 1) // ranges))
-        db[part].copy_(c[rows].t() @ dy[rows])
+        db[part].copy_(c[rows].double().t() @ dy[rows].double())
 
 
 def fake_rule(
@@ -85,14 +90,15 @@ def fake_rule(
 ) -> None:  # fmt: skip
     arguments = (backward, z, p, c, dc, dz, dp, shares, key_scale, rule, num_ranks, scale)
     dry_run("rule", skinny.rule_arguments(*arguments))
-    scaled = z if key_scale is None else z * key_scale.unsqueeze(1)
+    scaled = z.double() if key_scale is None else z.double() * key_scale.double().unsqueeze(1)
+    exact_p = None if p is None else p.double()
     if not backward:
         assert c is not None
-        c.copy_(get_rule(rule).coefficients(scaled, p, num_ranks, scale))
+        c.copy_(get_rule(rule).coefficients(scaled, exact_p, num_ranks, scale))
         return
-    total = shares.sum(0).to(z.dtype) if shares is not None else dc
-    assert total is not None and (dc is None) != (shares is None)
-    made = get_rule(rule).backward(total, scaled, p, num_ranks, scale, dz is not None, dp is not None)
+    assert (dc is None) != (shares is None)
+    total = shares.sum(0).double() if shares is not None else dc.double()  # type: ignore[union-attr]
+    made = get_rule(rule).backward(total, scaled, exact_p, num_ranks, scale, dz is not None, dp is not None)
     for out, value in zip((dz, dp), made, strict=True):
         if out is not None and value is not None:
             out.copy_(value)
@@ -113,10 +119,11 @@ def fake_run(
     activation: tuple[float, float] = (1.0, 0.0),
     store_pre: bool = False,
     overlap: Overlap = None,
+    config: Config | None = None,
 ) -> None:
     """Same signature as ``launch.run``."""
     options: dict[str, Any] = {"inputs": inputs, "bias": bias, "activation": activation, "store_pre": store_pre}
-    dry_run("launch", launch.launch_arguments(epilogue, segments, outputs, overlap=overlap, **options))
+    dry_run("launch", launch.launch_arguments(epilogue, segments, outputs, overlap=overlap, config=config, **options))
     OVERLAPS.append(overlap)
     CALLS.append((epilogue, tuple(sorted(s.kind for s in segments))))
     assert 1 <= len(segments) <= 4 and any(s.kind == MAIN for s in segments)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...activations import get_activation
 from . import extension
-from .heuristics import Epilogue, Family, choose
+from .heuristics import Config, Epilogue, Family, choose
 
 __all__ = [
     "DTYPES",
@@ -167,15 +167,18 @@ def run(
     activation: tuple[float, float] = (1.0, 0.0),
     store_pre: bool = False,
     overlap: Overlap = None,
+    config: Config | None = None,
 ) -> None:
     """Launch one segmented-K product on the current stream. ``outputs[0]`` (or the first given) sets ``[rows, cols]``.
 
     ``overlap``: what the kernel before this one on the stream may still be writing, so that a decode kernel may start early:
     the activations of the low-rank segments (``"low"``), all activations (``"all"``), or anything (``None``: no overlap). The
     caller vouches that the kernel before was launched plainly, or with overlap, by this package, after x and weights were final.
+    ``config``: the instance instead of :func:`choose`'s (benchmarks and tests).
     """
     arguments = launch_arguments(
-        epilogue, segments, outputs, inputs=inputs, bias=bias, activation=activation, store_pre=store_pre, overlap=overlap
+        epilogue, segments, outputs, inputs=inputs, bias=bias, activation=activation, store_pre=store_pre, overlap=overlap,
+        config=config,
     )  # fmt: skip
     submit("launch", arguments, next(out for out in outputs if out is not None).device)
 
@@ -190,6 +193,7 @@ def launch_arguments(
     activation: tuple[float, float] = (1.0, 0.0),
     store_pre: bool = False,
     overlap: Overlap = None,
+    config: Config | None = None,
 ) -> Sequence[Any]:
     """The arguments of ``_cuda.launch`` but device and stream."""
     sample = next(out for out in outputs if out is not None)
@@ -210,7 +214,7 @@ def launch_arguments(
         ld1 = 0 if s.b1 is None else s.b1.stride(1 if along_n else 0)
         b1 = 0 if s.b1 is None else s.b1.data_ptr()
         packed.append((s.kind, s.a.data_ptr(), s.a.stride(0), s.a.shape[1], s.b0.data_ptr(), ld0, b1, ld1))
-    config = choose(epilogue, rows, cols, sum(s.a.shape[1] for s in segments), multiprocessors(device))
+    config = config or choose(epilogue, rows, cols, sum(s.a.shape[1] for s in segments), multiprocessors(device))
     dependent = -1
     if overlap is not None and config.family == Family.DECODE and overlap_allowed():
         first_low = next((i for i, s in enumerate(ordered) if s.kind != MAIN), -1)

@@ -26,7 +26,16 @@ from torch import Tensor
 from ...rules import get_rule
 from .launch import DTYPES, multiprocessors, rows_ok, submit, weights_layout
 
-__all__ = ["Coefficients", "coefficients", "pair_bytes", "rule_backward", "rule_forward", "shrink_plan", "value_grads"]
+__all__ = [
+    "Coefficients",
+    "coefficients",
+    "pair_bytes",
+    "rule_backward",
+    "rule_forward",
+    "shrink_plan",
+    "skinny_pair",
+    "value_grads",
+]
 
 Method = Literal["auto", "fused", "vendor"]
 
@@ -379,11 +388,26 @@ def value_grads(
             dz, dp = rule_backward(dy @ w_b_up.t(), None, z, p, key_scale, rule, num_ranks, scale, need_z, need_p)
         return dz, dp, None if c is None else c.t() @ dy
     assert w_b_up is not None
-    ranges = pair_ranges(tokens, width, rank, multiprocessors(dy.device))
-    fp32: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
-    dc_shares = torch.empty(_div_up(width, PAIR_COLUMNS), tokens, rank, **fp32)
-    db_shares = torch.empty(ranges, rank, width, **fp32)
-    launch_pair(rows_ok(dy), rows_ok(c), rows_ok(w_b_up), dc_shares, db_shares, ranges)
+    dc_shares, db_shares = _pair_shares(dy, w_b_up, c)
     dz, dp = rule_backward(None, dc_shares, z, p, key_scale, rule, num_ranks, scale, need_z, need_p)
     del dc_shares
     return dz, dp, _sum_shares(db_shares, torch.empty(rank, width, dtype=dy.dtype, device=dy.device))
+
+
+def _pair_shares(dy: Tensor, w_b_up: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 shares ``[column blocks, T, R]`` of dc and ``[ranges, R, N]`` of d w_b_up."""
+    (tokens, width), rank = dy.shape, w_b_up.shape[0]
+    ranges = pair_ranges(tokens, width, rank, multiprocessors(dy.device))
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
+    dc = torch.empty(_div_up(width, PAIR_COLUMNS), tokens, rank, **fp32)
+    db = torch.empty(ranges, rank, width, **fp32)
+    launch_pair(rows_ok(dy), rows_ok(c), rows_ok(w_b_up), dc, db, ranges)
+    return dc, db
+
+
+def skinny_pair(dy: Tensor, w_b_up: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """``(dc, d w_b_up) = (dy @ w_b_upᵀ [T, R], cᵀ @ dy [R, N])`` from one reading of ``dy [T, N]``; all sizes multiples of 8."""
+    shares = _pair_shares(dy, w_b_up, c)
+    new: dict[str, Any] = {"dtype": dy.dtype, "device": dy.device}
+    dc, db = torch.empty(c.shape, **new), torch.empty(w_b_up.shape, **new)
+    return _sum_shares(shares[0], dc), _sum_shares(shares[1], db)
