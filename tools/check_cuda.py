@@ -222,7 +222,7 @@ def check(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: int) ->
 
     # HGMMA per k-block of 64: 4 k16 steps x slabs (ping-pong: two of 64 rows) or x weight tiles (decode, dual).
     width = kernel["block_m"] if decode else kernel["block_n"]
-    per_block = 8 if kernel["family"] == "pingpong" or (decode and dual) else 4
+    per_block = 4 * (kernel["block_m"] // 64) if kernel["family"] == "pingpong" else 8 if decode and dual else 4
     expected = [(width, per_block)]
     if dual:
         expected.append((width, 4) if decode else (width // 2, 4))

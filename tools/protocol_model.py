@@ -555,6 +555,9 @@ CASES: dict[str, Callable[[], Machine]] = {
         Scenario(stages=3, pingpong=True, tiles=((FULL,),) * 5)
     ),
     "ping-pong, 2 stages, even tiles": lambda: ring_machine(Scenario(pingpong=True, tiles=((FULL, FULL),) * 4)),
+    "ping-pong, ragged segment (dual), cluster of 2": lambda: ring_machine(
+        Scenario(cluster=2, pingpong=True, tiles=((FULL, HALF),) * 3)
+    ),
     "ping-pong, cluster of 2": lambda: ring_machine(
         Scenario(cluster=2, pingpong=True, tiles=((FULL, FULL, FULL), (FULL,) * 3))
     ),

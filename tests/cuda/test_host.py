@@ -98,6 +98,9 @@ def test_choices() -> None:
     assert choose(Epilogue.DUAL, 128, 14336, 4096).cluster == 1  # one row tile: half of the pair would be empty
     assert choose(Epilogue.DUAL, 300, 14336, 4096).cluster == 1  # three
     assert choose(Epilogue.DUAL, 8000, 14336, 4096).cluster == 2
+    short = choose(Epilogue.DUAL, 8000, 1536, 576)  # SmolLM2
+    assert (short.family, short.block_m, short.block_n, short.cluster) == (Family.PINGPONG, 64, 256, 2)
+    assert choose(Epilogue.DUAL, 8000, 1536, 576, mn_major=True).family == Family.COOP  # no such instance
 
 
 @needs_build
@@ -107,7 +110,7 @@ def test_every_choice_is_an_instance() -> None:
     sizes = {tuple(int(k[f]) for f in fields): k["block_n"] for k in _cuda.extension().kernels()}
     shapes = itertools.product((1, 9, 33, 64, 65, 200, 4096), (8, 768, 14336), (64, 2048, 4096, 16384))
     for (rows, cols, depth), epilogue, dtype, mn in itertools.product(shapes, Epilogue, (0, 1), (0, 1)):
-        c = choose(epilogue, rows, cols, depth)
+        c = choose(epilogue, rows, cols, depth, mn_major=bool(mn))
         key = (int(c.family), int(epilogue), dtype, mn, c.cluster, c.block_m)
         assert key in existing, c
         assert sizes[key] == c.block_n

@@ -53,10 +53,10 @@ def test_every_tile_once(lib: ctypes.CDLL, m: int, n: int, group: int) -> None:
 
 # ------------------------------------------------------------------------------------- whole tiles
 def load_stage(smem: Smem, kind: int, mn: bool, dual: bool, cluster: int, bn: int, a: np.ndarray, b: list[np.ndarray],
-               k: int, m: int, n: int) -> int:  # fmt: skip
+               k: int, m: int, n: int, bm: int = 128) -> int:  # fmt: skip
     """``load_block`` of mainloop.cuh by all ranks of a cluster into one block: bytes that its barrier counts."""
-    a_dst, b_dst, total = 0, 128 * 128, 0
-    total += smem.tma_load(a_dst, a, k, m, 64, 128)
+    a_dst, b_dst, total = 0, bm * 128, 0
+    total += smem.tma_load(a_dst, a, k, m, 64, bm)
     for rank in range(cluster):
         if not mn and kind == MAIN:
             half = bn // 2
@@ -83,7 +83,10 @@ def load_stage(smem: Smem, kind: int, mn: bool, dual: bool, cluster: int, bn: in
         (MAIN, False, False, 192), (MAIN, True, False, 192), (LOW, False, False, 128), (MAIN, False, False, 128),
     ],
 )  # fmt: skip
-def test_stage_to_accumulators(lib: ctypes.CDLL, kind: int, mn: bool, dual: bool, bn: int, cluster: int) -> None:
+@pytest.mark.parametrize("bm", [128, 64])
+def test_stage_to_accumulators(
+    lib: ctypes.CDLL, kind: int, mn: bool, dual: bool, bn: int, cluster: int, bm: int
+) -> None:
     rng = np.random.default_rng(0)
     depth, rows, width = 56, 200, 304  # all ragged: the last k16 step is half zeros, the tile hangs over the edge
     k, m, n = 0, 128, 256 if not dual else 192
@@ -92,15 +95,15 @@ def test_stage_to_accumulators(lib: ctypes.CDLL, kind: int, mn: bool, dual: bool
     weights = [rng.integers(-3, 4, (width, depth)).astype(float) for _ in range(2)]
     stored = [w.T if mn else w for w in weights]
     smem = Smem()
-    counted = load_stage(smem, kind, mn, dual, cluster, bn, a, stored if dual else [stored[0]] * 2, k, m, n)
-    assert counted == lib.l_stage(128, bn, kind)
+    counted = load_stage(smem, kind, mn, dual, cluster, bn, a, stored if dual else [stored[0]] * 2, k, m, n, bm)
+    assert counted == lib.l_stage(bm, bn, kind)
 
     columns = bn // 2 if kind == LOW_FIRST else bn
-    for slab in range(2):  # cooperative warpgroup or ping-pong slab
+    for slab in range(bm // 64):  # cooperative warpgroup or ping-pong slab
         d = np.zeros((64, columns))
         for step in range(4):
             a_desc = lib.l_desc_k(slab * 64 * 128) + step * lib.l_step(0)
-            b_start = lib.l_desc_mn(128 * 128) if mn else lib.l_desc_k(128 * 128)
+            b_start = lib.l_desc_mn(bm * 128) if mn else lib.l_desc_k(bm * 128)
             b_desc = b_start + step * lib.l_step(int(mn))
             d += smem.operand(a_desc, 64, False) @ smem.operand(b_desc, columns, mn).T
         # In units of descriptors, slab 1 is 512 further (multiply()).

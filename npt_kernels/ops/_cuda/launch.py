@@ -214,7 +214,9 @@ def launch_arguments(
         ld1 = 0 if s.b1 is None else s.b1.stride(1 if along_n else 0)
         b1 = 0 if s.b1 is None else s.b1.data_ptr()
         packed.append((s.kind, s.a.data_ptr(), s.a.stride(0), s.a.shape[1], s.b0.data_ptr(), ld0, b1, ld1))
-    config = config or choose(epilogue, rows, cols, sum(s.a.shape[1] for s in segments), multiprocessors(device))
+    config = config or choose(
+        epilogue, rows, cols, sum(s.a.shape[1] for s in segments), multiprocessors(device), mn_major
+    )
     dependent = -1
     if overlap is not None and config.family == Family.DECODE and overlap_allowed():
         first_low = next((i for i, s in enumerate(ordered) if s.kind != MAIN), -1)
