@@ -74,25 +74,31 @@ def _dual(tokens: int, width: int, depth: int, rank: int) -> Make:
         both = torch.empty(tokens, 2 * width, dtype=DTYPE, device=device)
         inter = torch.empty(tokens, width, dtype=DTYPE, device=device)
 
-        def ours(i: int, kind: int | None) -> Tensor:
+        chosen = choose(Epilogue.DUAL, tokens, width, depth, launch.multiprocessors(device))
+        other = choose(Epilogue.DUAL, tokens, width, depth, launch.multiprocessors(device), mn_major=True)
+
+        def ours(i: int, kind: int | None, config: Config | None = None) -> Tensor:
             t = sets[i]
             segments = [Segment(MAIN, t["x"], t["w"][:width], t["w"][width:])]
             if kind is not None:
                 segments.append(low_rank(t["c"], t["w_b"], kind, t["w_b2"] if kind == LOW else None))
-            launch.run(Epilogue.DUAL, segments, [inter])
+            launch.run(Epilogue.DUAL, segments, [inter], config=config)
             return inter
 
         def vendor(i: int) -> Tensor:
             torch.mm(sets[i]["x"], sets[i]["w"].t(), out=both)
             return F.silu(both[:, :width]).mul_(both[:, width:])
 
-        return {
+        contenders: dict[str, Call] = {
             "cuBLAS, N = 2f": lambda i: torch.mm(sets[i]["x"], sets[i]["w"].t(), out=both),
             "cuBLAS + elementwise": vendor,
             "cuda dual": lambda i: ours(i, None),
             f"cuda dual, gate R={rank}": lambda i: ours(i, LOW_FIRST),
             f"cuda dual, both R={rank}": lambda i: ours(i, LOW),
-        }, len(sets)
+        }
+        if other.family != chosen.family:  # short K: the ping-pong kernel beside the cooperative one
+            contenders["cuda dual, cooperative"] = lambda i: ours(i, None, other)
+        return contenders, len(sets)
 
     return make
 
@@ -130,12 +136,13 @@ def _backward(tokens: int, width: int, depth: int) -> Make:
 def cuda_rows(small: bool) -> Iterator[tuple[str, str, int, Make]]:
     """(name, baseline, tokens, make) of every row."""
     if small:
-        big, eight, gpt2, many, few, rank = 256, (64, 96), (32, 64), 72, (1, 16), 8
+        big, eight, gpt2, smol, many, few, rank = 256, (64, 96), (32, 64), (24, 40), 72, (1, 16), 8
     else:
-        big, eight, gpt2, many, few, rank = 8192, (4096, 14336), (768, 3072), 8192, (1, 16, 64), 64
+        big, eight, gpt2, smol, many, few, rank = 8192, (4096, 14336), (768, 3072), (576, 1536), 8192, (1, 16, 64), 64
     d, f = eight
     yield f"1-3 cuda store {big}^3", "cuBLAS", big, _store(big, big, big)
     yield f"5 cuda dual 8B T={many}", "cuBLAS, N = 2f", many, _dual(many, f, d, rank)
+    yield f"5c cuda dual SmolLM2 T={many}", "cuBLAS, N = 2f", many, _dual(many, smol[1], smol[0], rank)
     yield f"6 cuda backward 8B T={many}", "cuBLAS, GEMM alone", many, _backward(many, f, d)
     yield f"6b cuda backward GPT-2 T={many}", "cuBLAS, GEMM alone", many, _backward(many, gpt2[1], gpt2[0])
     yield f"8 cuda store GPT-2 T={many}", "cuBLAS", many, _store(many, gpt2[1], gpt2[0])

@@ -36,7 +36,7 @@ def test_gpu_check_runs_cuda(on_cpu: None, tmp_path: Path, capsys: pytest.Captur
     ran = {r["op"] for r in result["numerics"] if r["backend"] == "cuda"}
     assert ran == {"mlp", "factored_linear", "coefficients", "skinny"}, "matched_norm and linear are not its"
     names = [group["name"] for group in result["timings"]]
-    for row in ("1-3 ", "5 ", "6 ", "6b ", "7 ", "7b ", "8 "):
+    for row in ("1-3 ", "5 ", "5c ", "6 ", "6b ", "7 ", "7b ", "8 "):
         assert any(name.startswith(row) for name in names), row
     for group in result["timings"]:
         assert not any("error" in entry for entry in group["contenders"].values()), group
@@ -49,7 +49,7 @@ def test_rows_compute_what_they_are_compared_with(on_cpu: None) -> None:
         contenders, _ = make(torch.device("cpu"))
         want = contenders["cuBLAS + elementwise" if "cuBLAS + elementwise" in contenders else baseline](0)
         for label, call in contenders.items():
-            if label not in ("cuda", "cuda dual", "cuda, no cluster", "cuda, not split"):
+            if label not in ("cuda", "cuda dual", "cuda dual, cooperative", "cuda, no cluster", "cuda, not split"):
                 continue
             got = call(0)
             pairs = zip(got, want, strict=True) if isinstance(got, list) else [(got, want)]
