@@ -28,7 +28,7 @@ from npt_kernels.ops.mlp import eager as mlp_eager
 from npt_kernels.rules import RULES
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_launch import CALLS, LOW, LOW_FIRST, LOW_SECOND, MAIN, install
+from fake_launch import CALLS, LAUNCHES, LOW, LOW_FIRST, LOW_SECOND, MAIN, OVERLAPS, install
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = importlib.util.find_spec("npt_kernels._cuda") is not None
@@ -318,3 +318,69 @@ def test_no_tokens(on_cpu: None) -> None:
     x, z, w, value = rand(0, 16), rand(0, 8), rand(24, 16), rand(8, 24)
     assert factored_cuda.forward(x, z, w, None, value, None, "self_key", 1, 1.0)[0].shape == (0, 24)
     assert not CALLS
+
+
+@pytest.mark.parametrize(
+    ("rule", "total", "scaled", "overlaps", "launches"),
+    [
+        # c from our kernel, plainly launched, then gate and up; the down projection reads what those write.
+        ("self_key", 16, True, ["low", "all"], ["shrink", "launch", "launch"]),
+        ("rank1", 16, True, ["low", "low"], ["shrink", "shrink", "launch", "shrink", "launch"]),
+        # c is z, made by the vendor's GEMM: nothing is known about how that was launched, so no overlap with it.
+        ("self_key", 136, False, [None, "all"], ["launch", "launch"]),
+        ("self_key", 136, True, ["low", "all"], ["rule", "launch", "launch"]),
+    ],
+)
+def test_overlap_only_with_kernels_of_our_own(
+    on_cpu: None, rule: str, total: int, scaled: bool, overlaps: list[str | None], launches: list[str]
+) -> None:
+    t, d, f = 4, 32, 48
+    pairs = [m for width, out in ((d, f), (d, f), (f, d)) for m in (key_for(rule, total, width), rand(total, out))]
+    scale = rand(t).abs() if scaled else None
+    weights = (rand(f, d), rand(f, d), rand(d, f))
+    mlp_cuda.forward(
+        rand(t, d), rand(t, d), scale, *weights, None, None, None, rand(d, total), *pairs, "silu", rule, 1, 1.0, False
+    )
+    assert (overlaps, launches) == (OVERLAPS, LAUNCHES)
+
+
+@pytest.mark.parametrize(("rule", "overlap"), [("self_key", None), ("rank1", "low"), ("anchored", "low")])
+def test_overlap_of_a_single_linear(on_cpu: None, rule: str, overlap: str | None) -> None:
+    """self_key: z is the caller's, so the kernel before is not known."""
+    t, d, f, total = 4, 32, 48, 16
+    key = key_for(rule, total, d)
+    factored_cuda.forward(rand(t, d), rand(t, total), rand(f, d), key, rand(total, f), None, rule, 1, 1.0)
+    assert [overlap] == OVERLAPS
+
+
+def test_x_is_copied_before_the_coefficients_not_after(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode kernel that overlaps reads x early: a copy of x may not be the kernel right before it."""
+    order: list[str] = []
+    real = launch.rows_ok
+
+    def spy(tensor: Tensor) -> Tensor:
+        made = real(tensor)
+        if made is not tensor:
+            order.append("copy")
+        return made
+
+    t, d, f, total = 4, 32, 48, 16
+    x = rand(t, d + 1)[:, 1:]  # rows that TMA cannot read
+    for module in (mlp_cuda, factored_cuda):
+        monkeypatch.setattr(module, "rows_ok", spy)
+        inner = module.coefficients
+
+        def spied(*args: Any, inner: Any = inner, **options: Any) -> Any:
+            order.append("coefficients")
+            return inner(*args, **options)
+
+        monkeypatch.setattr(module, "coefficients", spied)
+    factored_cuda.forward(x, rand(t, total), rand(f, d), rand(total, d), rand(total, f), None, "rank1", 1, 1.0)
+    assert order == ["copy", "coefficients"]
+    order.clear()
+    pairs = [rand(total, d), rand(total, f), None, None, None, None]
+    mlp_cuda.forward(
+        x, rand(t, d), None, rand(f, d), rand(f, d), rand(d, f), None, None, None, rand(d, total), *pairs,
+        "silu", "rank1", 1, 1.0, False,
+    )  # fmt: skip
+    assert order == ["copy", "coefficients"]
