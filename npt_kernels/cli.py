@@ -49,10 +49,13 @@ npt train demo model.rank=auto:64 training.max_steps=10
 npt train small --dry-run
 npt train --config mine.yaml paths.output_dir=runs/second
 npt train model.base_model_name=./llama data.train_files='["*.txt"]'
-npt train demo --resume runs/demo training.max_steps=100
-npt train --help-config    (every key, its default, its meaning)
+npt train --resume runs/demo            (go on, same configuration)
+npt train --resume runs/demo training.max_steps=100
+npt train --resume runs/demo/adapter    (components, new optimizer)
+npt train --help-config                 (every key and its meaning)
 
-Ctrl-C saves what has been trained and stops.
+Ctrl-C saves what has been trained and stops. A run that goes on from a checkpoint (training.save_steps=N writes them) gives
+the numbers that it would have given without the stop.
 """
 
 _EVAL_HELP = """Measure a trained adapter: perplexity of original and converted model, KL, top-1 agreement, samples side by side.
@@ -119,7 +122,11 @@ def train(
     ] = False,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", metavar="ADAPTER_DIR", help="Start from a saved adapter instead of converting."),
+        typer.Option(
+            "--resume",
+            metavar="PATH",
+            help="Go on with a run (its output, or one checkpoint); or start from a saved adapter instead of converting.",
+        ),
     ] = None,
     help_config: Annotated[bool, typer.Option("--help-config", help="Print every configuration key and exit.")] = False,
 ) -> None:
@@ -129,8 +136,7 @@ def train(
     if help_config:
         _print_keys(console)
         return
-    run_config = _run_config(arguments or [], config, output_dir)
-    adapter = _adapter_path(resume, "--resume") if resume is not None else None
+    run_config = _run_config(arguments or [], config, output_dir, resume)
     if dry_run:
         from .planning.plan import make_plan, print_plan
 
@@ -138,8 +144,10 @@ def train(
         return
     from .inputs.blocks import check_sources, load_token_blocks
     from .inputs.loading import choose_device, load_model, optimization_notes
+    from .training.recording import check_trackers
 
     check_sources(run_config)
+    check_trackers(run_config)
     run_config.save()  # before anything slow: an output_dir that cannot be written is known at once
     _set_threads(run_config)
     device = choose_device()
@@ -155,10 +163,13 @@ def train(
 
     if device.type == "cpu":
         keep_freed_memory()
-    run_training(run_config, model, tokenizer, blocks, resume=adapter, console=console)
+    run_training(run_config, model, tokenizer, blocks, resume=resume, console=console)
 
 
-def _run_config(arguments: Sequence[str], file: Path | None, output_dir: Path | None) -> RunConfig:
+def _run_config(
+    arguments: Sequence[str], file: Path | None, output_dir: Path | None, resume: Path | None = None
+) -> RunConfig:
+    """The configuration of ``npt train``; a checkpoint's own where neither NAME nor ``--config`` says another."""
     from .configs import load_run_config
     from .configs.schema import ConfigError
 
@@ -171,9 +182,24 @@ def _run_config(arguments: Sequence[str], file: Path | None, output_dir: Path | 
             raise ConfigError(
                 f"{text!r}: only one NAME is taken, and it comes first; settings look like training.max_steps=10"
             )
+    checkpoint = None
+    if resume is not None:
+        from .training.resuming import find_resume
+
+        # Sizes only: the engine compares every byte, and must read all of it for that.
+        checkpoint = find_resume(resume, thorough=False).checkpoint
+    if checkpoint is not None and name is None and file is None:
+        file = checkpoint.file("config.yaml")
+        if checkpoint.path.parent.parent == resume and not any(text.startswith("paths.") for text in overrides):
+            # A run's output that was moved goes on where it is now.
+            overrides = [*overrides, f"paths.output_dir={json.dumps(str(resume))}"]
     run_config = load_run_config(name, file, overrides)
     if output_dir is not None:
         run_config.paths.output_dir = str(output_dir)
+    if checkpoint is not None:
+        from .training.resuming import changed_settings
+
+        changed_settings(checkpoint, run_config)  # what cannot be changed is known before a model is loaded
     return run_config
 
 
@@ -187,19 +213,16 @@ def _set_threads(config: RunConfig) -> None:
 def _adapter_path(path: Path, argument: str) -> Path:
     """The adapter in ``path``: itself, or the folder of a run's output that holds it."""
     from .configs.schema import ConfigError
+    from .models.checkpoints import find_adapter
 
     path = path.expanduser()
-    if path.is_file() or (path / "npt_config.json").is_file():
-        return path
-    for folder in ("adapter", "final"):
-        if (path / folder / "npt_config.json").is_file():
-            return path / folder
-    if path.is_dir() and any(p.suffix in {".pt", ".pth", ".bin"} for p in path.iterdir()):
-        return path
-    what = "has no npt_config.json" if path.is_dir() else "does not exist"
-    raise ConfigError(
-        f"{argument}: {path} {what}; give the output of `npt train` or of save_npt, or a published checkpoint"
-    )
+    adapter = find_adapter(path)
+    if adapter is None:
+        what = "has no npt_config.json" if path.is_dir() else "does not exist"
+        raise ConfigError(
+            f"{argument}: {path} {what}; give the output of `npt train` or of save_npt, or a published checkpoint"
+        )
+    return adapter
 
 
 def _print_keys(console: Console) -> None:
@@ -253,15 +276,18 @@ def evaluate(
     from .inputs.blocks import load_token_blocks
     from .inputs.loading import choose_device, load_model
     from .models.checkpoints import load_npt
+    from .streaming import streaming
 
     _set_threads(config)
     console.print(f"loading {config.model.base_model_name} and {path}", markup=False)
-    model, tokenizer = load_model(config, choose_device())
+    device = choose_device()
+    model, tokenizer = load_model(config, device)
     report = load_npt(model, path)
     console.print(str(report), markup=False, highlight=False)
     blocks = load_token_blocks(config, tokenizer)
-    result = measure(model, blocks.heldout)
-    samples = generate_samples(model, tokenizer, config.evaluation.prompts, config.evaluation.max_new_tokens)
+    with streaming(config, model, device, lambda line: console.print(line, markup=False, highlight=False)):
+        result = measure(model, blocks.heldout)
+        samples = generate_samples(model, tokenizer, config.evaluation.prompts, config.evaluation.max_new_tokens)
     if as_json:
         from dataclasses import asdict
 

@@ -84,7 +84,9 @@ class TrainingSection(_Section):
         0, ge=0, description="Generate samples every N steps; 0: only before and after."
     )
     eval_steps: int = Field(0, ge=0, description="Evaluate every N steps; 0: only before and after.")
-    save_steps: int = Field(0, ge=0, description="Write a checkpoint every N steps; 0: only at the end.")
+    save_steps: int = Field(
+        0, ge=0, description="Checkpoint every N steps; 0: only at a stop and at the end of every phase."
+    )
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="Trackers that get the metrics beside metrics.jsonl."
@@ -143,7 +145,9 @@ class WandbSection(_Section):
 class OptimizationSection(_Section):
     """Memory and precision."""
 
-    use_cpu_offload: bool = Field(False, description="Keep frozen layers in host memory.")
+    use_cpu_offload: bool = Field(
+        False, description="GPU: keep frozen layers on the host; short for stream_layers=host, or disk if RAM is short."
+    )
     stream_layers: Literal["off", "host", "disk"] = Field(
         "off", description="Where frozen layers wait until their turn: pinned host memory, or memory-mapped files."
     )

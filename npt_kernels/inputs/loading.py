@@ -59,13 +59,9 @@ def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 
 def optimization_notes(config: RunConfig, device: torch.device) -> list[str]:
     """What the memory keys do on this device, for the plan and the log: a key is never silently without effect."""
-    notes = []
-    if config.optimization.use_cpu_offload:
-        notes.append(
-            "optimization.use_cpu_offload: nothing to do, the model already lives in host memory"
-            if device.type == "cpu"
-            else "optimization.use_cpu_offload: streaming of frozen layers is not built yet; the model stays on the GPU"
-        )
+    from ..streaming import streaming_notes
+
+    notes = streaming_notes(config, device)
     if config.optimization.use_8bit:
         notes.append("optimization.use_8bit: frozen linears outside the converted layers only; needs bitsandbytes")
     return notes
@@ -74,6 +70,7 @@ def optimization_notes(config: RunConfig, device: torch.device) -> list[str]:
 def load_model(config: RunConfig, device: torch.device | str | None = None) -> tuple[nn.Module, Any]:
     """The base model of ``model.base_model_name``, in eval mode on ``device``, and its tokenizer.
 
+    A model that will be streamed stays in host memory; ``npt_kernels.streaming.streaming`` brings it to the device.
     A local directory wins over a hub id of the same name. A hub model that is in the cache is used as it is there.
 
     Args:
@@ -103,20 +100,27 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
         raise ConfigError(f"loading a model needs {error.name}; pip install 'npt_kernels[train]'") from error
     from transformers.utils import logging
 
+    from ..streaming import load_for_streaming, stream_mode
+
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(source, **hub)
         check_length(config, model_config.to_dict())
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=model_config, dtype=resolve_dtype(config, device), **quantization, **hub
-        )
+        dtype = resolve_dtype(config, device)
+
+        def load(dtype: torch.dtype | str) -> Any:
+            arguments = {"config": model_config, "dtype": dtype, **quantization, **hub}
+            return AutoModelForCausalLM.from_pretrained(source, **arguments)
+
+        streamed = stream_mode(config, device) != "off"
+        model: Any = load_for_streaming(config, device, dtype, model_config, load) if streamed else load(dtype)
     except ConfigError:
         raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ConfigError(f"model.base_model_name={name!r} could not be loaded: {_first_line(error)}") from error
-    if not quantization:
+    if not quantization and not streamed:
         model = model.to(device)
     # The name that an adapter records as its base: 'demo' means the same on every machine, a cache path does not.
     model.config._name_or_path = name if name == DEMO_NAME or hub else str(Path(source).resolve())

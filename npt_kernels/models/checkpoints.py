@@ -1,9 +1,17 @@
-"""Adapters on disk: ``npt_config.json`` + ``npt_model.safetensors``, and import of the two published formats."""
+"""Adapters on disk: ``npt_config.json`` + ``npt_model.safetensors``, and import of the two published formats.
+
+Two files cannot be renamed as one, so a stop between the two renames of a save could pair new weights with an old
+configuration. Therefore the weights file is complete in itself: its metadata holds the configuration too, and *its* rename is
+the moment at which a save counts. ``npt_config.json`` is the same text for people and tools, with the SHA-256 of the weights
+file it was written for. Where the two do not belong together, ``load_npt`` warns and goes by the weights file.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import sha256, sync_directory, sync_file
 from .._version import __version__
 from ..config import NPTConfig
 from ..nn import NPComponent
@@ -26,11 +35,14 @@ from .patching import (
 )
 from .published import read_published
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_state_dict", "load_npt", "save_npt"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_state_dict", "find_adapter", "load_npt", "save_npt"]
 
 CONFIG_NAME = "npt_config.json"
 WEIGHTS_NAME = "npt_model.safetensors"
 _FORMAT_VERSION = 1
+#: Key of the configuration in the metadata of the weights file.
+_METADATA_KEY = "npt_config"
+_PUBLISHED_SUFFIXES = frozenset({".pt", ".pth", ".bin"})
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -45,8 +57,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write the NP components of a converted model to ``directory``; returns it.
 
-    Both files are written beside and renamed into place, so an interrupted save leaves an earlier adapter intact.
-    Raises ``ValueError`` if the model is not converted.
+    Both files are written beside, synced to the disk and renamed into place, the weights first: an earlier adapter is replaced
+    whole or not at all, whenever the process stops (see the module's docstring). Raises ``ValueError`` if the model is not
+    converted.
     """
     from safetensors.torch import save_file
 
@@ -66,23 +79,23 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "targets": list(next(iter(layers.values())).np_component.target_shapes),
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
-    written: list[tuple[Path, Path]] = []
+    final = [path / WEIGHTS_NAME, path / CONFIG_NAME]
+    weights, text = temporary = [path / f".{target.name}.{os.getpid()}.tmp" for target in final]
     try:
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            temporary = path / f".{name}.{os.getpid()}.tmp"
-            written.append((temporary, path / name))
-            if name == WEIGHTS_NAME:
-                save_file(tensors, temporary, metadata={"format": "pt"})
-            else:
-                temporary.write_text(json.dumps(header, indent=2) + "\n")
-            with temporary.open("rb+") as stream:
-                os.fsync(stream.fileno())
+        # One key: safetensors writes several in random order, and two runs would differ in their bytes.
+        save_file(tensors, weights, metadata={_METADATA_KEY: json.dumps(header)})
+        text.write_text(json.dumps({**header, "weights_sha256": sha256(weights)}, indent=2) + "\n")
+        # safetensors lets only the owner read what it wrote.
+        shutil.copymode(text, weights)
+        for file in temporary:
+            sync_file(file)
         # Only now, with both complete on disk, does the earlier adapter go.
-        for temporary, final in written:
-            os.replace(temporary, final)
+        for file, target in zip(temporary, final, strict=True):
+            os.replace(file, target)
+        sync_directory(path)
     finally:
-        for temporary, _ in written:
-            temporary.unlink(missing_ok=True)
+        for file in temporary:
+            file.unlink(missing_ok=True)
     return path
 
 
@@ -120,11 +133,22 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
     return make_report(choices, components, skipped, total, base_parameters, {})
 
 
+def find_adapter(path: Path) -> Path | None:
+    """The adapter in ``path``: itself, or the folder of a run's output that holds it; ``None`` if there is none."""
+    if path.is_file() or (path / CONFIG_NAME).is_file():
+        return path
+    for folder in ("adapter", "final"):
+        if (path / folder / CONFIG_NAME).is_file():
+            return path / folder
+    published = path.is_dir() and any(file.suffix in _PUBLISHED_SUFFIXES for file in path.iterdir())
+    return path if published else None
+
+
 def _read(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor]]:
     if path.is_dir() and (path / CONFIG_NAME).is_file():
         return _read_directory(path)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in {".pt", ".pth", ".bin"})
+        files = sorted(p for p in path.iterdir() if p.suffix in _PUBLISHED_SUFFIXES)
         if len(files) != 1:
             found = ", ".join(p.name for p in files) or "none"
             raise FileNotFoundError(
@@ -146,8 +170,7 @@ def _read_directory(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[s
 
     try:
         header = json.loads((path / CONFIG_NAME).read_text())
-        config = NPTConfig.from_dict(header["config"])
-        layers, ranks = [int(i) for i in header["layers"]], [int(r) for r in header["ranks"]]
+        contents = _contents(header)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / CONFIG_NAME} is not a valid NPT configuration: {error}") from error
     if header.get("format_version", 0) > _FORMAT_VERSION:
@@ -158,9 +181,38 @@ def _read_directory(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[s
     if not (path / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"{path / WEIGHTS_NAME} is missing beside {CONFIG_NAME}")
     try:
-        return config, layers, ranks, load_file(path / WEIGHTS_NAME)
+        tensors = load_file(path / WEIGHTS_NAME)
+        if header.get("weights_sha256") not in (None, sha256(path / WEIGHTS_NAME)):
+            contents = _contents_of_weights(path, contents)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS_NAME} is damaged or not a safetensors file: {error}") from error
+    return *contents, tensors
+
+
+def _contents(header: dict[str, Any]) -> tuple[NPTConfig, list[int], list[int]]:
+    """Configuration, layers, ranks."""
+    return (
+        NPTConfig.from_dict(header["config"]),
+        [int(i) for i in header["layers"]],
+        [int(r) for r in header["ranks"]],
+    )
+
+
+def _contents_of_weights(
+    path: Path, beside: tuple[NPTConfig, list[int], list[int]]
+) -> tuple[NPTConfig, list[int], list[int]]:
+    """What the weights file says of itself, where ``npt_config.json`` was written for another one."""
+    from safetensors import safe_open
+
+    with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
+        own = (file.metadata() or {}).get(_METADATA_KEY)
+    what = f"{path / CONFIG_NAME} was not written for the {WEIGHTS_NAME} beside it (weights_sha256 differs)"
+    if own is None:
+        warnings.warn(f"{what}; it is used nevertheless, names and shapes of the tensors are checked", stacklevel=4)
+        return beside
+    warnings.warn(f"{what}: a save was interrupted, or a file was copied; the weights' own configuration is used",
+                  stacklevel=4)  # fmt: skip
+    return _contents(json.loads(own))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from . import LAYER_SHAPES
 from .base import LayerShape, linear_shape
 from .initialise import initialise
 from .layer import LayerPlan, NPTLayer, convert_layer, is_converted, own_forward, restore_layer
+from .residence import compute_device
 
 __all__ = [
     "ApplyReport",
@@ -227,7 +228,7 @@ def fixed_ranks(config: NPTConfig, choices: list[LayerChoice]) -> list[int] | No
 
 
 def make_component(choice: LayerChoice, config: NPTConfig, rank: int) -> NPComponent:
-    """An NP component of zeros, fp32, on the layer's device."""
+    """An NP component of zeros, fp32, on the device where the layer computes."""
     weight = next(choice.layer.parameters())
     if weight.is_meta:
         raise ValueError(f"layer {choice.plan.index} has no weights yet (device 'meta'); load them before converting")
@@ -239,7 +240,7 @@ def make_component(choice: LayerChoice, config: NPTConfig, rank: int) -> NPCompo
         num_ranks=config.num_ranks,
         scale=config.modulation_scale,
         dtype=torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32,
-        device=weight.device,
+        device=compute_device(choice.layer),
     )
 
 

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
-from torch.utils.data import DataLoader, TensorDataset
 
 from ..configs.schema import RunConfig
 from ..models.patching import npt_parameters
+from .batching import StepBatch, derived_seed, step_batches, steps_per_epoch
+from .checkpoints import Checkpoint, load_optimizer
 from .objectives import KLObjective, LayerObjective, LocalObjective, Losses, Objective
+from .resources import is_out_of_memory
 
-__all__ = ["Phase", "StepReport", "StopRequest", "TrainingError", "make_objective", "plan_phases", "run_phase"]
+if TYPE_CHECKING:
+    from ..inputs.streaming_text import PackedStream
+
+__all__ = [
+    "Phase",
+    "PhaseLoop",
+    "Progress",
+    "StepReport",
+    "StopRequest",
+    "TrainingError",
+    "agree",
+    "make_objective",
+    "plan_phases",
+]
 
 
 class TrainingError(RuntimeError):
@@ -55,14 +72,26 @@ class StepReport:
     layers: dict[int, float] = field(default_factory=dict)
 
 
-def plan_phases(config: RunConfig, num_sequences: int) -> list[Phase]:
-    """The phases of ``training.mode`` for that many training sequences; empty for ``none``."""
+def plan_phases(config: RunConfig, train: Tensor | PackedStream, world_size: int = 1) -> list[Phase]:
+    """The phases of ``training.mode`` on that text; empty for ``none``.
+
+    Raises:
+        TrainingError: A stream, whose length nobody knows, without ``training.max_steps``.
+    """
     t = config.training
     if t.mode == "none":
         return []
-    per_epoch = math.ceil(math.ceil(num_sequences / t.batch_size) / t.gradient_accumulation_steps)
-    steps = per_epoch * t.num_epochs
-    steps = min(steps, t.max_steps) if t.max_steps else steps
+    per_epoch = steps_per_epoch(
+        train,
+        batch_size=t.batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        world_size=world_size,
+    )
+    limits = [per_epoch * t.num_epochs] if per_epoch is not None else []
+    limits += [t.max_steps] if t.max_steps is not None else []
+    if not limits:
+        raise TrainingError("data.streaming=true reads text of unknown length; set training.max_steps")
+    steps = min(limits)
     first = "local" if t.mode != "end_to_end" else t.objective
     phases = [Phase(t.mode.partition("+")[0], first, steps, t.learning_rate, min(t.warmup_steps, steps))]
     if t.mode == "local+polish":
@@ -78,8 +107,10 @@ def make_objective(name: str, model: nn.Module, config: RunConfig, variances: di
     weights = {"equivalence_weight": t.equivalence_weight, "regularization_weight": t.regularization_weight}
     if name == "kl":
         return KLObjective(model, **weights)
-    kind = LocalObjective if name == "local" else LayerObjective
-    return kind(model, kind=t.loss, variances=variances, **weights)
+    if name == "local":
+        per_visit = config.optimization.micro_batches_per_layer
+        return LocalObjective(model, kind=t.loss, variances=variances, micro_batches_per_layer=per_visit, **weights)
+    return LayerObjective(model, kind=t.loss, variances=variances, **weights)
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -107,7 +138,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, kind: str, warmup: int, ste
 
 
 class StopRequest:
-    """Ctrl-C as a wish: the first one lets the current step finish, the second one interrupts at once."""
+    """Ctrl-C, or a scheduler's SIGTERM, as a wish: the first one lets the step finish, the second one interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -117,93 +148,214 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = signal.getsignal(signal.SIGINT)
 
         def handle(number: int, frame: Any) -> None:
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
 
-        signal.signal(signal.SIGINT, handle)
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def _step_batches(loader: DataLoader[Any], accumulation: int) -> Iterator[list[Tensor]]:
-    """Micro-batches of one optimizer step at a time, epoch after epoch; the last step of an epoch may have fewer."""
-    while True:
-        group: list[Tensor] = []
-        for (ids,) in loader:
-            group.append(ids)
-            if len(group) == accumulation:
-                yield group
-                group = []
-        if group:
-            yield group
+def agree(flag: bool) -> bool:
+    """Whether any process says so; what the loop does next must be the same in all of them. One process: its own word."""
+    return flag
 
 
-def run_phase(
-    phase: Phase,
-    model: nn.Module,
-    objective: Objective,
-    train: Tensor,
-    config: RunConfig,
-    accelerator: Any,
-    stop: StopRequest,
-    after_step: Callable[[StepReport], None],
-) -> bool:
-    """Train for ``phase.steps`` optimizer steps on ``train [n, L]``; ``True`` unless a stop was asked for.
+@dataclass
+class Progress:
+    """Where a phase stands; what a checkpoint keeps of the loop.
 
-    Raises:
-        TrainingError: A loss or gradient that is not finite; the components then hold the last good step.
+    Attributes:
+        step: Optimizer steps done.
+        schedule: Steps of the learning-rate schedule: fewer, where fp16 skipped a step whose gradients overflowed.
+        data: ``StepBatches.state_dict`` after ``step``.
+        rows: Sequences per micro-batch at most, once memory has run out.
+        updating: Inside ``optimizer.step()``, when the components are neither of this step nor of the last one.
     """
-    t = config.training
-    optimizer = make_optimizer(model, config, phase.learning_rate)
-    scheduler = make_scheduler(optimizer, t.lr_scheduler, phase.warmup_steps, phase.steps)
-    # Seeded by the phase's name too, so that a polish does not meet the sequences in the order of the first phase.
-    generator = torch.Generator().manual_seed(t.seed + sum(phase.name.encode()))
-    loader = DataLoader(TensorDataset(train), batch_size=t.batch_size, shuffle=True, generator=generator)
-    optimizer, scheduler, loader = accelerator.prepare(optimizer, scheduler, loader)
-    parameters = npt_parameters(model)
-    for step, group in enumerate(_step_batches(loader, t.gradient_accumulation_steps), start=1):
-        started = time.perf_counter()
-        tokens = sum(ids.numel() for ids in group)
-        shares = [ids.numel() / tokens for ids in group]
-        losses: list[Losses] = []
-        for ids, share in zip(group, shares, strict=True):
-            with accelerator.autocast():
-                losses.append(objective.accumulate(ids, share, accelerator.backward))
-        mean = _weighted(losses, shares)
-        norm = float(accelerator.clip_grad_norm_(parameters, t.max_grad_norm or math.inf))
-        # With fp16, the gradient scaler skips steps whose gradients overflow, by design.
-        if not math.isfinite(mean.loss) or (not math.isfinite(norm) and accelerator.scaler is None):
-            optimizer.zero_grad(set_to_none=True)
-            what = f"loss is {mean.loss}" if not math.isfinite(mean.loss) else f"gradient norm is {norm}"
-            raise TrainingError(
-                f"{what} at step {step} of phase {phase.name}; the components of step {step - 1} are kept. Try a lower "
-                f"training.learning_rate (now {phase.learning_rate:g}), more warmup_steps (now {phase.warmup_steps}) or "
-                f"max_grad_norm 1.0 (now {t.max_grad_norm:g})"
-            )
-        rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        mean.phase, mean.step, mean.steps, mean.learning_rate, mean.grad_norm = (
-            phase.name,
-            step,
-            phase.steps,
-            rate,
-            norm,
+
+    step: int = 0
+    schedule: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+    updating: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "updating"}
+
+
+class PhaseLoop:
+    """Optimizer, schedule, order of the text and the steps of one phase.
+
+    Args:
+        phase: What to do.
+        model: A converted model.
+        objective: Its loss.
+        train: Token ids ``[n, L]``, or a stream.
+        config: The run.
+        accelerator: Of accelerate; anything it prepared before is forgotten.
+        note: Called with a line for the user.
+        rows: Sequences per micro-batch at most, from an earlier phase in which memory ran out.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        model: nn.Module,
+        objective: Objective,
+        train: Tensor | PackedStream,
+        config: RunConfig,
+        accelerator: Any,
+        *,
+        note: Callable[[str], None] = lambda text: None,
+        rows: int | None = None,
+    ) -> None:
+        t = config.training
+        self.phase, self.objective, self.config, self.accelerator, self.note = (
+            phase,
+            objective,
+            config,
+            accelerator,
+            note,
         )
-        mean.tokens, mean.seconds = tokens, time.perf_counter() - started
-        after_step(mean)
-        if stop.asked:
-            return False
-        if step == phase.steps:
-            break
-    return True
+        self.parameters = npt_parameters(model)
+        optimizer = make_optimizer(model, config, phase.learning_rate)
+        self.scheduler = make_scheduler(optimizer, t.lr_scheduler, phase.warmup_steps, phase.steps)
+        # accelerate keeps all that it ever prepared, and a checkpoint must hold this phase's optimizer alone.
+        accelerator.free_memory()
+        # Not the schedule: accelerate would step it once for every process.
+        self.optimizer = accelerator.prepare(optimizer)
+        self.batches = step_batches(
+            train,
+            batch_size=t.batch_size,
+            gradient_accumulation_steps=t.gradient_accumulation_steps,
+            # By the phase's name too, so that a polish does not meet the sequences in the order of the first phase.
+            seed=derived_seed("phase", t.seed, phase.name),
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        self.progress = Progress(data=self.batches.state_dict(), rows=rows)
+
+    def resume(self, checkpoint: Checkpoint, progress: dict[str, Any]) -> None:
+        """Go on after the step that a checkpoint of this phase holds.
+
+        Moments, loss scale, random numbers and the position in the text are the checkpoint's; learning rate, schedule and weight
+        decay are this configuration's. Raises ``ValueError`` if text or precision do not fit it.
+        """
+        with warnings.catch_warnings():
+            # The steps that it counts were done in another process.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for _ in range(progress["schedule"]):
+                self.scheduler.step()
+        own = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
+        for note in load_optimizer(checkpoint, self.accelerator):
+            self.note(note)
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
+        self.batches.load_state_dict(progress["data"])
+        self.progress = Progress(**progress)
+
+    def run(self, stop: StopRequest, after_step: Callable[[StepReport], None]) -> bool:
+        """The steps that are left; ``True`` unless a stop was asked for.
+
+        Raises:
+            TrainingError: A loss or gradient that is not finite; the components then hold the last good step.
+        """
+        while self.progress.step < self.phase.steps:
+            after_step(self._step(next(self.batches)))
+            if agree(stop.asked):
+                return False
+        return True
+
+    def close(self) -> None:
+        """Stop reading text ahead."""
+        self.batches.close()
+
+    def _step(self, batch: StepBatch) -> StepReport:
+        started = time.perf_counter()
+        accelerator, phase, progress = self.accelerator, self.phase, self.progress
+        report = _weighted(*self._accumulate(batch))
+        limit = self.config.training.max_grad_norm
+        norm = float(accelerator.clip_grad_norm_(self.parameters, limit or math.inf))
+        # With fp16, the gradient scaler skips steps whose gradients overflow, by design.
+        if not math.isfinite(report.loss) or (not math.isfinite(norm) and accelerator.scaler is None):
+            self.optimizer.zero_grad(set_to_none=True)
+            what = f"loss is {report.loss}" if not math.isfinite(report.loss) else f"gradient norm is {norm}"
+            raise TrainingError(
+                f"{what} at step {progress.step + 1} of phase {phase.name}; the components of step {progress.step} are kept. "
+                f"Try a lower training.learning_rate (now {phase.learning_rate:g}), more warmup_steps (now "
+                f"{phase.warmup_steps}) or max_grad_norm 1.0 (now {limit:g})"
+            )
+        rate = float(self.scheduler.get_last_lr()[0])
+        progress.updating = True
+        self.optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+            progress.schedule += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.data = self.batches.state_dict()
+        progress.updating = False
+        report.phase, report.step, report.steps = phase.name, progress.step, phase.steps
+        report.learning_rate, report.grad_norm = rate, norm
+        report.tokens, report.seconds = batch.tokens, time.perf_counter() - started
+        return report
+
+    # ---- out of memory -----------------------------------------------------------------------------------------------
+
+    def _accumulate(self, batch: StepBatch) -> tuple[list[Losses], list[float]]:
+        """Gradients of one step and the shares of its micro-batches, halved again and again while memory does not suffice."""
+        while True:
+            ids, shares = regroup(batch, self.progress.rows)
+            losses: list[Losses] = []
+            failure: Exception | None = None
+            try:
+                with self.accelerator.autocast():
+                    on_device = [rows.to(self.accelerator.device, non_blocking=True) for rows in ids]
+                    losses = self.objective.accumulate_group(on_device, shares, self.accelerator.backward)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error
+            if not agree(failure is not None):
+                return losses, shares
+            rows = self.progress.rows or self.config.training.batch_size
+            if rows == 1 or not self.config.optimization.oom_retry:
+                raise failure or torch.OutOfMemoryError("another process ran out of memory")
+            # The traceback holds the frames, and they the activations; so does what was computed elsewhere.
+            failure, losses = None, []
+            self._halve(rows)
+
+    def _halve(self, rows: int) -> None:
+        from accelerate.utils.memory import clear_device_cache
+
+        self.optimizer.zero_grad(set_to_none=True)
+        clear_device_cache(garbage_collection=True)
+        self.progress.rows = half = -(-rows // 2)
+        self.note(
+            f"out of memory at step {self.progress.step + 1} of phase {self.phase.name} with {rows} sequences at a time; "
+            f"repeated with {half}, and so is the rest of the run (same step, same result up to rounding)"
+        )
+
+
+def regroup(batch: StepBatch, rows: int | None) -> tuple[list[Tensor], list[float]]:
+    """``(micro_batches, shares)`` of the same sequences, at most ``rows`` at a time; the order is kept.
+
+    Pieces are of even size, as ``step_batches`` makes them: one process then has the bits of a run with that ``batch_size``.
+    """
+    if rows is None or all(len(ids) <= rows for ids in batch.micro_batches):
+        return batch.micro_batches, batch.shares
+    ids = torch.cat(batch.micro_batches)
+    everywhere = batch.tokens // ids.shape[1]
+    count = math.ceil(len(ids) / rows)
+    bounds = [piece * len(ids) // count for piece in range(count + 1)]
+    pieces = [ids[start:end] for start, end in itertools.pairwise(bounds)]
+    return pieces, [len(piece) / everywhere for piece in pieces]
 
 
 def _weighted(losses: list[Losses], shares: list[float]) -> StepReport:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pathlib
+import re
+import warnings
 
 import pytest
 import torch
@@ -102,6 +106,83 @@ def test_a_save_that_fails_leaves_the_old_adapter(moment, tmp_path, monkeypatch)
     model = tiny_model("llama")
     load_npt(model, tmp_path)
     assert torch.equal(logits(model), logits(old))
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def test_a_power_cut_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_path, monkeypatch):
+    old, new = converted(rank=8), converted(rank=4, rule="rank1")
+    wants = [logits(old), logits(new)]
+    kept = []
+    for after in range(30):
+        path = tmp_path / str(after)
+        save_npt(old, path)
+        count = []
+
+        def cut(plain, count=count, after=after):
+            def operation(*args, **kwargs):
+                count.append(1)
+                if len(count) > after:
+                    raise PowerCut  # from here on nothing reaches the disk, and nobody cleans up
+                return plain(*args, **kwargs)
+
+            return operation
+
+        with monkeypatch.context() as patch:
+            for module, name in (
+                (os, "fsync"),
+                (os, "replace"),
+                (pathlib.Path, "unlink"),
+                (pathlib.Path, "write_text"),
+            ):
+                patch.setattr(module, name, cut(getattr(module, name)))
+            with contextlib.suppress(PowerCut):
+                save_npt(new, path)
+        model = tiny_model("llama")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_npt(model, path)
+        kept.append([torch.equal(logits(model), want) for want in wants].index(True))
+        if caught:
+            assert "own configuration is used" in str(caught[0].message)
+            kept[-1] = "mixed"
+        if len(count) <= after:
+            break
+    assert kept == sorted(kept, key=[0, "mixed", 1].index) and set(kept) == {0, "mixed", 1}
+
+
+def test_a_configuration_of_other_weights_is_noticed(tmp_path):
+    one, other = converted(rank=8), converted(rule="rank1")
+    save_npt(one, tmp_path / "one")
+    save_npt(other, tmp_path / "other")
+    (tmp_path / "one" / CONFIG_NAME).write_bytes((tmp_path / "other" / CONFIG_NAME).read_bytes())
+    model = tiny_model("llama")
+    with pytest.warns(UserWarning, match=r"npt_config.json was not written for the npt_model.safetensors beside it"):
+        load_npt(model, tmp_path / "one")
+    assert torch.equal(logits(model), logits(one))
+
+
+def test_weights_that_another_tool_wrote_are_loaded_with_a_warning(tmp_path):
+    model = converted()
+    save_npt(model, tmp_path)
+    save_file(
+        {name: tensor.half() for name, tensor in load_file(tmp_path / WEIGHTS_NAME).items()}, tmp_path / WEIGHTS_NAME
+    )
+    other = tiny_model("llama")
+    with pytest.warns(UserWarning, match="used nevertheless, names and shapes of the tensors are checked"):
+        load_npt(other, tmp_path)
+    for a, b in zip(npt_parameters(model), npt_parameters(other), strict=True):
+        assert torch.equal(a.half(), b.half())
+
+
+def test_adapters_are_the_same_bytes_every_time(tmp_path):
+    model = converted()
+    for file in (CONFIG_NAME, WEIGHTS_NAME):
+        # Often, for safetensors writes the keys of its metadata in an order that changes from call to call.
+        assert len({(save_npt(model, tmp_path) / file).read_bytes() for _ in range(8)}) == 1
+    assert (tmp_path / CONFIG_NAME).stat().st_mode == (tmp_path / WEIGHTS_NAME).stat().st_mode
 
 
 # ------------------------------------------------------------------------------------------ published formats
@@ -245,7 +326,6 @@ def test_bad_published(case, tmp_path):
 
 
 def check_refused(source, *parts, error=ValueError, name="llama"):
-    import re
 
     model = tiny_model(name)
     before = snapshot(model)
@@ -324,6 +404,10 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path):
     save_npt(converted(), tmp_path)
     path = tmp_path / WEIGHTS_NAME
     good = load_file(path)
+    # As if it had come without a checksum, from an earlier version.
+    header = json.loads((tmp_path / CONFIG_NAME).read_text())
+    del header["weights_sha256"]
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(header))
     save_file(without(good, "layers.2.w_down"), path)
     check_refused(tmp_path, "missing 1: layers.2.w_down")
     save_file(good | {"layers.7.w_down": torch.ones(1)}, path)

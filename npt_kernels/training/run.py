@@ -1,0 +1,459 @@
+"""The order of a run: measure, convert, measure, train, measure, write down; and what a stop at any point of it leaves."""
+
+from __future__ import annotations
+
+import shlex
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from ..configs.schema import ConfigError, RunConfig
+from ..evaluation.fidelity import LayerFidelity, layer_fidelity
+from ..evaluation.perplexity import (
+    EvalResult,
+    Sample,
+    TeacherStates,
+    evaluate,
+    evaluate_base,
+    generate,
+    generate_samples,
+)
+from ..models.checkpoints import load_npt, save_npt
+from ..models.patching import ApplyReport, apply_npt, converted_layers, remove_npt
+from ..progress import progress_bar
+from ..streaming import stream_mode
+from .accelerator import make_accelerator
+from .checkpoints import Checkpoint, list_checkpoints, save_checkpoint
+from .display import TrainingDisplay, describe
+from .loop import Phase, PhaseLoop, StepReport, StopRequest, TrainingError, make_objective, plan_phases
+from .objectives import delta_variances, enable_checkpointing
+from .recording import Pace, Recorder, RunSummary, check_trackers, mean_report
+from .resources import base_fingerprint, peak_memory
+from .resuming import ResumePoint, changed_settings, find_resume, text_fingerprint
+
+__all__ = ["Run"]
+
+#: The original's states of the evaluation text are kept if they fit in this many bytes, else it runs again every time.
+_TEACHER_BYTES = 2**29
+#: Tokens that measure Var(δ), the unit of the per-layer loss.
+_VARIANCE_TOKENS = 2048
+
+
+class Run:
+    """State of one run. :meth:`execute` does it; :meth:`rescue` saves what there is; :meth:`close` closes files."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        tokenizer: Any,
+        blocks: Any,
+        console: Console,
+        resume: Path | None = None,
+    ) -> None:
+        self.config, self.model, self.blocks, self.console = config, model, blocks, console
+        self.tokenizer = tokenizer if config.evaluation.prompts and hasattr(model, "generate") else None
+        self._check()
+        self.resume: ResumePoint | None = None if resume is None else find_resume(resume)
+        self.checkpoint: Checkpoint | None = None if self.resume is None else self.resume.checkpoint
+        self.accelerator = make_accelerator(config)
+        self.phases = plan_phases(config, blocks.train, self.accelerator.num_processes)
+        #: What the checkpoint holds of this class.
+        self.saved: dict[str, Any] = {}
+        self.notes = self._compare()
+        if not getattr(model, "hf_device_map", None) and stream_mode(config, self.accelerator.device) == "off":
+            model.to(self.accelerator.device)
+        model.eval()
+        self.recorder = Recorder(config, console, self.accelerator)
+        self.name = uuid.uuid4().hex if self.checkpoint is None else self.checkpoint.run
+        self.seconds: dict[str, float] = dict(self.saved.get("seconds", {}))
+        self.trained_tokens: int = self.saved.get("trained_tokens", 0)
+        self.trained_seconds: float = self.saved.get("trained_seconds", 0.0)
+        self.steps = 0 if self.checkpoint is None else self.checkpoint.total_steps
+        self.teacher: TeacherStates | None = None
+        self.base_texts: list[str] = []
+        #: Results before training, for the checkpoints.
+        self.before: dict[str, Any] = {}
+        self.loop: PhaseLoop | None = None
+        self.rows: int | None = None
+        #: Reports since the last logged one.
+        self.window: list[StepReport] = []
+        #: Steps of this phase that are in the log; behind the loop's own count for an instant of every step.
+        self.logged = 0
+        #: Whether evaluation and samples that are due at the last step are still to come.
+        self.pending = False
+        self.last_checkpoint: Path | None = None if self.checkpoint is None else self.checkpoint.path
+        self.checkpointed = self.steps
+
+    def _check(self) -> None:
+        config, blocks = self.config, self.blocks
+        if config.training.mode != "none" and isinstance(blocks.train, Tensor) and len(blocks.train) == 0:
+            raise TrainingError("there is no training text: blocks.train is empty; add data or set training.mode: none")
+        if len(blocks.heldout) == 0:
+            raise TrainingError(
+                "there is no held-out text: blocks.heldout is empty; add data or raise data.eval_fraction"
+            )
+        check_trackers(config)
+
+    def _compare(self) -> list[str]:
+        """What the user should know of the point to resume from; raises :class:`ConfigError` if this run cannot."""
+        if self.resume is None:
+            return []
+        notes = list(self.resume.notes)
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            what = "a plain adapter: its components are taken, optimizer, schedule and text start anew"
+            return [*notes, f"--resume: {self.resume.adapter} is {what}"]
+        changed = changed_settings(checkpoint, self.config)
+        if changed:
+            notes.append(f"changed since the checkpoint was written: {', '.join(changed)}")
+        self.saved = checkpoint.state()
+        self._start_index()
+        if self.saved["text"] != text_fingerprint(self.blocks.train):
+            notes.append(
+                "the training text is not the one of the checkpoint; the run goes on at the same place of this one"
+            )
+        return notes
+
+    def _start_index(self) -> int:
+        """Index of the phase to go on in."""
+        if self.checkpoint is None:
+            return 0
+        at = self.checkpoint.phase, self.checkpoint.objective
+        for index, phase in enumerate(self.phases):
+            if (phase.name, phase.objective) == at:
+                return index
+        raise ConfigError(
+            f"{self.checkpoint.path} was written in phase {at[0]} (objective {at[1]}), which training.mode="
+            f"{self.config.training.mode} does not have; resume with the training.mode and training.objective it had"
+        )
+
+    # ---- the run, in order -------------------------------------------------------------------------------------------
+
+    def execute(self) -> RunSummary:
+        model, recorder = self.model, self.recorder
+        self._open()
+        if converted_layers(model):
+            remove_npt(model)
+        fingerprint = base_fingerprint(model)
+        heldout = self._heldout()
+        base = self._measure_base(heldout)
+        with self._timed("conversion"):
+            report = self._convert()
+        recorder.say(str(report))
+        if self.checkpoint is None:
+            self._save_adapter()
+            start = "resumed adapter" if self.resume else "after conversion"
+            converted, fidelity, samples = self._measure(start, heldout)
+        else:
+            converted, fidelity, samples = self._measured_before(base)
+        self.before = {
+            "base": asdict(base),
+            "converted": asdict(converted),
+            "fidelity": [entry.to_dict() for entry in fidelity],
+            "samples": [vars(sample) for sample in samples],
+        }
+        trained, fidelity_trained, samples_trained = None, None, None
+        if self.phases:
+            self._train(heldout)
+            trained, fidelity_trained, samples_trained = self._measure("after training", heldout)
+        if base_fingerprint(model) != fingerprint:
+            raise RuntimeError(
+                "the frozen base changed during training; this is a bug in npt_kernels, please report it"
+            )
+        summary = RunSummary(
+            base, converted, trained, fidelity, fidelity_trained, samples, samples_trained, report, self.seconds,
+            self.steps, self.trained_tokens / max(self.trained_seconds, 1e-9), peak_memory(), recorder.paths,
+        )  # fmt: skip
+        with self._timed("plots"):
+            recorder.plots(summary)
+        recorder.finish(summary)
+        return summary
+
+    def _open(self) -> None:
+        from accelerate.utils import set_seed
+
+        set_seed(self.config.training.seed)
+        self.recorder.open(self.checkpoint, append=self.resume is not None)
+        if self.checkpoint is None:
+            path = None if self.resume is None else str(self.resume.adapter)
+            self.recorder.record("start", resume=path, sources=list(self.blocks.sources))
+            earlier = [
+                c
+                for c in list_checkpoints(self.config.checkpoint_dir)[0]
+                if c.output_dir == str(self.config.output_dir.resolve())
+            ]
+            if earlier:
+                self.notes.append(
+                    f"{len(earlier)} checkpoint(s) of an earlier run stay in {self.config.checkpoint_dir}; to go on with it "
+                    f"instead: --resume {earlier[0].path}"
+                )
+        else:
+            self.recorder.record("resume", checkpoint=str(self.checkpoint.path), step=self.steps, notes=self.notes)
+            self.recorder.say(f"resumed from {self.checkpoint}")
+        for note in self.notes:
+            self.recorder.say(f"note: {note}")
+
+    def _heldout(self) -> Tensor:
+        heldout: Tensor = self.blocks.heldout
+        # evaluation.tokens counts predicted positions: the first token of a sequence is not predicted.
+        rows = -(-self.config.evaluation.tokens // (heldout.shape[1] - 1))
+        return heldout[:rows]
+
+    def _measure_base(self, heldout: Tensor) -> EvalResult:
+        """The original on the held-out text; also after a checkpoint, as proof that model and text are the same."""
+        with self._timed("evaluate original"), self._bar("original", heldout.numel()) as advance:
+            base, teacher = evaluate_base(self.model, heldout, advance=advance)
+            keep = teacher.states.numel() * teacher.states.element_size() <= _TEACHER_BYTES
+            self.teacher = teacher if keep else None
+        if self.checkpoint is None:
+            self.recorder.result("original", base, self.steps)
+        self.recorder.say(f"original: perplexity {base.base_perplexity:.3f} on {base.tokens:,} held-out tokens")
+        if self.tokenizer is not None:
+            e = self.config.evaluation
+            with self._timed("samples"):
+                self.base_texts = generate(self.model, self.tokenizer, e.prompts, e.max_new_tokens)
+        return base
+
+    def _convert(self) -> ApplyReport:
+        if self.resume is not None:
+            return load_npt(self.model, self.resume.adapter)
+        npt = self.config.npt_config()
+        calibrate = npt.rule == "self_key" and npt.init in ("auto", "closed_form")
+        # In the precision of the training: three times as fast on a CPU with bf16 instructions.
+        with self.accelerator.autocast():
+            return apply_npt(
+                self.model, npt, self.blocks.calibration if calibrate else None, progress=self.console.is_terminal
+            )
+
+    def _measured_before(self, base: EvalResult) -> tuple[EvalResult, list[LayerFidelity], list[Sample]]:
+        """Results before training, of the process that wrote the checkpoint."""
+        before = self.saved["before"]
+        then = EvalResult(**before["base"])
+        if then.tokens != base.tokens or abs(then.base_nll - base.base_nll) > 1e-3 * then.base_nll:
+            self.recorder.say(
+                f"note: the original's perplexity is {base.base_perplexity:.3f} here and was {then.base_perplexity:.3f} when "
+                "the checkpoint was written: other weights, precision or held-out text; before and after do not compare"
+            )
+        return (
+            EvalResult(**before["converted"]),
+            [LayerFidelity(**entry) for entry in before["fidelity"]],
+            [Sample(**sample) for sample in before["samples"]],
+        )
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def _train(self, heldout: Tensor) -> None:
+        stop = StopRequest()
+        with stop.listen():
+            try:
+                for phase in self.phases[self._start_index() :]:
+                    with self._timed(f"train {phase.name}"):
+                        finished = self._phase(phase, heldout, stop)
+                    if not finished:
+                        raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                self.recorder.say(f"interrupted after {self.steps} steps{self.rescue()}")
+                raise
+            except (TrainingError, OSError) as error:
+                raise TrainingError(f"{error}{self.rescue()}") from None
+        self._save_adapter()
+        self.recorder.record("save", step=self.steps, path=str(self.recorder.paths["adapter"]))
+
+    def _phase(self, phase: Phase, heldout: Tensor, stop: StopRequest) -> bool:
+        config = self.config
+        variances: dict[int, Tensor] = {}
+        if phase.objective != "kl":
+            text = self.blocks.calibration if len(self.blocks.calibration) else self.blocks.train
+            rows = max(1, _VARIANCE_TOKENS // text.shape[1])
+            variances = delta_variances(self.model, text[:rows].to(self.accelerator.device))
+        objective = make_objective(phase.objective, self.model, config, variances)
+        display = TrainingDisplay(self.console)
+
+        def note(text: str) -> None:
+            display.note(text)
+            self.recorder.record("note", text=text)
+
+        self.window, self.logged, self.pending = [], 0, False
+        self.loop = loop = PhaseLoop(
+            phase, self.model, objective, self.blocks.train, config, self.accelerator, note=note, rows=self.rows
+        )
+        if self.saved:
+            self._restore(loop)
+        pace = Pace()
+
+        def after_step(report: StepReport) -> None:
+            self._after_step(report, phase, heldout, stop, display, pace)
+
+        enable_checkpointing(self.model, config.optimization.gradient_checkpointing and phase.objective != "local")
+        try:
+            with display.open(relative=config.training.loss == "relative_mse"):
+                if self.pending:
+                    self._periodic(phase, loop.progress.step, heldout, display)
+                finished = loop.run(stop, after_step)
+        finally:
+            loop.close()
+            enable_checkpointing(self.model, False)
+            self.model.eval()
+        if finished:
+            if self.checkpointed != self.steps:
+                self._save_checkpoint()
+            self.rows, self.loop = loop.progress.rows, None
+        return finished
+
+    def _restore(self, loop: PhaseLoop) -> None:
+        assert self.checkpoint is not None
+        saved, self.saved = self.saved, {}
+        try:
+            loop.resume(self.checkpoint, saved["progress"])
+        except ValueError as error:
+            raise ConfigError(f"--resume {self.checkpoint.path}: {error}") from None
+        self.window = [StepReport(**{**report, "steps": loop.phase.steps}) for report in saved["window"]]
+        self.logged, self.pending = loop.progress.step, saved["pending"]
+        if loop.progress.step > loop.phase.steps:
+            loop.note(
+                f"phase {loop.phase.name} has {loop.phase.steps} steps now, and {loop.progress.step} are done: it is over"
+            )
+
+    def _after_step(
+        self,
+        report: StepReport,
+        phase: Phase,
+        heldout: Tensor,
+        stop: StopRequest,
+        display: TrainingDisplay,
+        pace: Pace,
+    ) -> None:
+        t = self.config.training
+        self.steps += 1
+        self.trained_tokens += report.tokens
+        self.trained_seconds += report.seconds
+        pace.add(report.seconds)
+        self.window.append(report)
+        due = report.step % t.logging_steps == 0 or report.step in (1, phase.steps)
+        shown = mean_report(self.window) if due or stop.asked else report
+        display.step(shown, pace.left(phase.steps - report.step), logged=due or stop.asked)
+        if due:
+            # Not because of a stop: the log of a resumed run is that of one that never stopped.
+            self.recorder.step(shown, phase, self.steps)
+            self.window.clear()
+        self.logged, self.pending = report.step, report.step < phase.steps
+        if stop.asked or not self.pending:
+            return
+        self._periodic(phase, report.step, heldout, display)
+        # Last, so that what it holds of the log is complete.
+        if t.save_steps and report.step % t.save_steps == 0:
+            try:
+                self._save_checkpoint()
+            except OSError as error:
+                # A full disk must not cost the training; the user may make room before the next one.
+                display.note(f"step {report.step}: no checkpoint, it could not be written: {error}")
+
+    def _periodic(self, phase: Phase, step: int, heldout: Tensor, display: TrainingDisplay) -> None:
+        """Evaluation and samples, where they are due after this step."""
+        t = self.config.training
+        if t.eval_steps and step % t.eval_steps == 0:
+            result = evaluate(self.model, heldout, teacher=self.teacher)
+            self.recorder.result("training", result, self.steps, phase=phase.name, step=step)
+            display.note(f"step {step}: {describe(result)}")
+        if t.prediction_logging_steps and step % t.prediction_logging_steps == 0:
+            self._samples(f"{phase.name}, step {step}")
+        self.pending = False
+
+    # ---- measuring ---------------------------------------------------------------------------------------------------
+
+    def _measure(self, stage: str, heldout: Tensor) -> tuple[EvalResult, list[LayerFidelity], list[Sample]]:
+        with self._timed(f"evaluate {stage}"), self._bar(stage, heldout.numel()) as advance:
+            result = evaluate(self.model, heldout, advance=advance, teacher=self.teacher)
+            fidelity = layer_fidelity(self.model, heldout)
+        self.recorder.result(stage, result, self.steps, step=self.steps)
+        self.recorder.record("fidelity", stage=stage, step=self.steps, layers=[entry.to_dict() for entry in fidelity])
+        self.recorder.say(f"{stage}: {describe(result)}")
+        return result, fidelity, self._samples(stage)
+
+    def _samples(self, title: str) -> list[Sample]:
+        if self.tokenizer is None:
+            return []
+        with self._timed("samples"):
+            e = self.config.evaluation
+            samples = generate_samples(self.model, self.tokenizer, e.prompts, e.max_new_tokens, base=self.base_texts)
+        self.recorder.samples(title, samples, self.steps)
+        return samples
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def _save_adapter(self) -> None:
+        if self.accelerator.is_main_process:
+            save_npt(self.model, self.recorder.paths["adapter"])
+
+    def _save_checkpoint(self) -> None:
+        loop, config = self.loop, self.config
+        assert loop is not None
+        state = {
+            "progress": loop.progress.to_dict(),
+            "window": [vars(report) for report in self.window],
+            "pending": self.pending,
+            "text": text_fingerprint(self.blocks.train),
+            "before": self.before,
+            "seconds": self.seconds,
+            "trained_tokens": self.trained_tokens,
+            "trained_seconds": self.trained_seconds,
+        }
+        path = save_checkpoint(
+            config.checkpoint_dir, self.model, self.accelerator,
+            run=self.name, phase=loop.phase.name, objective=loop.phase.objective, step=loop.progress.step,
+            total_steps=self.steps, output_dir=config.output_dir, state=state,
+            files=[self.recorder.paths["metrics"], self.recorder.paths["config"]], keep=config.training.save_total_limit,
+        )  # fmt: skip
+        self.last_checkpoint, self.checkpointed = path, self.steps
+        self.recorder.record("save", phase=loop.phase.name, step=loop.progress.step, path=str(path))
+
+    def rescue(self) -> str:
+        """Save what there is after a stop; a clause for the message that says where it is and how to go on."""
+        adapter = self.recorder.paths["adapter"]
+        if not converted_layers(self.model):
+            return ""
+        if not self.steps:
+            return f"; the converted, untrained adapter is in {adapter}" if adapter.exists() else ""
+        go_on = f"Go on with: npt train --resume {shlex.quote(str(self.config.output_dir))}"
+        last = f"the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint"
+        if self.loop is not None and (self.loop.progress.updating or self.loop.progress.step != self.logged):
+            return f"; it stopped in the middle of an update, which cannot be saved, and {last}. {go_on}"
+        try:
+            self._save_adapter()
+            if self.loop is not None and self.checkpointed != self.steps:
+                self._save_checkpoint()
+        except OSError as error:
+            return f"; and saving failed ({error}): {last}. {go_on}"
+        self.recorder.record("save", step=self.steps, path=str(adapter), stopped=True)
+        return (
+            f"; adapter of step {self.steps} saved in {adapter}, checkpoint in {self.last_checkpoint}, metrics in "
+            f"{self.recorder.paths['metrics']}. {go_on}"
+        )
+
+    def close(self) -> None:
+        if self.loop is not None:
+            self.loop.close()
+        self.recorder.close()
+
+    # ---- small things ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    @contextmanager
+    def _bar(self, title: str, tokens: int) -> Iterator[Any]:
+        with progress_bar(f"evaluating {title}", tokens, "tokens", enabled=self.console.is_terminal) as advance:
+            yield advance
