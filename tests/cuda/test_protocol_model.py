@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import protocol_model as model
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("protocol_model", ROOT / "tools" / "protocol_model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["protocol_model"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-model = _load()
 F, H = model.FULL, model.HALF
 SC, FA, ring, store, fetch = (
     model.Scenario, model.Faults, model.ring_machine, model.store_machine, model.fetch_machine,
