@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .configs.schema import RunConfig
+    from .training.distributed import World
 
 __all__ = ["app", "main"]
 
@@ -50,10 +52,11 @@ npt train demo model.rank=auto:64 training.max_steps=10
 npt train small --dry-run
 npt train --config mine.yaml paths.output_dir=runs/second
 npt train model.base_model_name=./llama data.train_files='["*.txt"]'
-npt train --resume runs/demo                         (go on where it stopped, with its own configuration)
-npt train --resume runs/demo training.max_steps=100  (the same, with another length)
-npt train --resume runs/demo/adapter                 (its components alone; the optimizer starts anew)
-npt train --help-config    (every key, its default, its meaning)
+npt train --resume runs/demo            (go on, same configuration)
+npt train --resume runs/demo training.max_steps=100
+npt train --resume runs/demo/adapter    (components, new optimizer)
+npt train --help-config                 (every key and its meaning)
+torchrun --nproc-per-node 2 -m npt_kernels train demo
 
 Ctrl-C saves what has been trained and stops. A run that goes on from a checkpoint (training.save_steps=N writes them) gives
 the numbers that it would have given without the stop.
@@ -128,22 +131,41 @@ def train(
     if dry_run:
         from .planning.plan import make_plan, print_plan
 
-        print_plan(make_plan(run_config), console)
+        if os.environ.get("RANK", "0") == "0":
+            print_plan(make_plan(run_config), console)
         return
+    from .training.distributed import World
+
+    world = World.join(run_config)
+    _train(run_config, world, resume, console if world.is_main else Console(quiet=True))
+    # Not after an error: what the processes say of it goes through what this ends.
+    world.leave()
+
+
+def _train(run_config: RunConfig, world: World, resume: Path | None, console: Console) -> None:
     from .inputs.blocks import check_sources, load_token_blocks
-    from .inputs.loading import choose_device, load_model, optimization_notes
+    from .inputs.loading import load_model, optimization_notes, resolve_dtype
     from .training.recording import check_trackers
 
     check_sources(run_config)
     check_trackers(run_config)
-    run_config.save()  # before anything slow: an output_dir that cannot be written is known at once
+    world.on_main(run_config.save)  # before anything slow: an output_dir that cannot be written is known at once
     _set_threads(run_config)
-    device = choose_device()
+    device = world.device
+    if world.sharded:
+        # On the host until it is converted; then every process keeps its part, in the dtype that its device takes.
+        run_config.model.dtype = str(resolve_dtype(run_config, device)).removeprefix("torch.")  # type: ignore[assignment]
     for note in optimization_notes(run_config, device):
         console.print(note, style="yellow", markup=False)
-    console.print(f"loading {run_config.model.base_model_name} on {device}", markup=False)
-    model, tokenizer = load_model(run_config, device)
-    blocks = load_token_blocks(run_config, tokenizer)
+    where = (
+        f"{device}"
+        if world.size == 1
+        else f"{world.size} processes ({'fsdp' if world.sharded else 'ddp'}, {device.type})"
+    )
+    console.print(f"loading {run_config.model.base_model_name} on {where}", markup=False)
+    with world.main_first():  # which downloads and fills caches
+        model, tokenizer = load_model(run_config, "cpu" if world.sharded else device)
+        blocks = load_token_blocks(run_config, tokenizer)
     for line in blocks.sources:
         console.print(line, markup=False, highlight=False)
     from .training.engine import run_training
@@ -151,7 +173,7 @@ def train(
 
     if device.type == "cpu":
         keep_freed_memory()
-    run_training(run_config, model, tokenizer, blocks, resume=resume, console=console)
+    run_training(run_config, model, tokenizer, blocks, resume=resume, console=console, world=world)
 
 
 def _run_config(
@@ -184,6 +206,10 @@ def _run_config(
     run_config = load_run_config(name, file, overrides)
     if output_dir is not None:
         run_config.paths.output_dir = str(output_dir)
+    if checkpoint is not None:
+        from .training.resuming import changed_settings
+
+        changed_settings(checkpoint, run_config)  # what cannot be changed is known before a model is loaded
     return run_config
 
 

@@ -62,6 +62,10 @@ def evaluate(
     from rich.console import Console
 
     console = Console(stderr=as_json)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from .configs.schema import ConfigError
+
+        raise ConfigError("npt eval runs in one process; start it without torchrun or accelerate launch")
     path = _adapter_path(adapter)
     config = _eval_config(path, overrides or [], model_name)
     directory = _writable(out.expanduser() if out is not None else _default_directory(path))
@@ -71,6 +75,7 @@ def evaluate(
     from .models.checkpoints import load_npt
     from .models.running import isolated_documents
     from .progress import progress_bar
+    from .streaming import streaming
 
     check_sources(config)
     if config.optimization.num_threads is not None:
@@ -81,11 +86,15 @@ def evaluate(
     console.print(f"loading {config.model.base_model_name} and {path} on {device}", markup=False)
     model, tokenizer = load_model(config, device)
     report = load_npt(model, path)
-    console.print(str(report), markup=False, highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    say(str(report))
     blocks = load_token_blocks(config, tokenizer)
     for line in blocks.sources:
-        console.print(line, markup=False, highlight=False)
-    with isolated_documents(model, document_separator(config, tokenizer)):
+        say(line)
+    with streaming(config, model, device, say), isolated_documents(model, document_separator(config, tokenizer)):
         measured = evaluate_adapter(
             model, tokenizer, blocks.heldout, config.evaluation.prompts, config.evaluation.max_new_tokens,
             lambda title, total, unit: progress_bar(title, total, unit, enabled=sys.stderr.isatty()),

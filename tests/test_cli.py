@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -238,13 +239,15 @@ def tiny(tmp_path: Path) -> Path:
 def test_train_hands_everything_to_the_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def run_training(config: Any, model: Any, tokenizer: Any, blocks: Any, *, resume: Any, console: Any) -> None:
-        seen.update(config=config, model=model, blocks=blocks, resume=resume)
+    def run_training(
+        config: Any, model: Any, tokenizer: Any, blocks: Any, *, resume: Any, console: Any, world: Any
+    ) -> None:
+        seen.update(config=config, model=model, blocks=blocks, resume=resume, world=world)
 
     monkeypatch.setitem(sys.modules, "npt_kernels.training.engine", types.SimpleNamespace(run_training=run_training))
     result = npt("train", "--config", "tiny.yaml", "training.max_steps=1")
     assert result.exit_code == 0, (result.output, result.exception)
-    assert seen["config"].training.max_steps == 1 and seen["resume"] is None
+    assert seen["config"].training.max_steps == 1 and seen["resume"] is None and seen["world"].size == 1
     assert seen["blocks"].train.shape[1] == 16 and seen["model"].config.hidden_size == 16
     assert load_run_config(file=tiny / "out" / "config.yaml") == seen["config"]
     (tiny / "out" / "npt_config.json").write_text("{}")
@@ -256,6 +259,37 @@ def test_train_hands_everything_to_the_engine(tiny: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setitem(sys.modules, "npt_kernels.training.engine", types.SimpleNamespace(run_training=interrupted))
     assert npt("train", "--config", "tiny.yaml").exit_code == 130
+
+
+def test_resume_goes_on_with_the_configuration_of_the_run(tiny: Path) -> None:
+    settings = ["training.learning_rate=0.01", "training.save_steps=2", "model.init=small"]
+    assert npt("train", "--config", "tiny.yaml", "training.max_steps=3", *settings).exit_code == 0
+    result = npt("train", "--resume", "out", "training.max_steps=5")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "resumed from out/checkpoints/end_to_end-000003" in result.output
+    assert "training.max_steps 3 → 5" in result.output
+    config = load_run_config(file=tiny / "out" / "config.yaml")
+    assert config.training.learning_rate == 0.01 and config.paths.output_dir == "out"
+    steps = [json.loads(line) for line in (tiny / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in steps if r["kind"] == "train"] == [1, 3, 5]
+    # Before a model is loaded, and with nothing written:
+    shutil.move(tiny / "tiny", tiny / "gone")
+    assert "model.rank is 2, but" in error_of("train", "--resume", "out", "model.rank=2")
+    assert "training.seed is 3, but" in error_of("train", "--config", "tiny.yaml", "--resume", "out", "training.seed=3")
+    shutil.move(tiny / "gone", tiny / "tiny")
+    # A run that was moved goes on where it is.
+    shutil.move(tiny / "out", tiny / "moved")
+    assert npt("train", "--resume", "moved", "training.max_steps=6").exit_code == 0
+    assert not (tiny / "out").exists() and (tiny / "moved" / "checkpoints" / "end_to_end-000006").is_dir()
+    assert npt("eval", "moved/checkpoints/end_to_end-000006", "--json").exit_code == 0
+
+
+def test_a_missing_tracker_is_known_before_anything_is_loaded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    (tiny / "tiny" / "config.json").unlink()
+    message = error_of("train", "--config", "tiny.yaml", "training.report_to=[trackio]")
+    assert "training.report_to names trackio" in message and "pip install trackio" in message
+    assert not (tiny / "out").exists()
 
 
 @pytest.fixture

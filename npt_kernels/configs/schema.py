@@ -166,7 +166,9 @@ class WandbSection(_Section):
 class OptimizationSection(_Section):
     """Memory and precision."""
 
-    use_cpu_offload: bool = Field(False, description="Keep frozen layers in host memory.")
+    use_cpu_offload: bool = Field(
+        False, description="GPU: keep frozen layers on the host; short for stream_layers=host, or disk if RAM is short."
+    )
     stream_layers: Literal["off", "host", "disk"] = Field(
         "off", description="Where frozen layers wait until their turn: pinned host memory, or memory-mapped files."
     )
@@ -187,13 +189,36 @@ class OptimizationSection(_Section):
     )
     distributed: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
-        description="Several processes: ddp: a copy of the frozen base each; fsdp: its layers sharded. auto: ddp.",
+        description="Several processes: ddp: a copy of the frozen base each; fsdp: its layers sharded. auto: what "
+        "accelerate launch was configured for, else ddp.",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "no", description="Autocast dtype; master weights stay fp32."
     )
     gradient_checkpointing: bool = Field(False, description="end_to_end: recompute activations in the backward pass.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; None: all cores.")
+
+    @property
+    def base_quantization(self) -> tuple[str, str] | None:
+        """``(format, library)`` of the frozen base, ``None`` for dense. Raises :class:`ConfigError` for keys that disagree."""
+        from ..models.quantised import choose_library
+
+        asked = {key: format for key, format in (("use_8bit", "int8"), ("use_4bit", "nf4")) if getattr(self, key)}
+        if len(asked) == 2:
+            raise ConfigError("optimization.use_8bit and optimization.use_4bit are both true; set one of them to false")
+        for key, format in asked.items():
+            if self.quantization not in ("none", format):
+                raise ConfigError(
+                    f"optimization.{key}=true is short for quantization={format}, but optimization.quantization="
+                    f"{self.quantization!r}; set one of them"
+                )
+        format = next(iter(asked.values()), self.quantization)
+        if format == "none":
+            return None
+        try:
+            return format, choose_library(format, self.quantization_library)
+        except ValueError as error:
+            raise ConfigError(f"optimization.{error}") from None
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -241,6 +266,7 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _npt_settings_are_valid(self) -> RunConfig:
         self.npt_config()
+        _ = self.optimization.base_quantization
         return self
 
     def npt_config(self) -> NPTConfig:

@@ -12,7 +12,7 @@ import torch
 
 from ..configs.schema import ConfigError
 
-__all__ = ["COMPUTE_EFFICIENCY", "GPUS", "Gpu", "TRANSFER_EFFICIENCY", "find_gpu", "gpu_with", "parse_size"]
+__all__ = ["COMPUTE_EFFICIENCY", "GPUS", "TRANSFER_EFFICIENCY", "Gpu", "find_gpu", "gpu_with", "parse_size"]
 
 #: Share of the dense peak that the products of a step are assumed to reach, and of the rates of memory, PCIe and links.
 COMPUTE_EFFICIENCY, TRANSFER_EFFICIENCY = 0.5, 0.8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -90,9 +89,6 @@ class RunSummary:
 
 # ---- trackers --------------------------------------------------------------------------------------------------------
 
-#: Tracker → packages of which one is enough.
-_TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
-
 
 def tracker_names(config: RunConfig) -> list[str]:
     """``training.report_to``, and wandb where ``wandb.enabled`` asks for it."""
@@ -101,9 +97,15 @@ def tracker_names(config: RunConfig) -> list[str]:
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Raise :class:`ConfigError` if a tracker's package is missing; accelerate would go on without it, silently."""
-    for name in tracker_names(config):
-        if any(importlib.util.find_spec(package) is not None for package in _TRACKER_PACKAGES[name]):
+    """Raise :class:`ConfigError` if accelerate does not find a tracker's package; it would go on without it, silently."""
+    names = tracker_names(config)
+    if not names:
+        return
+    from accelerate import tracking
+
+    available = {tracker.value for tracker in tracking.get_available_trackers()}
+    for name in names:
+        if name in available:
             continue
         if name in config.training.report_to:
             key, mend = f"training.report_to names {name}", "leave it out"

@@ -178,10 +178,11 @@ def test_weights_that_another_tool_wrote_are_loaded_with_a_warning(tmp_path):
 
 
 def test_adapters_are_the_same_bytes_every_time(tmp_path):
-    for name in ("one", "two"):
-        save_npt(converted(), tmp_path / name)
+    model = converted()
     for file in (CONFIG_NAME, WEIGHTS_NAME):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+        # Often, for safetensors writes the keys of its metadata in an order that changes from call to call.
+        assert len({(save_npt(model, tmp_path) / file).read_bytes() for _ in range(8)}) == 1
+    assert (tmp_path / CONFIG_NAME).stat().st_mode == (tmp_path / WEIGHTS_NAME).stat().st_mode
 
 
 # ------------------------------------------------------------------------------------------ published formats

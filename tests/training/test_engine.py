@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import sys
 
 import pytest
 import torch
@@ -18,10 +17,10 @@ from rich.console import Console
 from runs import FAR, blocks, checksum, make_config, records, start
 
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_parameters, remove_npt
-from npt_kernels.configs.schema import ConfigError, RunConfig
+from npt_kernels.configs.schema import RunConfig
 from npt_kernels.evaluation.perplexity import evaluate
 from npt_kernels.models.checkpoints import adapter_state_dict
-from npt_kernels.training import display, loop, recording
+from npt_kernels.training import display, loop
 from npt_kernels.training.engine import TrainingError, run_training
 from npt_kernels.training.resources import is_out_of_memory, memory_advice
 
@@ -247,16 +246,12 @@ def test_memory_advice_leaves_out_what_is_already_done(tmp_path):
     assert not is_out_of_memory(RuntimeError("shapes"))
 
 
-def test_a_run_cannot_start_without_text_or_a_named_package(tmp_path, monkeypatch):
+def test_a_run_cannot_start_without_text(tmp_path):
     empty = torch.zeros(0, 16, dtype=torch.long)
     with pytest.raises(TrainingError, match="no training text"):
         start(tmp_path, text=dataclasses.replace(blocks(), train=empty))
     with pytest.raises(TrainingError, match="no held-out text"):
         start(tmp_path, text=dataclasses.replace(blocks(), heldout=empty))
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(recording.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install wandb, or set it to false"):
-        start(tmp_path, sections={"wandb": {"enabled": True}})
 
 
 def test_a_failed_conversion_leaves_the_model_alone(tmp_path):

@@ -127,22 +127,6 @@ def test_other_errors_are_not_retried(tmp_path, monkeypatch):
     assert not records(tmp_path, "note")
 
 
-def test_all_processes_halve_when_one_runs_out(tmp_path, monkeypatch):
-    asked = []
-
-    def agree(flag):
-        asked.append(flag)
-        return flag or len(asked) == 1  # another process ran out of memory in the first step
-
-    monkeypatch.setattr(loop, "agree", agree)
-    start(tmp_path, sections={"model": FAR}, batch_size=2, gradient_accumulation_steps=2)
-    monkeypatch.undo()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    note = records(tmp_path, "note")[0]["text"]
-    assert "with 2 sequences at a time; repeated with 1" in note and not any(asked)
-    assert len(asked) == 6 * 2 + 1, "once per try, once per step for a stop"
-
-
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9])
 def test_regroup_keeps_sequences_and_shares(rows):
     batches = step_batches(token_ids(11, 5), batch_size=4, gradient_accumulation_steps=2, seed=3)
@@ -168,7 +152,7 @@ def fp16_on_the_cpu(monkeypatch):
         accelerator.state._mixed_precision = "fp16"
         accelerator.native_amp = True
         # So high that the first steps overflow and are skipped.
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**32, growth_interval=3)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**25, growth_interval=3)
         return accelerator
 
     monkeypatch.setattr(run, "make_accelerator", make)
@@ -179,7 +163,8 @@ def test_loss_scale_and_skipped_steps_survive_a_resume(tmp_path, fp16_on_the_cpu
     _, want = start(tmp_path / "whole", **settings)
     log = records(tmp_path / "whole", "train")
     rates = [r["learning_rate"] for r in log]
-    assert any(a == b for a, b in itertools.pairwise(rates)), "no step was skipped: the test shows nothing"
+    skipped = sum(a == b for a, b in itertools.pairwise(rates))
+    assert 1 <= skipped <= 6, "the test shows something only if some steps were skipped"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, 7, "ctrl-c")
         start(tmp_path / "cut", **settings)
@@ -226,13 +211,16 @@ def test_phases_and_schedule(tmp_path):
         assert rates[4] == max(rates) and scheduler.get_last_lr()[0] == pytest.approx(last, abs=1e-6)
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_interrupts_at_once(number):
+    before = signal.getsignal(number)
     with StopRequest().listen() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         assert stop.asked
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             signal.pthread_sigmask(signal.SIG_BLOCK, [])  # a bytecode boundary for the handler
+    assert signal.getsignal(number) is before
 
 
 def test_a_stream_of_unknown_length_needs_a_number_of_steps(tmp_path):

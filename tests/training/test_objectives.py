@@ -7,6 +7,7 @@ import torch
 from helpers import randomise, tiny_model, token_ids
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters
+from npt_kernels.live_bytes import LiveBytes
 from npt_kernels.models.patching import converted_layers
 from npt_kernels.models.walk import OutputHead, walk_layers
 from npt_kernels.training.losses import delta_variance, kl_divergence, layer_loss, vector_penalty
@@ -138,6 +139,94 @@ def test_local_keeps_the_activations_of_one_layer():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         LocalObjective(model).accumulate(token_ids(), 1.0, run)
     assert len(at_backward) == 3 and len(set(at_backward)) == 1
+
+
+GROUP = [(2, 12, 1), (2, 12, 2), (1, 12, 3), (2, 9, 4), (2, 12, 5)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("per_visit", [1, 2, 5, 8])
+def test_visiting_a_layer_for_several_micro_batches_changes_no_bit(family, per_visit):
+    model = converted(family, layers=[0, 2])
+    batches = [token_ids(*shape) for shape in GROUP]
+    shares = [0.3, 0.25, 0.15, 0.1, 0.2]
+    plain = LocalObjective(model, regularization_weight=0.01)
+    expected_losses = [plain.accumulate(ids, share, backward) for ids, share in zip(batches, shares, strict=True)]
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+    grouped = LocalObjective(model, regularization_weight=0.01, micro_batches_per_layer=per_visit)
+    losses = grouped.accumulate_group(batches, shares, backward)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), expected, strict=True))
+    assert len(losses) == len(expected_losses)
+    for got, wanted in zip(losses, expected_losses, strict=True):
+        assert torch.equal(got.loss, wanted.loss) and torch.equal(got.penalty, wanted.penalty)
+        assert got.layers.keys() == wanted.layers.keys() == {0, 2}
+        assert all(torch.equal(got.layers[index], wanted.layers[index]) for index in got.layers)
+
+
+@pytest.mark.parametrize("per_visit", [1, 2, 3])
+def test_order_of_the_visits(per_visit):
+    """Layer after layer, all micro-batches of the visit at each; the last visit takes what is left."""
+    model = converted("llama")
+    order = []
+    for index, layer in converted_layers(model).items():
+        layer.register_forward_pre_hook(lambda m, args, i=index: order.append((i, args[0].shape[1])))
+    objective = LocalObjective(model, micro_batches_per_layer=per_visit)
+    objective.accumulate_group([token_ids(1, n) for n in (3, 4, 5)], [0.2, 0.3, 0.5], backward)
+    groups = [(3, 4, 5)[i : i + per_visit] for i in range(0, 3, per_visit)]
+    assert order == [(layer, length) for group in groups for layer in range(3) for length in group]
+
+
+def test_other_objectives_take_a_group_one_by_one():
+    model = converted("llama")
+    batches, shares = [token_ids(), token_ids(1, 8, seed=4)], [0.7, 0.3]
+    for objective in (KLObjective(model), LayerObjective(model)):
+        losses = objective.accumulate_group(batches, shares, backward)
+        grouped = gradients(model)
+        model.zero_grad(set_to_none=True)
+        single = [objective.accumulate(ids, share, backward) for ids, share in zip(batches, shares, strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(grouped, gradients(model), strict=True))
+        assert [float(x.loss) for x in losses] == [float(x.loss) for x in single]
+        model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("kind", [LocalObjective, KLObjective, LayerObjective])
+def test_a_rank_without_rows_has_nothing_to_do(kind):
+    model = converted("llama")
+    assert kind(model).accumulate_group([], [], backward) == []
+    assert all(grad is None for grad in gradients(model))
+    with pytest.raises(ValueError):
+        kind(model).accumulate_group([token_ids()], [], backward)
+
+
+def _peak(layers, micro_batches, per_visit):
+    """Bytes of tensors that the group's schedule makes, at the highest; gradients exist before."""
+    model = tiny_model("llama", layers=layers)
+    apply_npt(model, NPTConfig(layers="all", rank=4, init="small"))
+    for parameter in npt_parameters(model):
+        parameter.grad = torch.zeros_like(parameter)
+    objective = LocalObjective(model, micro_batches_per_layer=per_visit)
+    batches = [token_ids(4, 40, seed=s) for s in range(micro_batches)]
+    with LiveBytes() as live:
+        objective.accumulate_group(batches, [1.0] * micro_batches, backward)
+    return live.peak
+
+
+def test_memory_grows_neither_with_layers_nor_with_micro_batches_beyond_their_hidden_states():
+    hidden = 4 * 40 * 32 * 4
+    slack = 8 * 6 * 4 * 4  # scalars of the losses, per layer and micro-batch
+    base = _peak(2, 1, 1)
+    assert base > 4 * hidden  # the meter sees the activations
+    assert _peak(8, 1, 1) <= base + slack
+    assert _peak(8, 6, 1) <= base + slack
+    for count in (2, 6):
+        assert _peak(8, count, count) <= base + count * hidden + slack
+    assert _peak(8, 6, 6) >= base + 4 * hidden  # and the kept hidden states
+
+
+def test_bad_visits_are_refused():
+    with pytest.raises(ValueError, match="micro_batches_per_layer=0"):
+        LocalObjective(converted("llama"), micro_batches_per_layer=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,6 @@ from helpers import Words
 from runs import FAR, PowerCut, make_config, records, start, stop_at
 
 from npt_kernels.configs.schema import ConfigError
-from npt_kernels.training import recording
 from npt_kernels.training.recording import check_trackers, tracker_names
 
 
@@ -77,7 +76,7 @@ def test_a_resumed_run_goes_on_in_the_same_curves(tmp_path, monkeypatch):
     ],
 )
 def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch, sections, report_to, message):
-    monkeypatch.setattr(recording.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     with pytest.raises(ConfigError, match=message):
         start(tmp_path / "run", sections=sections, report_to=report_to)
     assert not (tmp_path / "run").exists()

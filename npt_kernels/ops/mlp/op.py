@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...backends import get_backend
 from ...rules import get_rule
+from .._deferred import dense
 from .._library import define_op
 from ..factored_linear.op import fake_key_product
 
@@ -42,10 +43,11 @@ def _forward(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return get_backend(backend).module("mlp").forward(
-        x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down,
-        gate_key, gate_value, up_key, up_value, down_key, down_value, act, rule, num_ranks, scale, save,
-    )  # fmt: skip
+    with dense(gate_weight, up_weight, down_weight) as (gate_weight, up_weight, down_weight):
+        return get_backend(backend).module("mlp").forward(
+            x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down,
+            gate_key, gate_value, up_key, up_value, down_key, down_value, act, rule, num_ranks, scale, save,
+        )  # fmt: skip
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
@@ -98,11 +100,12 @@ def _raw_backward(
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    return get_backend(backend).module("mlp").backward(
-        dout, x, a, key_scale, gate_weight, up_weight, down_weight, w_down,
-        gate_key, gate_value, up_key, up_value, down_key, down_value, z, p_gate, p_up, p_down, gate, up,
-        gated, act, rule, num_ranks, scale, needs,
-    )  # fmt: skip
+    with dense(gate_weight, up_weight, down_weight) as (gate_weight, up_weight, down_weight):
+        return get_backend(backend).module("mlp").backward(
+            dout, x, a, key_scale, gate_weight, up_weight, down_weight, w_down,
+            gate_key, gate_value, up_key, up_value, down_key, down_value, z, p_gate, p_up, p_down, gate, up,
+            gated, act, rule, num_ranks, scale, needs,
+        )  # fmt: skip
 
 
 def _fake_backward(*args: Any) -> list[Tensor]:

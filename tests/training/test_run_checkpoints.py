@@ -16,6 +16,7 @@ from runs import FAR, PowerCut, start, stop_at
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_parameters
 from npt_kernels.training import run
 from npt_kernels.training.checkpoints import list_checkpoints, load_optimizer, open_checkpoint, save_checkpoint
+from npt_kernels.training.loop import TrainingError
 from npt_kernels.training.resuming import find_resume
 
 
@@ -106,10 +107,11 @@ def cut_power(monkeypatch, after):
     return count
 
 
-def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, keep):
     writer = Writer(tmp_path / "start" / "checkpoints")
-    writer.save(1)
-    writer.save(2)
+    for step in (1, 2):
+        writer.save(step, keep=keep)
     kept = {}
     for after in range(100):
         folder = tmp_path / f"cut-{after}" / "checkpoints"
@@ -118,7 +120,7 @@ def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypat
         with monkeypatch.context() as patch:
             count = cut_power(patch, after)
             with contextlib.suppress(PowerCut):
-                writer.save(3)
+                writer.save(3, keep=keep)
         point = find_resume(folder.parent)
         assert point.notes == [], "half of a checkpoint was taken for one"
         assert point.checkpoint.state() == {"step": point.checkpoint.step}
@@ -128,8 +130,8 @@ def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypat
             break
         if after % 5 == 0:
             # The next process clears up what this one left behind.
-            writer.save(4)
-            assert [c.step for c in list_checkpoints(folder)[0]] == [4, kept[after]]
+            writer.save(4, keep=keep)
+            assert [c.step for c in list_checkpoints(folder)[0]] == [4, kept[after]][:keep]
             assert not [name for name in os.listdir(folder) if name.startswith(".")]
     steps = list(kept.values())
     assert steps == sorted(steps) and set(steps) == {2, 3} and len(steps) > 20
@@ -164,6 +166,18 @@ def test_a_disk_that_stays_full_names_the_last_checkpoint(tmp_path, monkeypatch)
         start(tmp_path, sections={"model": FAR}, save_steps=2)
     last = tmp_path / "checkpoints" / "end_to_end-000002"
     assert f"saving failed ([Errno 28] No space left on device): the last checkpoint is {last}" in start.output
+
+
+def test_a_last_save_that_fails_is_one_line(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "save_checkpoint", full)
+    with pytest.raises(
+        TrainingError, match=r"No space left on device; and saving failed .*there is no checkpoint"
+    ) as caught:
+        start(tmp_path, sections={"model": FAR}, max_steps=2)
+    assert "\n" not in str(caught.value)
 
 
 def test_half_an_update_is_never_saved(tmp_path, monkeypatch):
