@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .configs.schema import RunConfig
+    from .training.distributed import World
 
 __all__ = ["app", "main"]
 
@@ -55,6 +57,7 @@ npt train --resume runs/demo            (go on, same configuration)
 npt train --resume runs/demo training.max_steps=100
 npt train --resume runs/demo/adapter    (components, new optimizer)
 npt train --help-config                 (every key and its meaning)
+torchrun --nproc-per-node 2 -m npt_kernels train demo
 
 Ctrl-C saves what has been trained and stops. A run that goes on from a checkpoint (training.save_steps=N writes them) gives
 the numbers that it would have given without the stop.
@@ -145,23 +148,42 @@ def train(
         from .planning.printing import print_configuration, print_plan
 
         plan = make_plan(run_config)
-        print_configuration(plan, console)
-        print_plan(plan, console)
+        if os.environ.get("RANK", "0") == "0":
+            print_configuration(plan, console)
+            print_plan(plan, console)
         return
+    from .training.distributed import World
+
+    world = World.join(run_config)
+    _train(run_config, world, resume, console if world.is_main else Console(quiet=True))
+    # Not after an error: what the processes say of it goes through what this ends.
+    world.leave()
+
+
+def _train(run_config: RunConfig, world: World, resume: Path | None, console: Console) -> None:
     from .inputs.blocks import check_sources, load_token_blocks
-    from .inputs.loading import choose_device, load_model, optimization_notes
+    from .inputs.loading import load_model, optimization_notes, resolve_dtype
     from .training.recording import check_trackers
 
     check_sources(run_config)
     check_trackers(run_config)
-    run_config.save()  # before anything slow: an output_dir that cannot be written is known at once
+    world.on_main(run_config.save)  # before anything slow: an output_dir that cannot be written is known at once
     _set_threads(run_config)
-    device = choose_device()
+    device = world.device
+    if world.sharded:
+        # On the host until it is converted; then every process keeps its part, in the dtype that its device takes.
+        run_config.model.dtype = str(resolve_dtype(run_config, device)).removeprefix("torch.")  # type: ignore[assignment]
     for note in optimization_notes(run_config, device):
         console.print(note, style="yellow", markup=False)
-    console.print(f"loading {run_config.model.base_model_name} on {device}", markup=False)
-    model, tokenizer = load_model(run_config, device)
-    blocks = load_token_blocks(run_config, tokenizer)
+    where = (
+        f"{device}"
+        if world.size == 1
+        else f"{world.size} processes ({'fsdp' if world.sharded else 'ddp'}, {device.type})"
+    )
+    console.print(f"loading {run_config.model.base_model_name} on {where}", markup=False)
+    with world.main_first():  # which downloads and fills caches
+        model, tokenizer = load_model(run_config, "cpu" if world.sharded else device)
+        blocks = load_token_blocks(run_config, tokenizer)
     for line in blocks.sources:
         console.print(line, markup=False, highlight=False)
     from .training.engine import run_training
@@ -169,7 +191,7 @@ def train(
 
     if device.type == "cpu":
         keep_freed_memory()
-    run_training(run_config, model, tokenizer, blocks, resume=resume, console=console)
+    run_training(run_config, model, tokenizer, blocks, resume=resume, console=console, world=world)
 
 
 def _run_config(
@@ -275,6 +297,10 @@ def evaluate(
     from rich.console import Console
 
     console = Console(stderr=as_json)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from .configs.schema import ConfigError
+
+        raise ConfigError("npt eval runs in one process; start it without torchrun or accelerate launch")
     path = _adapter_path(adapter, "ADAPTER_DIR")
     config = _eval_config(path, overrides or [], model_name)
     from .evaluation.perplexity import evaluate as measure

@@ -239,13 +239,15 @@ def tiny(tmp_path: Path) -> Path:
 def test_train_hands_everything_to_the_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def run_training(config: Any, model: Any, tokenizer: Any, blocks: Any, *, resume: Any, console: Any) -> None:
-        seen.update(config=config, model=model, blocks=blocks, resume=resume)
+    def run_training(
+        config: Any, model: Any, tokenizer: Any, blocks: Any, *, resume: Any, console: Any, world: Any
+    ) -> None:
+        seen.update(config=config, model=model, blocks=blocks, resume=resume, world=world)
 
     monkeypatch.setitem(sys.modules, "npt_kernels.training.engine", types.SimpleNamespace(run_training=run_training))
     result = npt("train", "--config", "tiny.yaml", "training.max_steps=1")
     assert result.exit_code == 0, (result.output, result.exception)
-    assert seen["config"].training.max_steps == 1 and seen["resume"] is None
+    assert seen["config"].training.max_steps == 1 and seen["resume"] is None and seen["world"].size == 1
     assert seen["blocks"].train.shape[1] == 16 and seen["model"].config.hidden_size == 16
     assert load_run_config(file=tiny / "out" / "config.yaml") == seen["config"]
     (tiny / "out" / "npt_config.json").write_text("{}")

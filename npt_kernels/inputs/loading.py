@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 import threading
 import urllib.error
@@ -17,6 +16,8 @@ from torch import nn
 
 from ..configs.models import KNOWN_MODELS
 from ..configs.schema import ConfigError, RunConfig
+from ..models import adopt_quantised, quantise_base
+from ..models.quantised import missing_library
 from .assets import default_cache_dir, demo_model_cached, demo_model_dir
 
 __all__ = [
@@ -62,8 +63,14 @@ def optimization_notes(config: RunConfig, device: torch.device) -> list[str]:
     from ..streaming import streaming_notes
 
     notes = streaming_notes(config, device)
-    if config.optimization.use_8bit:
-        notes.append("optimization.use_8bit: frozen linears outside the converted layers only; needs bitsandbytes")
+    quantization = config.optimization.base_quantization
+    if quantization is not None:
+        notes.append(
+            f"optimization.quantization={quantization[0]}: all linears of the decoder layers, by {quantization[1]}, after "
+            "loading in model.dtype" + ("" if device.type == "cpu" else "; verified on a CPU only")
+        )
+    elif config.optimization.quantization_library != "auto":
+        notes.append("optimization.quantization_library: nothing to do without optimization.quantization")
     return notes
 
 
@@ -84,7 +91,7 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
     """
     device = torch.device(device) if device is not None else choose_device()
     name = config.model.base_model_name
-    quantization = _quantization(config, device)
+    quantization = _quantization(config)
     source: str
     hub: dict[str, Any] = {}
     if name == DEMO_NAME:
@@ -109,18 +116,29 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
         check_length(config, model_config.to_dict())
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
         dtype = resolve_dtype(config, device)
+        streamed = stream_mode(config, device) != "off"
+        # A model to be streamed stays in host memory.
+        home = torch.device("cpu") if streamed else device
+        placement = _prequantised(config, model_config, home)
 
         def load(dtype: torch.dtype | str) -> Any:
-            arguments = {"config": model_config, "dtype": dtype, **quantization, **hub}
+            arguments = {"config": model_config, "dtype": dtype, **placement, **hub}
             return AutoModelForCausalLM.from_pretrained(source, **arguments)
 
-        streamed = stream_mode(config, device) != "off"
         model: Any = load_for_streaming(config, device, dtype, model_config, load) if streamed else load(dtype)
     except ConfigError:
         raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ConfigError(f"model.base_model_name={name!r} could not be loaded: {_first_line(error)}") from error
-    if not quantization and not streamed:
+    if placement:
+        adopt_quantised(model)
+    elif quantization is not None:
+        try:
+            # Linear by linear at home, which so never holds more than one dense weight.
+            quantise_base(model, *quantization, device=home, progress=sys.stderr.isatty())
+        except ValueError as error:
+            raise ConfigError(f"optimization.quantization={quantization[0]!r}: {error}") from error
+    if not streamed and not placement:
         model = model.to(device)
     # The name that an adapter records as its base: 'demo' means the same on every machine, a cache path does not.
     model.config._name_or_path = name if name == DEMO_NAME or hub else str(Path(source).resolve())
@@ -263,20 +281,27 @@ def _probe(endpoint: str, timeout: float) -> str | None:
 # ---- quantisation ----------------------------------------------------------------------------------------------------
 
 
-def _quantization(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    if not config.optimization.use_8bit:
-        return {}
-    instead = "set optimization.use_8bit=false; on a GPU, model.dtype=bfloat16 takes half the memory of float32"
-    if device.type != "cuda":
-        raise ConfigError(
-            f"optimization.use_8bit=True needs an NVIDIA GPU, and this run is on the {device.type}; {instead}"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"optimization.use_8bit=True needs bitsandbytes: pip install bitsandbytes; or {instead}")
-    from transformers import BitsAndBytesConfig
+def _quantization(config: RunConfig) -> tuple[str, str] | None:
+    """``(format, library)``, or ``None``. Raises :class:`ConfigError` if the library is not installed."""
+    quantization = config.optimization.base_quantization
+    if quantization is not None and importlib.util.find_spec(quantization[1]) is None:
+        raise ConfigError(f"optimization.quantization={quantization[0]!r} {missing_library(quantization[1])}")
+    return quantization
 
-    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": index}}
+
+def _prequantised(config: RunConfig, model_config: Any, device: torch.device) -> dict[str, Any]:
+    """Where ``from_pretrained`` puts a checkpoint that is stored quantised; empty for a dense one."""
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is None:
+        return {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if config.optimization.base_quantization is not None:
+        raise ConfigError(
+            f"model.base_model_name={config.model.base_model_name!r} is stored quantised already "
+            f"({getattr(method, 'value', method)}); set optimization.quantization=none, use_8bit=false and use_4bit=false, or "
+            "take the dense checkpoint"
+        )
+    return {"device_map": {"": device}}
 
 
 def _first_line(error: BaseException) -> str:

@@ -58,11 +58,17 @@ def mlp_input(layer: nn.Module, plan: LayerPlan, h: Tensor, a: Tensor) -> tuple[
 
 def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor, a: Tensor) -> Tensor:
     """What the converted layer returns: ``h + MLP_Δ(u; a)``."""
+    offloaded = any(p.is_meta for p in (*plan.shape.norm(layer).parameters(), *plan.shape.mlp(layer).parameters()))
+    if offloaded and not h.is_meta:
+        raise RuntimeError(
+            f"the weights of layer {plan.index} are offloaded, and accelerate brings back only those of modules that are "
+            f"called; dispatch the model with preload_module_classes=['{type(layer).__name__}']"
+        )
     u, key_scale = mlp_input(layer, plan, h, a)
     weights, biases = {}, {}
     for target, place in plan.shape.targets.items():
         linear = plan.shape.linear(layer, target)
-        weights[place.slot], biases[place.slot] = linear_weight(linear), linear_bias(linear)
+        weights[place.slot], biases[place.slot] = linear_weight(linear, u.dtype), linear_bias(linear)
     dtype = weights["up"].dtype
     u, a = u.to(dtype), a.to(dtype)
     key_scale = None if key_scale is None else key_scale.to(dtype)

@@ -131,7 +131,10 @@ class _KLDivergence(torch.autograd.Function):
             bias = None if bias is None else bias.to(dtype)
         chunk = chunk or max(1, CHUNK_ELEMENTS // vocabulary)
         wide = _wide(student.dtype)
-        gradient = student.new_empty(tokens, width) if ctx.needs_input_grad[0] else None
+        # float16 cannot hold it before the loss scale, which comes with the backward.
+        kept = torch.float32 if student.dtype == torch.float16 else student.dtype
+        gradient = student.new_empty(tokens, width, dtype=kept) if ctx.needs_input_grad[0] else None
+        ctx.dtype = student.dtype
         with torch.autocast(student.device.type, enabled=False):
             total = _kl_in_chunks(students, teachers, weight, bias, chunk, wide, gradient)
         ctx.save_for_backward(None if gradient is None else gradient.view_as(student))
@@ -140,7 +143,9 @@ class _KLDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None if gradient is None else gradient * grads[0].to(gradient.dtype), None, None, None, None
+        if gradient is None:
+            return None, None, None, None, None
+        return (gradient * grads[0].to(gradient.dtype)).to(ctx.dtype), None, None, None, None
 
 
 def kl_divergence(

@@ -13,6 +13,7 @@ import torch
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.inputs import loading
 from npt_kernels.inputs.loading import load_model, load_model_config, optimization_notes, resolve_dtype
+from npt_kernels.models import QuantisedLinear
 
 
 def run_config(name: str = "demo", **sections: dict[str, Any]) -> RunConfig:
@@ -156,18 +157,130 @@ def test_configurations_without_network(tmp_path: Path, monkeypatch: pytest.Monk
         load_model_config(str(tmp_path))
 
 
-def test_eight_bit_is_refused_with_what_works_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run_config(optimization={"use_8bit": True})
-    with pytest.raises(ConfigError, match=r"optimization\.use_8bit=True needs an NVIDIA GPU.*use_8bit=false"):
+QUANTISED = {
+    "use_8bit": ({"use_8bit": True}, "int8", "bitsandbytes"),
+    "use_4bit": ({"use_4bit": True}, "nf4", "bitsandbytes"),
+    "torchao int8": ({"quantization": "int8", "quantization_library": "torchao"}, "int8", "torchao"),
+    "int4": ({"quantization": "int4"}, "int4", "torchao"),
+    "fp8": ({"quantization": "fp8"}, "fp8", "torchao"),
+    "both said": ({"use_8bit": True, "quantization": "int8", "quantization_library": "torchao"}, "int8", "torchao"),
+}
+
+
+@pytest.mark.parametrize("keys", QUANTISED)
+def test_quantised_bases_load_on_a_cpu(keys: str, tiny: Path) -> None:
+    optimization, format, library = QUANTISED[keys]
+    config = run_config(str(tiny), optimization=optimization, data={"max_length": 8})
+    model, _ = load_model(config, "cpu")
+    made = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
+    assert len(made) == 2 * 7
+    assert {(m.format, m.library) for m in made} == {(format, library)}
+    assert not model.training
+    dense, _ = load_model(run_config(str(tiny), data={"max_length": 8}), "cpu")
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        a, b = model(ids).logits, dense(ids).logits
+    assert 0 < (a - b).norm() < 0.2 * b.norm()
+
+
+def test_a_checkpoint_that_is_stored_quantised(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    stored = tmp_path / "stored"
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(stored)
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(tiny, quantization_config=settings, device_map={"": "cpu"}).save_pretrained(
+        stored
+    )
+    model, _ = load_model(run_config(str(stored), data={"max_length": 8}), "cpu")
+    assert sum(isinstance(m, QuantisedLinear) for m in model.modules()) == 2 * 7
+    dense, _ = load_model(run_config(str(tiny), data={"max_length": 8}), "cpu")
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        a, b = model(ids).logits, dense(ids).logits
+    assert 0 < (a - b).norm() < 0.05 * b.norm()
+    with pytest.raises(
+        ConfigError, match=r"stored quantised already \(bitsandbytes\); set optimization\.quantization=none"
+    ):
+        load_model(run_config(str(stored), optimization={"use_4bit": True}, data={"max_length": 8}), "cpu")
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_a_missing_quantisation_library_is_named(library: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = loading.importlib.util.find_spec
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == library else find(name))
+    config = run_config(str(tiny), optimization={"quantization": "int8", "quantization_library": library})
+    other = "torchao" if library == "bitsandbytes" else "bitsandbytes"
+    with pytest.raises(ConfigError, match=rf"='int8' needs {library}: pip install {library} .*library={other}.*=none"):
         load_model(config, "cpu")
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install bitsandbytes; or set"):
-        loading._quantization(config, torch.device("cuda"))
+
+
+def test_weights_that_a_format_cannot_hold_are_named(tiny: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = json.loads((tiny / "config.json").read_text())
+    LlamaForCausalLM(LlamaConfig(**{**config, "intermediate_size": 18})).save_pretrained(tiny)
+    with pytest.raises(ConfigError, match=r"quantization='int4': layer 0: mlp\.down_proj: .*18 input features"):
+        load_model(run_config(str(tiny), optimization={"quantization": "int4"}, data={"max_length": 8}), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("optimization", "message"),
+    [
+        ({"use_8bit": True, "use_4bit": True}, "use_8bit and optimization.use_4bit are both true; set one"),
+        ({"use_8bit": True, "quantization": "fp8"}, "use_8bit=true is short for quantization=int8, but .*='fp8'"),
+        ({"use_4bit": True, "quantization": "int8"}, "use_4bit=true is short for quantization=nf4, but .*='int8'"),
+        (
+            {"quantization": "nf4", "quantization_library": "torchao"},
+            "'nf4' does not exist in .*='torchao'; there is int8",
+        ),
+        ({"use_4bit": True, "quantization_library": "torchao"}, "'nf4' does not exist in .*nf4 by bitsandbytes"),
+        ({"quantization": "fp8", "quantization_library": "bitsandbytes"}, "fp8 by torchao"),
+    ],
+)
+def test_quantisation_keys_that_disagree(optimization: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        run_config(optimization=optimization)
+    assert "\n" not in str(caught.value)
 
 
 def test_memory_keys_are_never_silent() -> None:
     config = run_config(optimization={"use_cpu_offload": True, "use_8bit": True})
-    for device, first in (("cpu", "optimization.use_cpu_offload"), ("cuda", "optimization.stream_layers=host")):
-        notes = [note.partition(":")[0] for note in optimization_notes(config, torch.device(device))]
-        assert notes[0] == first and notes[-1] == "optimization.use_8bit"
+    for device, first in (("cpu", "optimization.use_cpu_offload:"), ("cuda", "optimization.stream_layers=host:")):
+        notes = optimization_notes(config, torch.device(device))
+        assert notes[0].startswith(first)
+        assert "optimization.quantization=int8: all linears of the decoder layers, by bitsandbytes" in notes[-1]
+        assert ("verified on a CPU only" in notes[-1]) == (device == "cuda")
+    (note,) = optimization_notes(run_config(optimization={"quantization_library": "torchao"}), torch.device("cpu"))
+    assert "nothing to do without optimization.quantization" in note
     assert optimization_notes(run_config(), torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_a_quantised_base_is_streamed(where: str, tiny: Path, tmp_path: Path) -> None:
+    """Its codes are moved, and what is moved computes the same."""
+    from npt_kernels import NPTConfig, apply_npt, npt_parameters
+    from npt_kernels.streaming import LayerStreamer
+    from npt_kernels.training.objectives import KLObjective, LocalObjective
+
+    paths, ids = {"cache_dir": str(tmp_path / "cache")}, torch.arange(16).view(2, 8)
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for mode in ("off", where):
+        optimization = {"use_4bit": True, "stream_layers": mode}
+        config = run_config(str(tiny), optimization=optimization, paths=paths, data={"max_length": 8})
+        model, _ = load_model(config, "cpu")
+        assert sum(isinstance(m, QuantisedLinear) for m in model.modules()) == 2 * 7
+        apply_npt(model, NPTConfig(layers="all", rule="rank1", rank=2, init="published"))
+
+        def train(model: Any = model, mode: str = mode) -> None:
+            for objective in (LocalObjective(model), KLObjective(model)):
+                objective.accumulate(ids, 1.0, lambda loss: loss.backward())
+            gradients[mode] = [p.grad.clone() for p in npt_parameters(model)]
+
+        if mode == "off":
+            train()
+        else:
+            with LayerStreamer(model, "cpu", where=mode, folder=tmp_path if mode == "disk" else None):
+                train()
+    for a, b in zip(gradients["off"], gradients[where], strict=True):
+        assert torch.equal(a, b) and bool(a.any())

@@ -87,7 +87,7 @@ def test_local_training_lowers_the_layer_losses(tmp_path, mode):
     ]
     assert means[1] > means[0]
     assert [r["step"] for r in log if r["phase"] == "polish"][-1:] == ([5] if mode == "local+polish" else [])
-    assert "EV mean/min" in start.output
+    assert "EV worst/median/best" in start.output
 
 
 def test_layer_objective_with_checkpointing_learns(tmp_path):

@@ -127,22 +127,6 @@ def test_other_errors_are_not_retried(tmp_path, monkeypatch):
     assert not records(tmp_path, "note")
 
 
-def test_all_processes_halve_when_one_runs_out(tmp_path, monkeypatch):
-    asked = []
-
-    def agree(flag):
-        asked.append(flag)
-        return flag or len(asked) == 1  # another process ran out of memory in the first step
-
-    monkeypatch.setattr(loop, "agree", agree)
-    start(tmp_path, sections={"model": FAR}, batch_size=2, gradient_accumulation_steps=2)
-    monkeypatch.undo()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    note = records(tmp_path, "note")[0]["text"]
-    assert "with 2 sequences at a time; repeated with 1" in note and not any(asked)
-    assert len(asked) == 6 * 2 + 1, "once per try, once per step for a stop"
-
-
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9])
 def test_regroup_keeps_sequences_and_shares(rows):
     batches = step_batches(token_ids(11, 5), batch_size=4, gradient_accumulation_steps=2, seed=3)

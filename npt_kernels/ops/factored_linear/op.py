@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...backends import get_backend
 from ...rules import get_rule
+from .._deferred import dense
 from .._library import define_op
 
 
@@ -25,7 +26,8 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     module = get_backend(backend).module("factored_linear")
-    return module.forward(x, z, weight, w_a_up, w_b_up, bias, rule, num_ranks, scale)
+    with dense(weight) as (weight,):
+        return module.forward(x, z, weight, w_a_up, w_b_up, bias, rule, num_ranks, scale)
 
 
 def fake_key_product(u: Tensor, w_b_up: Tensor, rule: str) -> Tensor:
@@ -65,7 +67,8 @@ def _raw_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     module = get_backend(backend).module("factored_linear")
-    return module.backward(dy, x, z, weight, w_a_up, w_b_up, p, rule, num_ranks, scale, needs)
+    with dense(weight) as (weight,):
+        return module.backward(dy, x, z, weight, w_a_up, w_b_up, p, rule, num_ranks, scale, needs)
 
 
 def _fake_backward(

@@ -8,13 +8,15 @@ from typing import Any, Optional
 from torch import Tensor
 
 from ...backends import get_backend
+from .._deferred import dense
 from .._library import define_op
 
 
 def _forward(
     x: Tensor, weight: Tensor, v_a: Tensor, v_b: Tensor, bias: Optional[Tensor], backend: str
 ) -> tuple[Tensor, Tensor]:
-    return get_backend(backend).module("linear").forward(x, weight, v_a, v_b, bias)
+    with dense(weight) as (weight,):
+        return get_backend(backend).module("linear").forward(x, weight, v_a, v_b, bias)
 
 
 def _fake(
@@ -34,7 +36,8 @@ def _raw_backward(
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    return get_backend(backend).module("linear").backward(dy, x, weight, v_a, v_b, s, needs)
+    with dense(weight) as (weight,):
+        return get_backend(backend).module("linear").backward(dy, x, weight, v_a, v_b, s, needs)
 
 
 def _fake_backward(
