@@ -42,12 +42,12 @@ from npt_kernels.configs.models import KNOWN_MODELS
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.live_bytes import LiveBytes
 from npt_kernels.planning.devices import Gpu, find_gpu
-from npt_kernels.planning.measure import build_model, quantise, training_steps
 from npt_kernels.planning.memory import Phase, count_bytes, reserve
 from npt_kernels.planning.numbers import Adapter, ModelNumbers, count_adapter, meta_model, read_numbers
 from npt_kernels.planning.printing import size_text
 from npt_kernels.planning.work import needed_flops, step_time
 from npt_kernels.streaming import streaming
+from npt_kernels.training.measure import build_model, quantise, training_steps
 
 try:
     from npt_kernels.bench.results import environment

@@ -8,10 +8,10 @@ import pytest
 import torch
 from cases import FAMILIES, GPT2, LLAMA, config_of, sizes_of
 
-from npt_kernels.planning.measure import measure_phases
 from npt_kernels.planning.memory import Phase, count_bytes, peak, reserve
 from npt_kernels.planning.parallel import Parallel
 from npt_kernels.planning.storage import FORMATS
+from npt_kernels.training.measure import measure_phases
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -96,6 +96,11 @@ def test_conversion_and_evaluation(family: str, keys: dict[str, Any]) -> None:
     keys = {"model__init": "closed_form", "training__mode": "none", **keys}
     for phase in ("conversion", "evaluation"):
         check(FAMILIES[family], phase, **keys)
+
+
+def test_autocast_copies_the_output_head() -> None:
+    keys = {"training__batch_size": 1, "data__max_length": 16, "optimization__mixed_precision": "bf16"}
+    check({**LLAMA, "vocab_size": 6000}, "end_to_end", 0.02, training__mode="end_to_end", **keys)
 
 
 def test_eager_attention_keeps_its_scores() -> None:

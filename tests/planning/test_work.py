@@ -12,9 +12,9 @@ from helpers import GemmMeter
 
 from npt_kernels import apply_npt
 from npt_kernels.planning.devices import GPUS
-from npt_kernels.planning.measure import build_model, training_steps
 from npt_kernels.planning.parallel import Parallel
 from npt_kernels.planning.work import LayerWork, needed_flops, step_time
+from npt_kernels.training.measure import build_model, training_steps
 
 H100, RTX4090 = GPUS["H100"], GPUS["RTX4090"]
 

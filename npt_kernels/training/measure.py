@@ -15,10 +15,10 @@ from ..evaluation.perplexity import evaluate, evaluate_base
 from ..inputs.loading import resolve_dtype
 from ..live_bytes import LiveBytes
 from ..models.patching import apply_npt, npt_parameters
+from ..planning.storage import quantization_of
 from ..streaming import streaming
-from ..training.loop import make_objective, make_optimizer
-from ..training.objectives import Objective, delta_variances, enable_checkpointing
-from .storage import quantization_of
+from .loop import make_objective, make_optimizer
+from .objectives import Objective, delta_variances, enable_checkpointing
 
 __all__ = ["build_model", "measure_phases", "quantise", "training_steps"]
 
