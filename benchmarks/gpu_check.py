@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from benchmarks._harness.contenders import workloads  # noqa: E402
 from benchmarks._harness.report import table, write_result  # noqa: E402
-from npt_kernels.backends import available_backends, explain  # noqa: E402
+from npt_kernels.backends import BACKENDS, available_backends, explain  # noqa: E402
 from npt_kernels.bench.checking import check_case, repeat_case  # noqa: E402
 from npt_kernels.bench.problems import Problem  # noqa: E402
 from npt_kernels.bench.results import environment  # noqa: E402
@@ -45,6 +45,11 @@ def usable_backends(device: torch.device, asked: list[str] | None) -> tuple[list
         else:
             reasons[name] = explanation.reasons[name]
     return usable, reasons
+
+
+def lacks(backend: str, case: Case) -> bool:
+    """Whether a case is about an op that the backend does not implement at all (kernels that are no op: all but eager's)."""
+    return case.op in BACKENDS["eager"].modules and BACKENDS[backend].lacks(case.op) is not None
 
 
 def peak_memory(case: Case, backend: str, device: torch.device) -> float:
@@ -160,6 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only not in str(case):
             continue
         for backend in backends:
+            if lacks(backend, case):
+                continue
             if late("numerics"):
                 result["not_run"].append(f"{backend} {case}")
                 continue
@@ -170,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
     for case, times in repeat_cases(options.small):
         for backend in backends:
-            if backend == "eager" or options.only not in str(case):
+            if backend == "eager" or options.only not in str(case) or lacks(backend, case):
                 continue
             if late("repeats"):
                 result["not_run"].append(f"repeat {backend} {case}")

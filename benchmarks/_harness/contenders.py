@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from npt_kernels.backends import BACKENDS
 from npt_kernels.bench.problems import Problem
 from npt_kernels.bench.providers import PROVIDERS
 from npt_kernels.bench.shapes import Case, ModelShape
@@ -56,8 +57,9 @@ def _kernel(
     """A kernel against the vendor's products: (vendor's name, ours)."""
     problems = _sets(case, device)
     contenders: dict[str, Call] = {names[0]: lambda i: problems[i].run("eager")}
-    if "triton" in backends:
-        contenders[names[1]] = lambda i: problems[i].run("triton")
+    for backend in backends:
+        if backend != "eager":
+            contenders[f"{backend}, {names[1]}"] = lambda i, backend=backend: problems[i].run(backend)
     return contenders, len(problems)
 
 
@@ -101,8 +103,13 @@ def workloads(models: dict[str, ModelShape], backends: list[str], small: bool, c
     both, case = ("two GEMMs + rule", "one kernel"), replace(base, op="coefficients", rule="rank1")
     add(f"coefficients rank1 8B T={many} R={rank}",
         lambda device: _kernel(case, both, backends, device), many, both[0])  # fmt: skip
-    norms = [name for name in backends if name != "cuda"]  # it has no norm kernel
+    norms = [name for name in backends if BACKENDS[name].lacks("matched_norm") is None]
     add(f"matched norm 8B T={many}",
         lambda device: _op(replace(base, op="matched_norm"), "forward", ["frozen", *norms], device), many)  # fmt: skip
     mlp("forward", replace(base, model=seventy, tokens=2048 if not small else many), "forward", with_compile=False)
+    if "cuda" in backends:
+        from .cuda_kernels import cuda_rows
+
+        for name, baseline, tokens, make in cuda_rows(small):
+            add(name, make, tokens, baseline)
     return result
