@@ -90,8 +90,7 @@ class Drawing:
         path = folder / f"bench-{self.document}.png"
         with matplotlib.rc_context(_STYLE):
             figure = self._figure()
-            axes = figure.axes[0]
-            axes.set_title(self.title, pad=10)
+            figure.suptitle(self.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
             note = self.caption + (f"\nSTALE: {self.stale}" if self.stale else "")
             figure.supxlabel("\n".join(_wrapped(note, 96)), fontsize=7.5, x=0.01, ha="left")
             figure.savefig(path, dpi=150, facecolor="white")
@@ -313,10 +312,7 @@ def _training(collected: Collected, device: str) -> Iterator[Drawing]:
 def _paint_training(rows: Sequence[dict[str, Any]]) -> Callable[[Axes], None]:
     def paint(axes: Axes) -> None:
         labels = []
-        several = (
-            len({(row["batch"], row["sequence"], row["dtype"]) for row in rows if "published" not in row["setting"]})
-            > 1
-        )
+        dtypes = len({row["dtype"] for row in rows}) > 1
         for place, row in enumerate(reversed(list(rows))):
             low, high = row["tokens_per_s_p10_p90"]
             colour = (
@@ -330,9 +326,9 @@ def _paint_training(rows: Sequence[dict[str, Any]]) -> Callable[[Axes], None]:
                 f" {row['tokens_per_s']:,.0f}", (max(high, row["tokens_per_s"]), place), va="center", fontsize=9
             )
             layers = "all layers" if row["converted"] == "all" else f"{row['converted']} layers"
-            # Speeds of other batches and lengths stand side by side only with their size.
-            size = f", {row['batch']}×{row['sequence']} {row['dtype']}" if several else ""
-            labels.append(f"{row['setting']}, {row['mode'].replace('_', ' ')}, {layers}{size}")
+            # Speeds at other batches and lengths stand side by side, so each names its own.
+            size = f"{row['batch']}×{row['sequence']}" + (f" {row['dtype']}" if dtypes else "")
+            labels.append(f"{row['setting']}, {row['mode'].replace('_', ' ')}, {layers}, {size}")
         axes.set_yticks(range(len(labels)), labels)
         axes.grid(False, axis="y")
         axes.margins(x=0.16)
