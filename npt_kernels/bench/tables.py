@@ -23,7 +23,7 @@ __all__ = ["line", "print_comparison", "print_plan", "print_rows", "print_train"
 
 
 def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
     return table
@@ -142,7 +142,8 @@ def print_rows(suite: str, rows: Sequence[dict[str, Any]]) -> None:
     for (op, mode, shape), own in groups.items():
         shown = [name for name in PROVIDERS if any(row["provider"] == name and _cell(row) for row in own)]
         columns = ("T", "r", *shown)
-        table = _table(f"{op} {mode}, {shape}", *columns, right=columns)
+        console.print(f"{op} {mode}, {shape}", style="bold")  # as the table's title it would wrap at its width
+        table = _table("", *columns, right=columns)
         cells: dict[tuple[Any, Any], dict[str, str]] = {}
         for row in own:
             cells.setdefault((row["tokens"], row["rank"]), {})[row["provider"]] = _cell(row)
