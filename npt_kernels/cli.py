@@ -17,6 +17,7 @@ except ImportError:
 from .cli_bench import bench
 from .cli_errors import reports_errors
 from .cli_eval import EVAL_HELP, evaluate
+from .cli_plan import plan_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,7 @@ _HELP = """Neuro-Plastic Transformers: convert a language model so that attentio
 \b
 npt train              the demo: a real model, real text, minutes
 npt train --dry-run    what it would do, without downloading
+npt plan --model meta-llama/Llama-3.1-8B --gpu-memory 24GiB    does it fit, and what would
 npt eval runs/demo     original and converted side by side
 npt configs            the configurations that ship
 npt env                versions, hardware, backends
@@ -73,6 +75,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench)
+plan_command(app)
 app.command("eval", help=EVAL_HELP)(evaluate)
 
 
@@ -129,10 +132,13 @@ def train(
         return
     run_config = _run_config(arguments or [], config, output_dir, resume)
     if dry_run:
-        from .planning.plan import make_plan, print_plan
+        from .planning.plan import make_plan
+        from .planning.printing import print_configuration, print_plan
 
+        plan = make_plan(run_config)
         if os.environ.get("RANK", "0") == "0":
-            print_plan(make_plan(run_config), console)
+            print_configuration(plan, console)
+            print_plan(plan, console)
         return
     from .training.distributed import World
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npt_kernels.activations import get_activation
+from npt_kernels.backends import BACKENDS
 
 from .problems import Problem
 from .shapes import Case, ModelShape
@@ -187,8 +188,9 @@ def _kernel(
     """A kernel against the vendor's products: (vendor's name, ours)."""
     problems = _sets(case, device)
     contenders: dict[str, Call] = {names[0]: lambda i: problems[i].run("eager")}
-    if "triton" in backends:
-        contenders[names[1]] = lambda i: problems[i].run("triton")
+    for backend in backends:
+        if backend != "eager":
+            contenders[f"{backend}, {names[1]}"] = lambda i, backend=backend: problems[i].run(backend)
     return contenders, len(problems)
 
 
@@ -202,7 +204,8 @@ def _norm(case: Case, backends: list[str], device: torch.device) -> tuple[dict[s
 
         return run
 
-    return {f"npt {backend}": call(backend) for backend in backends}, len(problems)
+    usable = [backend for backend in backends if BACKENDS[backend].lacks("matched_norm") is None]
+    return {f"npt {backend}": call(backend) for backend in usable}, len(problems)
 
 
 def workloads(models: dict[str, ModelShape], backends: list[str], small: bool, compiled: bool) -> list[Workload]:
@@ -249,4 +252,9 @@ def workloads(models: dict[str, ModelShape], backends: list[str], small: bool, c
     case = replace(base, model=seventy, tokens=2048 if not small else many)
     add(f"MLP forward 70B T={case.tokens} R={rank}", "original",
         lambda device, case=case: _mlp_forward(case, backends, False, device), case.tokens)  # fmt: skip
+    if "cuda" in backends:
+        from .cuda_kernels import cuda_rows
+
+        for name, baseline, tokens, make in cuda_rows(small):
+            add(name, baseline, make, tokens)
     return result

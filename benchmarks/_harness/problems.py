@@ -169,6 +169,10 @@ class Problem:
 
                 dc, db = skinny_pair(dy, b, c, method="fused")
                 assert dc is not None and db is not None
+            elif backend == "cuda":
+                from npt_kernels.ops._cuda import skinny
+
+                dc, db = skinny.skinny_pair(dy, b, c)
             else:
                 dc, db = dy @ b.t(), c.t() @ dy
             return {"dc": dc, "sum d_w_b_up": db}
@@ -179,6 +183,11 @@ class Problem:
             z, p, coefficients = coefficients_forward(
                 None if key is None else u, a, w_down, key, None, case.rule, case.num_ranks
             )
+        elif backend == "cuda":
+            from npt_kernels.ops._cuda.skinny import coefficients as coefficients_cuda
+
+            made = coefficients_cuda(u, key, None, case.rule, case.num_ranks, a=a, w_down=w_down, method="fused")
+            z, p, coefficients = made.z, made.p, made.c
         else:
             z = a @ w_down
             p = u.new_empty(0) if key is None else u @ (key.t() if key.dim() == 2 else key.unsqueeze(1))

@@ -115,14 +115,16 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
         model_config = AutoConfig.from_pretrained(source, **hub)
         check_length(config, model_config.to_dict())
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-        placement = _prequantised(config, model_config, device)
         dtype = resolve_dtype(config, device)
+        streamed = stream_mode(config, device) != "off"
+        # A model to be streamed stays in host memory.
+        home = torch.device("cpu") if streamed else device
+        placement = _prequantised(config, model_config, home)
 
         def load(dtype: torch.dtype | str) -> Any:
             arguments = {"config": model_config, "dtype": dtype, **placement, **hub}
             return AutoModelForCausalLM.from_pretrained(source, **arguments)
 
-        streamed = stream_mode(config, device) != "off"
         model: Any = load_for_streaming(config, device, dtype, model_config, load) if streamed else load(dtype)
     except ConfigError:
         raise
@@ -130,16 +132,14 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
         raise ConfigError(f"model.base_model_name={name!r} could not be loaded: {_first_line(error)}") from error
     if placement:
         adopt_quantised(model)
-    else:
-        if quantization is not None:
-            try:
-                # Linear by linear on the device, which so never holds more than one dense weight. Streamed layers stay at home.
-                target = None if streamed else device
-                quantise_base(model, *quantization, device=target, progress=sys.stderr.isatty())
-            except ValueError as error:
-                raise ConfigError(f"optimization.quantization={quantization[0]!r}: {error}") from error
-        if not streamed:
-            model = model.to(device)
+    elif quantization is not None:
+        try:
+            # Linear by linear at home, which so never holds more than one dense weight.
+            quantise_base(model, *quantization, device=home, progress=sys.stderr.isatty())
+        except ValueError as error:
+            raise ConfigError(f"optimization.quantization={quantization[0]!r}: {error}") from error
+    if not streamed and not placement:
+        model = model.to(device)
     # The name that an adapter records as its base: 'demo' means the same on every machine, a cache path does not.
     model.config._name_or_path = name if name == DEMO_NAME or hub else str(Path(source).resolve())
     return model.eval(), tokenizer

@@ -1,7 +1,7 @@
 """Bytes of one decoder layer at work: what autograd keeps of it, and what exists besides at its worst moments.
 
 Every line was read off :class:`npt_kernels.live_bytes.LiveBytes` on real steps and is checked against it
-(``tests/planning/test_memory.py``). Letters as in the literature: T tokens of a micro-batch, d hidden size, f MLP width, R the
+(``test_byte_count.py``). Letters as in the literature: T tokens of a micro-batch, d hidden size, f MLP width, R the
 bottleneck's width; s bytes of a number of the residual stream, c of one in a product.
 """
 
@@ -80,8 +80,10 @@ class LayerBytes:
         return self.wide if self.precision.stream != _WIDE and not self.model.layer_norm else 0
 
     def casts(self, shapes: tuple[tuple[int, int], ...]) -> int:
-        """Low-precision copies of frozen weights under autocast."""
-        return sum(a * b for a, b in shapes) // self.tensor * self.precision.width if self.precision.casts else 0
+        """Low-precision copies of frozen weights under autocast; a quantised weight is made dense anew instead."""
+        if not self.precision.casts or self.precision.format is not None:
+            return 0
+        return sum(a * b for a, b in shapes) // self.tensor * self.precision.width
 
     @property
     def largest_cast(self) -> int:
@@ -171,7 +173,8 @@ class LayerBytes:
         m, width = self.model, self.precision.width
         attention = normed + self.tokens * (3 * m.heads_width + 2 * m.kv_width) * width // self.tensor
         if m.eager_attention:
-            attention += self._scores * (2 * _WIDE + width)
+            # scores and their softmax; k and v repeated for every head
+            attention += self._scores * 2 * _WIDE + 2 * self.tokens * m.heads_width * width // self.tensor
         return max(mlp, attention) + self.largest_cast
 
     @property
@@ -208,6 +211,14 @@ class LayerBytes:
         early = wide + self.adapter.rank * self.model.hidden_size * self.precision.width
         late = wide - (self.inner if wide else 0) + self.adapter.largest * _WIDE
         return max(early, late) + 2 * self.bottleneck + self.narrow
+
+    @property
+    def backward_attention(self) -> int:
+        """Beside what the layer kept, the MLP's part of which is free by now: gradients of q, k, v and, written out, of the
+        scores (of the softmax's result, of its input)."""
+        m, width = self.model, self.precision.width
+        rows = self.tokens * (2 * m.heads_width + 2 * m.kv_width) * width // self.tensor
+        return rows + (self._scores * (_WIDE + width) if m.eager_attention else 0)
 
     @property
     def backward_norm(self) -> int:

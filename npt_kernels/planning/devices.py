@@ -5,6 +5,7 @@ Everything computed from these is *predicted*, not measured.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -12,10 +13,15 @@ import torch
 
 from ..configs.schema import ConfigError
 
-__all__ = ["COMPUTE_EFFICIENCY", "GPUS", "TRANSFER_EFFICIENCY", "Gpu", "find_gpu", "gpu_with", "parse_size"]
+__all__ = [
+    "COMPUTE_EFFICIENCY", "GPUS", "GPUS_PER_MACHINE", "NETWORK_GBS", "TRANSFER_EFFICIENCY", "Gpu", "find_gpu", "gpu_with",
+    "local_gpu", "parse_size",
+]  # fmt: skip
 
 #: Share of the dense peak that the products of a step are assumed to reach, and of the rates of memory, PCIe and links.
 COMPUTE_EFFICIENCY, TRANSFER_EFFICIENCY = 0.5, 0.8
+#: Between machines, one direction, GB/s per GPU: 400 Gb/s (assumed), and GPUs that one machine has at most (assumed).
+NETWORK_GBS, GPUS_PER_MACHINE = 50.0, 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,11 @@ class Gpu:
     pcie_gbs: float
     link_gbs: float
     source: str
+
+    def link(self, devices: int) -> float:
+        """Bytes per second to the others of a group of that many, by the slowest part of the way."""
+        rate = self.link_gbs if devices <= GPUS_PER_MACHINE else min(self.link_gbs, NETWORK_GBS)
+        return rate * 1e9 * TRANSFER_EFFICIENCY
 
     @property
     def memory_bytes(self) -> int:
@@ -64,20 +75,17 @@ GPUS = {
 }
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removeprefix("geforce")
-
-
 def find_gpu(name: str) -> Gpu:
     """The GPU of that name, however it is written (``h100``, ``NVIDIA H100 80GB HBM3``, ``4090``).
 
     Raises :class:`ConfigError` naming the known ones.
     """
-    wanted = _plain(name)
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    there = {*words, *(a + b for a, b in itertools.pairwise(words))}  # "RTX 4090" is also "RTX4090"
     # Longest first: "H100-PCIe" must not be found as "H100".
     for gpu in sorted(GPUS.values(), key=lambda g: -len(g.name)):
-        plain = _plain(gpu.name)
-        if wanted == plain or wanted == plain.removeprefix("rtx") or (len(wanted) > len(plain) and plain in wanted):
+        wanted = set(re.findall(r"[a-z0-9]+", gpu.name.lower()))
+        if wanted <= there or gpu.name.lower().removeprefix("rtx") in there:
             return gpu
     raise ConfigError(f"--gpu {name!r} is not known; choose one of {', '.join(GPUS)}, or give --gpu-memory alone")
 

@@ -1,7 +1,7 @@
 """The byte count of a run: every phase as a list of terms, from numbers alone.
 
-One function, :func:`count_bytes`, is behind ``npt plan``, ``npt train --dry-run``, the advice after an out-of-memory error and the
-tables of ``docs/scaling.md``. It counts tensors; what an allocator adds is in :func:`reserve`.
+One function, :func:`count_bytes`, is behind ``npt plan``, ``npt train --dry-run``, the advice after an out-of-memory error
+and the tables of ``docs/scaling.md``. It counts tensors; what an allocator adds is in :func:`reserve`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,18 @@ _WIDE, _DOUBLE = 4, 8
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """One line of the count. ``where`` is ``device`` or ``host``; on a CPU both are the same memory."""
+    """One line of the count.
+
+    Attributes:
+        where: ``device`` or ``host``; on a CPU both are the same memory.
+        once: Only one process of a run has it (host).
+    """
 
     name: str
     bytes: int
     why: str
     where: str = "device"
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,16 @@ class Phase:
     def host_bytes(self) -> int:
         return self.bytes("host")
 
+    def machine_bytes(self, processes: int) -> int:
+        """Host memory of a machine with that many processes of the run."""
+        host = [term for term in self.terms if term.where == "host"]
+        return sum(term.bytes * (1 if term.once else processes) for term in host)
+
 
 def streams(config: RunConfig, device: torch.device) -> bool:
-    """Whether frozen layers live in host memory and visit the device; on a CPU there is nowhere to stream to."""
+    """Whether frozen layers live outside the device and visit it; ``use_cpu_offload`` does nothing on a CPU."""
     o = config.optimization
-    return device.type != "cpu" and (o.use_cpu_offload or o.stream_layers != "off")
+    return o.stream_layers != "off" or (o.use_cpu_offload and device.type != "cpu")
 
 
 def count_bytes(
@@ -138,15 +149,8 @@ class _Count:
 
     @cached_property
     def adapter_share(self) -> float:
-        """NP parameters on one device: only gate's and up's ``w_b_up`` (and down's ``w_a_up``) divide over tensor degrees."""
-        share = 1.0 / self.parallel.pipeline
-        if self.parallel.tensor > 1:
-            divided = sum(size[1] if self.adapter.slots[t] != "down" else 0 for t, size in self.adapter.targets.items())
-            widths = self.model.hidden_size + sum(size[1] for size in self.adapter.targets.values())
-            if self.adapter.key == "matrix":
-                divided += sum(size[0] for t, size in self.adapter.targets.items() if self.adapter.slots[t] == "down")
-                widths += sum(size[0] for size in self.adapter.targets.values())
-            share *= 1 - divided / widths * (1 - 1 / self.parallel.tensor)
+        """NP parameters on one device, as a share of all."""
+        share = self.adapter.tensor_share(self.parallel.tensor) / self.parallel.pipeline
         return share / (self.parallel.data if self.parallel.shard_adapter else 1)
 
     @cached_property
@@ -156,38 +160,69 @@ class _Count:
 
     def layer_bytes(self) -> int:
         """Frozen bytes of one layer as stored, on one device of a tensor-parallel group."""
-        linears = self.trained.linears(self.model.linears)
-        return linears // self.parallel.tensor + self.model.layer_other * self.trained.stream
+        return self.precision_linears // self.parallel.tensor + self.model.layer_other * self.trained.stream
 
-    def frozen(self) -> Iterator[MemoryTerm]:
+    @cached_property
+    def frozen(self) -> list[MemoryTerm]:
         """The frozen base, wherever it lives."""
+        return list(self._frozen())
+
+    def _frozen(self) -> Iterator[MemoryTerm]:
         model, precision, parallel = self.model, self.trained, self.parallel
         layer, count = self.layer_bytes(), self.layers_here
         outside = (model.embedding + model.head + model.other) * precision.stream + model.buffers
         what = f"{model.parameters:,} parameters, {precision.storage}"
-        if streams(self.config, self.device):
-            yield MemoryTerm("frozen layers: two buffers", 2 * layer, f"of {layer / 2**20:,.0f} MiB, filled in turn")
-            yield MemoryTerm(
-                "frozen layers in host memory", count * layer, f"{count} layers, {precision.storage}", "host"
-            )
-        elif parallel.shard and parallel.data > 1:
+        if self.streamed:
+            # Norms and biases stay; the buffers hold the rest.
+            moved = self.precision_linears // parallel.tensor
+            small = count * model.layer_other * precision.stream
+            yield MemoryTerm("frozen layers: two buffers", 2 * moved, f"of {moved / 2**20:,.0f} MiB, filled in turn")
+            if self.config.optimization.stream_layers != "disk":
+                # torch's pinned memory comes in powers of two.
+                home = 1 << (moved - 1).bit_length() if self.device.type == "cuda" else moved
+                what = f"{count} layers, {precision.storage}" + (", pinned" if self.device.type == "cuda" else "")
+                yield MemoryTerm("frozen layers: home", count * home, what, self.host)
+        elif self.sharded:
             part = -(-count * layer // parallel.data)
+            small = 0
             yield MemoryTerm(
                 "frozen layers: own part", part, f"1/{parallel.data} of {count} layers, {precision.storage}"
             )
             yield MemoryTerm("frozen layers: gathered", 2 * layer, "the layer at work and the next one")
         else:
+            small = 0
             yield MemoryTerm("frozen layers", count * layer, f"{count} layers of {what}")
         # A pipeline's first stage holds the embedding, its last one the head; the larger counts.
         if parallel.pipeline > 1 and model.head:
             outside = max(model.embedding, model.head + model.other) * precision.stream + model.buffers
-        if parallel.shard and parallel.data > 1:
-            outside = -(-outside // parallel.data)
-        yield MemoryTerm("embedding, head", outside // parallel.tensor, f"{precision.base}".removeprefix("torch."))
+        name = "embedding, head" + (", norms" if small else "")
+        yield MemoryTerm(name, outside // parallel.tensor + small, f"{precision.base}".removeprefix("torch."))
         if precision.format is not None:
-            # One buffer for the MLP's three weights (the fused kernels take plain ones); attention's come one by one.
-            largest = max(model.mlp, max(a * b for a, b in model.attention_linears)) // parallel.tensor
-            yield MemoryTerm("dequantised weights", largest * precision.width, "one scratch buffer for a layer's MLP")
+            # The fused kernels take plain weights: one buffer for each of the MLP's; attention's use the first, one by one.
+            first = max(a * b for a, b in model.linears)
+            scratch = (first + model.mlp - model.mlp_linears[0][0] * model.mlp_linears[0][1]) * precision.width
+            if precision.casts:
+                scratch += first * precision.stream
+            yield MemoryTerm("dequantised weights", scratch // parallel.tensor, "scratch buffers that all layers share")
+
+    @cached_property
+    def streamed(self) -> bool:
+        return streams(self.config, self.device)
+
+    @cached_property
+    def sharded(self) -> bool:
+        """FSDP2 with somebody to share with."""
+        return self.parallel.shard and self.parallel.data > 1
+
+    @property
+    def host(self) -> str:
+        """Where host memory is counted: on a CPU it is the device's."""
+        return "host" if self.device.type != "cpu" else "device"
+
+    @cached_property
+    def precision_linears(self) -> int:
+        """Stored bytes of the linears of one layer."""
+        return self.trained.linears(self.model.linears)
 
     def adapters(self, *, optimizer: bool) -> Iterator[MemoryTerm]:
         count = self.np_parameters
@@ -221,19 +256,28 @@ class _Count:
             yield self.end_to_end()
 
     def load(self) -> Phase:
-        terms = list(self.frozen())
-        if self.device.type != "cpu" and not streams(self.config, self.device):
-            size = self.model.parameters * self.trained.stream
-            where = "memory-mapped files, read once" if self.trained.format else "as loaded, before it moves to the GPU"
-            terms.append(MemoryTerm("frozen weights while loading", size, where, "host"))
+        terms = list(self.frozen)
+        if self.device.type != "cpu":
+            terms.append(self.loading())
         return self.worst("load", terms, {"loaded": []})
+
+    def loading(self) -> MemoryTerm:
+        """The model on its way through host memory."""
+        model, size = self.model, self.trained.stream
+        outside = (model.embedding + model.head + model.other) * size
+        if not self.streamed:
+            return MemoryTerm(
+                "frozen weights while loading", model.parameters * size, "whole, before they move to the GPU", "host"
+            )
+        layer = self.layer_bytes() if self.config.optimization.stream_layers != "disk" else 0
+        return MemoryTerm("outside of the layers while loading", outside + layer, "and the layer that is moved", "host")
 
     def evaluation(self) -> Phase:
         config, length = self.config, self.config.data.max_length
         rows = min(max(1, EVALUATION_BATCH // length), max(1, config.evaluation.tokens // length))
         layer = self.layer(self.plain, rows, length)
         during = bool(config.training.eval_steps) and config.training.mode != "none"
-        terms = [*self.frozen(), *self.adapters(optimizer=during)]
+        terms = [*self.frozen, *self.adapters(optimizer=during)]
         kept = config.evaluation.tokens // length * length * self.model.hidden_size * self.plain.stream
         copies = 1 if kept <= TEACHER_BYTES else 0
         teacher = MemoryTerm("original's states", kept * copies, f"{config.evaluation.tokens:,} held-out tokens, kept")
@@ -266,7 +310,7 @@ class _Count:
         during = bool(self.config.training.prediction_logging_steps) and self.config.training.mode != "none"
         return self.worst(
             "generation",
-            [*self.frozen(), *self.adapters(optimizer=during)],
+            [*self.frozen, *self.adapters(optimizer=during)],
             {
                 "a token": [
                     MemoryTerm(
@@ -297,11 +341,10 @@ class _Count:
         batch = self.layer(self.plain, min(4, max(1, tokens // length)), length)
         # Metric and covariance of every layer, until the components are filled its basis too: in host memory.
         metric = 2 if fisher or self.device.type != "cpu" else 1
-        host = "host" if self.device.type != "cpu" else "device"
 
         def fitted(copies: int) -> list[MemoryTerm]:
             why = f"{count} layers × {copies} × d × d × float64"
-            return [MemoryTerm("metrics and bases", count * square * copies, why, host)]
+            return [MemoryTerm("metrics and bases", count * square * copies, why, self.host, once=self.host == "host")]
 
         hook = layer.wide + model.hidden_size**2 * (_WIDE + _DOUBLE)
         scratch = MemoryTerm(
@@ -339,7 +382,12 @@ class _Count:
                 *after, streams_, MemoryTerm("regression", 4 * refit.wide + 9 * square, f"{tokens_text} in float32")
             ]  # fmt: skip
             passes["refit, a layer"] = [*after, streams_, MemoryTerm("one layer", one, f"{batch.tokens:,} tokens")]
-        return self.worst("conversion", list(self.frozen()), passes)
+        if not self.sharded or self.device.type == "cpu":
+            return self.worst("conversion", list(self.frozen), passes)
+        # Before it is sharded the model is converted whole, on the host, by one process; the others wait with theirs.
+        phase = self.worst("conversion", [], passes)
+        moved = [replace(term, where="host", once=True) for term in phase.terms]
+        return Phase("conversion", phase.moment, [self.loading(), *moved], dict.fromkeys(phase.moments, 0))
 
     def _above(self) -> int:
         """Decoder layers here above the first converted one."""
@@ -370,10 +418,9 @@ class _Count:
     def local(self) -> Phase:
         training, length = self.config.training, self.config.data.max_length
         layer = self.layer(self.trained, training.batch_size, length)
-        visits = self.config.optimization.micro_batches_per_layer
-        tokens = f"{layer.tokens:,} tokens"
-        # The model's own frame holds the embeddings while a layer runs from its input h to its output y.
-        hidden = [MemoryTerm("hidden states", (2 + visits) * layer.stream, f"embedding, h and y, {tokens}")]
+        visits = min(self.config.optimization.micro_batches_per_layer, training.gradient_accumulation_steps)
+        what = f"h of {visits} micro-batches of {layer.tokens:,} tokens, y of one"
+        hidden = [MemoryTerm("hidden states", (1 + visits) * layer.stream, what)]
         # The last layer's own gradients are among its activations.
         before = max(0, self.np_parameters - round(self.adapter.largest * self.adapter_share * self.parallel.pipeline))
         if training.gradient_accumulation_steps > 1:
@@ -388,7 +435,7 @@ class _Count:
             "converted layer, backward": layer.kept(True) + layer.backward_mlp(False) + cast + penalty,
         }
         extra = {name: [*hidden, gradients, MemoryTerm("activations", size, one)] for name, size in moments.items()}
-        terms = [*self.frozen(), *self.adapters(optimizer=True)]
+        terms = [*self.frozen, *self.adapters(optimizer=True)]
         return self.worst("local", terms, {**extra, "optimizer step": self.optimizer_moment()})
 
     def end_to_end(self) -> Phase:
@@ -418,8 +465,8 @@ class _Count:
         recomputed = first if converted == 1 else kept - layer.stream
         again = recomputed if checkpointing else 0
         # The MLP's part of what the layer kept is free by the time its norm runs.
-        norm = layer.backward_norm - layer.mlp_kept() + 2 * layer.narrow + layer.adapter.largest * _WIDE
-        transient = max(layer.backward_mlp() + layer.stream, norm)
+        rest = max(layer.backward_norm, layer.backward_attention) + 2 * layer.narrow + layer.adapter.largest * _WIDE
+        transient = max(layer.backward_mlp() + layer.stream, rest - layer.mlp_kept())
         # In the frame of the loss: states of both models, or every layer's output and target.
         states = 2 * layer.stream if kl else (converted + 1) * layer.stream
         if kl:
@@ -455,7 +502,7 @@ class _Count:
             ],
             "optimizer step": self.optimizer_moment(),
         }
-        terms = [*self.frozen(), *self.adapters(optimizer=True)]
+        terms = [*self.frozen, *self.adapters(optimizer=True)]
         return self.worst("end_to_end", terms, moments)
 
     def _why(self, layer: LayerBytes, checkpointing: bool) -> str:

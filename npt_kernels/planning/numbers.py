@@ -111,6 +111,7 @@ class Adapter:
         slots: Target → place in the MLP (``gate``, ``up``, ``down``).
         skipped: Layer → why it was not converted although the selection names it.
         key: Of the rule: ``matrix``, ``vector`` or ``none``.
+        tied: Whether gate's and up's key is ``w_down`` itself.
         norm_match: Whether the MLP's norm divides by the norm of h + a.
     """
 
@@ -120,6 +121,7 @@ class Adapter:
     targets: dict[str, tuple[int, int]]
     slots: dict[str, str]
     key: str
+    tied: bool = False
     norm_match: bool = True
     skipped: dict[int, str] = field(default_factory=dict)
 
@@ -136,6 +138,15 @@ class Adapter:
     def rank(self) -> int:
         """The largest R."""
         return max(self.ranks)
+
+    def tensor_share(self, degree: int) -> float:
+        """NP parameters of one device of a tensor-parallel group, as a share of all: gate's and up's ``w_b_up`` and down's
+        ``w_a_up`` are divided by their columns, the rest is on every device."""
+        values = sum(size[1] for target, size in self.targets.items() if self.slots[target] != "down")
+        keys = sum(size[0] for target, size in self.targets.items() if self.slots[target] == "down")
+        divided = values * sum(self.ranks)
+        divided += {"matrix": keys * sum(self.ranks), "vector": keys * len(self.ranks), "none": 0}[self.key]
+        return 1 - divided * (1 - 1 / degree) / self.total
 
 
 def meta_model(name: str, numbers: dict[str, Any]) -> nn.Module:
@@ -238,6 +249,7 @@ def count_adapter(model: nn.Module, config: NPTConfig) -> Adapter:
         targets=first.targets,
         slots={target: first.plan.shape.targets[target].slot for target in first.targets},
         key=components[0].rule.key,
+        tied=components[0].rule.ties_key_to_w_down,
         norm_match=config.matches_norm,
         skipped=skipped,
     )

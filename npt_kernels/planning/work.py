@@ -6,6 +6,7 @@ work but not needed, so it lowers MFU (needed ÷ (seconds × dense peak)) instea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,25 +56,19 @@ class LayerWork:
         """z, the key products, c @ w_b_up."""
         rank = self.adapter.rank
         values = sum(out for _, out in self.adapter.targets.values())
-        keys = sum(d_in for d_in, _ in self.adapter.targets.values())
-        products = {"matrix": rank * keys, "vector": keys, "none": 0}[self.adapter.key]
-        return 2 * (rank * (self.model.hidden_size + values) + products)
+        return 2 * rank * (self.model.hidden_size + values) + self._keys(self.adapter.targets)
 
     @property
     def delta_gradients(self) -> int:
         """Of w_b_up and of c for every target, of w_down, of the keys and their products."""
         rank = self.adapter.rank
         values = sum(out for _, out in self.adapter.targets.values())
-        keys = sum(d_in for d_in, _ in self.adapter.targets.values())
-        products = {"matrix": rank * keys, "vector": keys, "none": 0}[self.adapter.key]
-        return 2 * (rank * (self.model.hidden_size + 2 * values) + products)
+        return 2 * rank * (self.model.hidden_size + 2 * values) + self._keys(self.adapter.targets)
 
     @property
     def local(self) -> int:
         """Attention once, original and converted MLP, ``dout @ W_down`` alone of the input gradients."""
-        into = {"gate", "up"} & set(self.adapter.slots.values())
-        d_in, d_out = self.model.mlp_linears[-1]
-        return self.original + self.mlp + self.delta + self.delta_gradients + (2 * d_in * d_out if into else 0)
+        return self.original + self.mlp + self.delta + self.backward_first
 
     @property
     def original(self) -> int:
@@ -88,8 +83,26 @@ class LayerWork:
     @property
     def backward(self) -> int:
         """Input gradients of all products (flash attention: five products for the forward's two) and NP gradients."""
-        keys = self.delta if self.adapter.key != "none" else 2 * self.adapter.rank * self.model.hidden_size
-        return self.attention_linears + self.attention_scores * 5 // 2 + self.mlp + self.delta_gradients + keys
+        into = 2 * self.adapter.rank * self.model.hidden_size + self._keys(self.adapter.targets)
+        return self.attention_linears + self.attention_scores * 5 // 2 + self.mlp + self.delta_gradients + into
+
+    @property
+    def backward_first(self) -> int:
+        """Where nothing below trains: NP gradients, and ``dout @ W_down`` if gate or up are targets."""
+        into = {"gate", "up"} & set(self.adapter.slots.values())
+        down = [target for target, slot in self.adapter.slots.items() if slot == "down"]
+        return self.delta_gradients + (self.down + self._keys(down) if into else 0)
+
+    @property
+    def down(self) -> int:
+        """The last product of the MLP."""
+        d_in, d_out = self.model.mlp_linears[-1]
+        return 2 * d_in * d_out
+
+    def _keys(self, targets: Iterable[str]) -> int:
+        """Products of as many numbers with the keys of these targets as there are key products."""
+        widths = sum(self.adapter.targets[target][0] for target in targets)
+        return 2 * {"matrix": self.adapter.rank * widths, "vector": widths, "none": 0}[self.adapter.key]
 
     @property
     def backward_original(self) -> int:
@@ -109,10 +122,11 @@ def needed_flops(model: ModelNumbers, adapter: Adapter, length: int, phase: str,
     others = model.num_layers - count
     above = model.num_layers - first - count
     head = 2 * model.hidden_size * model.vocab_size
-    total = model.num_layers * work.original + count * (work.converted + work.backward) + others * work.original
-    total += above * work.backward_original + 3 * head
+    total = model.num_layers * work.original + count * work.converted + others * work.original
+    total += work.backward_first + (count - 1) * work.backward + above * work.backward_original + 3 * head
     if recompute:
-        total += count * work.converted + above * work.original
+        # Recomputing an unconverted layer stops at the last thing it kept, in front of its last product.
+        total += count * work.converted + above * (work.original - work.down)
     return total
 
 
@@ -150,7 +164,7 @@ class StepTime:
 def step_time(
     model: ModelNumbers, adapter: Adapter, config: RunConfig, gpu: Gpu, parallel: Parallel | None = None
 ) -> list[StepTime]:
-    """A step of every training phase, by a roofline with the rates of ``gpu`` (module ``devices``: which, and how much of them)."""
+    """A step of every training phase, by a roofline with the rates of ``gpu`` (how much of them: module ``devices``)."""
     mode = config.training.mode
     names = [name for name, on in (("local", mode.startswith("local")), ("end_to_end", runs_end_to_end(config))) if on]
     return [_step(name, model, adapter, config, gpu, parallel or Parallel()) for name in names]
@@ -188,7 +202,7 @@ def _step(
     optimizer = 7 * 4 * parameters / memory  # reads parameter, gradient, two moments; writes parameter and moments
     if parallel.data > 1:
         ring = 2 * (parallel.data - 1) / parallel.data
-        optimizer += ring * 4 * parameters / (gpu.link_gbs * 1e9 * TRANSFER_EFFICIENCY)
+        optimizer += ring * 4 * parameters / gpu.link(parallel.data)
     seconds = compute + exposed + optimizer
     tokens = micro * batches * parallel.data
     needed = needed_flops(model, adapter, length, phase) * tokens
@@ -217,5 +231,5 @@ def _transfer(
         return rounds * visits * layer / (gpu.pcie_gbs * 1e9 * TRANSFER_EFFICIENCY)
     if parallel.shard and parallel.data > 1:
         part = (parallel.data - 1) / parallel.data
-        return rounds * visits * layer * part / (gpu.link_gbs * 1e9 * TRANSFER_EFFICIENCY)
+        return rounds * visits * layer * part / gpu.link(parallel.data)
     return 0.0

@@ -12,6 +12,7 @@ from ..configs.schema import RunConfig
 from ..models.library_linears import stored_tensors
 from ..models.patching import converted_layers
 from ..models.sharding import local_part
+from ..planning.advice import advise
 
 __all__ = ["base_fingerprint", "is_out_of_memory", "keep_freed_memory", "memory_advice", "peak_memory"]
 
@@ -103,4 +104,11 @@ def memory_advice(config: RunConfig, error: BaseException) -> str:
         advice.append("model.dtype=bfloat16")
     where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the host"
     first = (str(error) or type(error).__name__).splitlines()[0]
+    try:
+        found = advise(config, error)
+    except ValueError:  # a model whose config.json is nowhere: the rules of thumb above
+        found = []
+    if found:
+        lines = "; or ".join(f"{entry.line} ({entry.cost})" for entry in found)
+        return f"out of memory on {where} ({first}). By the plan's count these would fit: {lines}"
     return f"out of memory on {where} ({first}). Try: " + "; ".join(advice)

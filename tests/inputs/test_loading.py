@@ -246,7 +246,7 @@ def test_quantisation_keys_that_disagree(optimization: dict[str, Any], message: 
 
 def test_memory_keys_are_never_silent() -> None:
     config = run_config(optimization={"use_cpu_offload": True, "use_8bit": True})
-    for device, first in (("cpu", "optimization.use_cpu_offload"), ("cuda", "optimization.stream_layers=host")):
+    for device, first in (("cpu", "optimization.use_cpu_offload:"), ("cuda", "optimization.stream_layers=host:")):
         notes = optimization_notes(config, torch.device(device))
         assert notes[0].startswith(first)
         assert "optimization.quantization=int8: all linears of the decoder layers, by bitsandbytes" in notes[-1]
@@ -254,3 +254,33 @@ def test_memory_keys_are_never_silent() -> None:
     (note,) = optimization_notes(run_config(optimization={"quantization_library": "torchao"}), torch.device("cpu"))
     assert "nothing to do without optimization.quantization" in note
     assert optimization_notes(run_config(), torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_a_quantised_base_is_streamed(where: str, tiny: Path, tmp_path: Path) -> None:
+    """Its codes are moved, and what is moved computes the same."""
+    from npt_kernels import NPTConfig, apply_npt, npt_parameters
+    from npt_kernels.streaming import LayerStreamer
+    from npt_kernels.training.objectives import KLObjective, LocalObjective
+
+    paths, ids = {"cache_dir": str(tmp_path / "cache")}, torch.arange(16).view(2, 8)
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for mode in ("off", where):
+        optimization = {"use_4bit": True, "stream_layers": mode}
+        config = run_config(str(tiny), optimization=optimization, paths=paths, data={"max_length": 8})
+        model, _ = load_model(config, "cpu")
+        assert sum(isinstance(m, QuantisedLinear) for m in model.modules()) == 2 * 7
+        apply_npt(model, NPTConfig(layers="all", rule="rank1", rank=2, init="published"))
+
+        def train(model: Any = model, mode: str = mode) -> None:
+            for objective in (LocalObjective(model), KLObjective(model)):
+                objective.accumulate(ids, 1.0, lambda loss: loss.backward())
+            gradients[mode] = [p.grad.clone() for p in npt_parameters(model)]
+
+        if mode == "off":
+            train()
+        else:
+            with LayerStreamer(model, "cpu", where=mode, folder=tmp_path if mode == "disk" else None):
+                train()
+    for a, b in zip(gradients["off"], gradients[where], strict=True):
+        assert torch.equal(a, b) and bool(a.any())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,10 +15,12 @@ from ..evaluation.perplexity import evaluate, evaluate_base
 from ..inputs.loading import resolve_dtype
 from ..live_bytes import LiveBytes
 from ..models.patching import apply_npt, npt_parameters
-from ..training.loop import make_objective, make_optimizer
-from ..training.objectives import Objective, delta_variances, enable_checkpointing
+from ..planning.storage import quantization_of
+from ..streaming import streaming
+from .loop import make_objective, make_optimizer
+from .objectives import Objective, delta_variances, enable_checkpointing
 
-__all__ = ["build_model", "measure_phases", "training_steps"]
+__all__ = ["build_model", "measure_phases", "quantise", "training_steps"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,6 +34,18 @@ def build_model(numbers: dict[str, Any], dtype: torch.dtype, device: torch.devic
     with torch.device(device):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
+
+
+def quantise(model: nn.Module, config: RunConfig) -> None:
+    """Store the frozen linears as ``optimization.quantization`` says; nothing for ``none``. Scratch buffers start empty."""
+    if quantization_of(config) == "none":
+        return
+    # Named at run time: the planner counts quantised models without the module that makes them.
+    package = __package__.rpartition(".")[0]
+    importlib.import_module(f"{package}.ops._deferred").release_scratch()
+    importlib.import_module(f"{package}.models.quantised").quantise_base(
+        model, quantization_of(config), config.optimization.quantization_library
+    )
 
 
 def _ids(config: RunConfig, model: nn.Module, rows: int) -> Tensor:
@@ -50,12 +65,13 @@ def measure_phases(
     """
     device = torch.device(device)
     model = build_model(numbers, resolve_dtype(config, device), device)
+    quantise(model, config)
     length = config.data.max_length
     calibration = _ids(config, model, config.data.calibration_tokens // length)
     npt = config.npt_config()
     closed_form = npt.rule == "self_key" and npt.init in {"auto", "closed_form"}
     heldout = _ids(config, model, config.evaluation.tokens // length)
-    with LiveBytes(include=model, trace=True) as live:
+    with LiveBytes(include=model, trace=True) as live, streaming(config, model, device):
         with live.phase("conversion" if closed_form else "other"):
             apply_npt(model, npt, calibration if closed_form else None)
         with live.phase("evaluation"):
@@ -90,10 +106,9 @@ def training_steps(model: nn.Module, config: RunConfig, kind: str) -> Iterator[A
     device = groups[0].device.type
 
     def step() -> int:
-        for ids in groups:
-            dtype = _AUTOCAST.get(optimization.mixed_precision)
-            with torch.autocast(device, dtype) if dtype else nullcontext():
-                objective.accumulate(ids, share, lambda loss: loss.backward())  # type: ignore[no-untyped-call]
+        dtype = _AUTOCAST.get(optimization.mixed_precision)
+        with torch.autocast(device, dtype) if dtype else nullcontext():
+            objective.accumulate_group(groups, [share] * len(groups), lambda loss: loss.backward())  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
