@@ -10,7 +10,7 @@ ARGS   ?=
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format check-triton check-cuda gpu-check clean distclean
+.PHONY: help train test lint format check-triton check-cuda gpu-check gpu-sanitize clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -40,6 +40,9 @@ check-triton: $(VENV)/.dev ## Compile every Triton kernel for sm_80, sm_90, sm_1
 
 gpu-check: $(VENV)/.dev ## Numerics and timings of every backend on a GPU (ARGS="--device cpu --small": dry run)
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+
+gpu-sanitize: $(VENV)/.dev ## Every CUDA kernel under compute-sanitizer (needs an H100 or H200)
+	$(BIN)/python tools/sanitize_cuda.py $(ARGS)
 
 clean: ## Remove caches and builds (keeps .venv, runs and downloads)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,13 +22,14 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from benchmarks._harness.checking import check_case, repeat_case  # noqa: E402
 from benchmarks._harness.contenders import workloads  # noqa: E402
-from benchmarks._harness.problems import Problem  # noqa: E402
-from benchmarks._harness.report import environment, table, write_result  # noqa: E402
-from benchmarks._harness.shapes import MODELS, SMALL_MODELS, Case, numeric_cases, repeat_cases  # noqa: E402
-from benchmarks._harness.timing import clocks, compare, compare_graphs, settle_power  # noqa: E402
-from npt_kernels.backends import available_backends, explain  # noqa: E402
+from benchmarks._harness.report import table, write_result  # noqa: E402
+from npt_kernels.backends import BACKENDS, available_backends, explain  # noqa: E402
+from npt_kernels.bench.checking import check_case, repeat_case  # noqa: E402
+from npt_kernels.bench.problems import Problem  # noqa: E402
+from npt_kernels.bench.results import environment  # noqa: E402
+from npt_kernels.bench.shapes import MODELS, SMALL_MODELS, Case, numeric_cases, repeat_cases  # noqa: E402
+from npt_kernels.bench.timing import clocks, compare, compare_graphs, settle_power  # noqa: E402
 
 #: Shares of the budget after which numerics, repeats and timings stop starting new work.
 SHARES = {"numerics": 0.5, "repeats": 0.62, "timings": 0.95}
@@ -44,6 +45,11 @@ def usable_backends(device: torch.device, asked: list[str] | None) -> tuple[list
         else:
             reasons[name] = explanation.reasons[name]
     return usable, reasons
+
+
+def lacks(backend: str, case: Case) -> bool:
+    """Whether a case is about an op that the backend does not implement at all (kernels that are no op: all but eager's)."""
+    return case.op in BACKENDS["eager"].modules and BACKENDS[backend].lacks(case.op) is not None
 
 
 def peak_memory(case: Case, backend: str, device: torch.device) -> float:
@@ -159,6 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only not in str(case):
             continue
         for backend in backends:
+            if lacks(backend, case):
+                continue
             if late("numerics"):
                 result["not_run"].append(f"{backend} {case}")
                 continue
@@ -169,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
     for case, times in repeat_cases(options.small):
         for backend in backends:
-            if backend == "eager" or options.only not in str(case):
+            if backend == "eager" or options.only not in str(case) or lacks(backend, case):
                 continue
             if late("repeats"):
                 result["not_run"].append(f"repeat {backend} {case}")

@@ -1,34 +1,13 @@
 // From a LaunchSpec to a launch: pick the instance, encode or find the tensor maps, fill SegkParams.
 #include "dispatch.h"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
-#include <map>
-#include <mutex>
-#include <stdexcept>
 #include <string>
-#include <utility>
 
-#include "common/tma_host.h"
+#include "host.h"
 
 namespace npt {
 namespace {
-
-std::string text(int64_t value) { return std::to_string(value); }
-
-[[noreturn]] void fail(const std::string& why) { throw std::invalid_argument("npt_kernels cuda: " + why); }
-
-void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("npt_kernels cuda: ") + what + ": " + cudaGetErrorString(error));
-  }
-}
-
-TensorMapCache& maps() {
-  static TensorMapCache cache;
-  return cache;
-}
 
 bool is_dual(Epilogue e) { return e == Epilogue::kDual; }
 int num_inputs(Epilogue e) { return e == Epilogue::kDualBwd ? 2 : e == Epilogue::kActBwd ? 1 : 0; }
@@ -39,27 +18,6 @@ int num_outputs(Epilogue e, bool store_pre) {
     case Epilogue::kDual: return store_pre ? 3 : 1;
     default: return 1;
   }
-}
-
-// Once per kernel and device: the dynamic shared memory limit.
-void allow_smem(const Kernel& kernel, int device) {
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, bool> done;
-  std::lock_guard<std::mutex> lock(mutex);
-  if (done.emplace(std::make_pair(kernel.function, device), true).second) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.smem);
-    if (error != cudaSuccess) done.erase({kernel.function, device});
-    check_cuda(error, "cudaFuncSetAttribute");
-  }
-}
-
-int sm_count(int device) {
-  static std::mutex mutex;
-  static std::map<int, int> counts;
-  std::lock_guard<std::mutex> lock(mutex);
-  int& count = counts[device];
-  if (count == 0) check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
 }
 
 }  // namespace
@@ -127,14 +85,21 @@ void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
     fail("epilogue " + text(int(spec.epilogue)) + " takes no bias; pass it as a segment ones [T, 8] x [bias; 0]");
   }
   if (reinterpret_cast<uintptr_t>(spec.bias) % 4 != 0) fail("the bias does not start at a multiple of 4 bytes");
+  if (spec.split < 1 || spec.split > 8 || (spec.split & (spec.split - 1)) != 0) {
+    fail("split = " + text(spec.split) + " must be 1, 2, 4 or 8 (blocks of a portable cluster)");
+  }
+  if ((spec.split > 1 || spec.dependent_from >= 0) && kernel.family != Family::kDecode) {
+    fail("only the decode kernels split K or overlap with the kernel before");
+  }
+  if (spec.dependent_from >= int(spec.segments.size())) fail("dependent_from = " + text(spec.dependent_from) + " names no segment");
   if (spec.group_m < 1) fail("group_m = " + text(spec.group_m) + " must be positive");
 }
 
-void launch(const LaunchSpec& spec) {
+LaunchPlan launch(const LaunchSpec& spec) {
   const Kernel& kernel = find_kernel(spec.family, spec.epilogue, spec.dtype, spec.mn_major, spec.cluster, spec.block_m);
   check_launch(spec, kernel);
-  check_cuda(cudaSetDevice(spec.device), "cudaSetDevice");
-  allow_smem(kernel, spec.device);
+  use_device(spec.device);
+  TensorMapCache& cache = maps(spec.device);
 
   const bool decode = kernel.family == Family::kDecode, dual = is_dual(spec.epilogue);
   const int b_rows = decode ? 64 : kernel.block_n / 2, b_depth = kBlockK / kernel.cluster;
@@ -149,10 +114,10 @@ void launch(const LaunchSpec& spec) {
      : s.kind == kLowFirst              ? p.first_blocks
      : s.kind == kLowSecond && decode   ? p.second_blocks
                                         : p.low_blocks) += p.segment_blocks[i];
-    p.segment[i].a = maps().get({s.a, s.k, spec.rows, s.lda, kChunkCols, kernel.block_m, spec.dtype}, name + "'s activations");
+    p.segment[i].a = cache.get({s.a, s.k, spec.rows, s.lda, kChunkCols, kernel.block_m, spec.dtype}, name + "'s activations");
     const bool mn = spec.mn_major || s.kind != kMain;
     const auto weights = [&](const void* ptr, int64_t ld) {
-      return maps().get(mn ? MapKey{ptr, spec.cols, s.k, ld, kChunkCols, b_depth, spec.dtype}
+      return cache.get(mn ? MapKey{ptr, spec.cols, s.k, ld, kChunkCols, b_depth, spec.dtype}
                            : MapKey{ptr, s.k, spec.cols, ld, kChunkCols, b_rows, spec.dtype},
                         name + "'s weights");
     };
@@ -160,20 +125,21 @@ void launch(const LaunchSpec& spec) {
     p.segment[i].b[1] = s.b1 != nullptr ? weights(s.b1, s.ldb1) : p.segment[i].b[0];
   }
   for (size_t i = 0; i < spec.in.size(); ++i) {
-    p.in[i] = maps().get({spec.in[i].ptr, spec.cols, spec.rows, spec.in[i].ld, kChunkCols, 64, spec.dtype}, "an epilogue input");
+    p.in[i] = cache.get({spec.in[i].ptr, spec.cols, spec.rows, spec.in[i].ld, kChunkCols, 64, spec.dtype}, "an epilogue input");
   }
   for (size_t i = 0; i < spec.out.size(); ++i) {
     p.out_ptr[i] = spec.out[i].ptr;
     p.out_ld[i] = spec.out[i].ld;
     if (!decode && spec.out[i].ptr != nullptr) {
       p.wanted |= 1 << i;
-      p.out[i] = maps().get({spec.out[i].ptr, spec.cols, spec.rows, spec.out[i].ld, kChunkCols, 64, spec.dtype}, "an output");
+      p.out[i] = cache.get({spec.out[i].ptr, spec.cols, spec.rows, spec.out[i].ld, kChunkCols, 64, spec.dtype}, "an output");
     }
   }
   p.bias = spec.bias;
   p.rows = int(spec.rows);
   p.cols = int(spec.cols);
   p.store_pre = spec.store_pre ? 1 : 0;
+  p.dependent_from = spec.dependent_from;
   p.act_a = spec.act_a;
   p.act_b = spec.act_b;
   p.group_m = spec.group_m;
@@ -184,21 +150,14 @@ void launch(const LaunchSpec& spec) {
   // group_m · tiles_n and tile + grid must stay in 32 bits.
   if (tiles > INT32_MAX / 4 || int64_t(spec.group_m) * p.tiles_n > INT32_MAX) fail("too many tiles: " + text(tiles));
 
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(std::min<int64_t>(tiles, sm_count(spec.device) / kernel.cluster) * kernel.cluster));
-  config.blockDim = dim3(unsigned(kernel.threads));
-  config.dynamicSmemBytes = size_t(kernel.smem);
-  config.stream = static_cast<cudaStream_t>(spec.stream);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(kernel.cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = kernel.cluster > 1 ? 1 : 0;
-  void* arguments[] = {&p};
-  check_cuda(cudaLaunchKernelExC(&config, kernel.function, arguments), "kernel launch");
+  // A split tile is one cluster's: its blocks meet in decode_finish_split once.
+  const int blocks = spec.split > 1 ? p.tiles_n * spec.split
+                                    : int(std::min<int64_t>(tiles, sm_count(spec.device) / kernel.cluster)) * kernel.cluster;
+  return launch_kernel(kernel.function,
+                       {blocks, 1, 1, kernel.threads, std::max(kernel.cluster, spec.split), kernel.smem, spec.dependent_from >= 0},
+                       &p, spec.device, spec.stream);
 }
 
-size_t tensor_map_count() { return maps().size(); }
+size_t tensor_map_count() { return maps(0).size(); }
 
 }  // namespace npt

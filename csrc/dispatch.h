@@ -6,6 +6,7 @@
 
 #include "common/layout.h"
 #include "gemm/segk_params.h"
+#include "host.h"
 
 namespace npt {
 
@@ -48,7 +49,9 @@ struct LaunchSpec {
   float act_a, act_b;
   bool store_pre;
   int group_m;
-  int device;
+  int split;           // decode: blocks that share a tile's K (1, 2, 4 or 8)
+  int dependent_from;  // decode: see SegkParams; -1 for a plain launch
+  int device;          // kDryRun: no launch
   void* stream;
 };
 
@@ -56,7 +59,7 @@ const std::vector<Kernel>& kernels();
 const Kernel& find_kernel(Family family, Epilogue epilogue, Dtype dtype, bool mn_major, int cluster, int block_m);
 // Everything that can be checked and computed without a device; raises std::invalid_argument with the bad value.
 void check_launch(const LaunchSpec& spec, const Kernel& kernel);
-void launch(const LaunchSpec& spec);
+LaunchPlan launch(const LaunchSpec& spec);
 size_t tensor_map_count();
 
 // Instances, one function a translation unit (inst/*.cu).

@@ -1,15 +1,22 @@
 """The backend registry: which implementations exist, what each can run, which one is chosen and why.
 
-Dispatch, tests and benchmarks share this one table. A backend names, for every op, the module that implements it
-(``forward`` and ``backward`` over flat tensors) and a ``check`` that says why it cannot run a call. An explicit choice
-(``backend="..."`` or the environment variable ``NPT_BACKEND``) that cannot run raises with that reason; the automatic choice
-takes the first that can, and only ever a backend that was verified on such hardware.
+Dispatch, tests and benchmarks share this one table. A backend names, for the ops that it implements, the module that does
+(``forward`` and ``backward`` over flat tensors), says of every other op why it has none, and has a ``check`` that says why it
+cannot run a call. Who names a backend gets it or an error, never something else in silence:
+
+* **For one call** (``backend="..."`` of a public op): that backend, or ``BackendUnavailableError`` with the reason.
+* **For everything** (``NPT_BACKEND``, or a converted layer, which is several ops): "this one wherever it exists". An
+  op that the backend does not implement at all (``cuda`` has no norm kernel) runs on the automatic choice instead; a warning
+  says so once, and :func:`explain` always. An op that it does implement but refuses here (a dtype, a device, a missing build)
+  still raises: that is what the user wanted to know.
+* **Nobody**: the first that can run the call, and only ever one that was verified on such hardware.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -58,7 +65,7 @@ def _triton(call: Call) -> str | None:
 
 
 def _cuda(call: Call) -> str | None:
-    return cuda_support.unavailable(call.op, call.device, call.dtype)
+    return cuda_support.unavailable(call.device, call.dtype)
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,12 @@ class Backend:
 
     Attributes:
         name: What users write in ``backend=``.
-        modules: Op name → module with ``forward`` and ``backward``, imported at first use.
+        modules: Op name → module with ``forward`` and ``backward``, imported at first use. Ops that are not here have no
+            implementation at all; ``absent`` says why.
         automatic: Whether it may be chosen without being asked for. False until a run on such a device has verified it.
-        check: ``(Call) -> reason it cannot run, or None``.
+        check: ``(Call) -> reason it cannot run, or None``; asked only about ops that it implements.
         summary: One line for ``npt env``.
+        absent: Op name → why there is no implementation, for ops that are not in ``modules``.
     """
 
     name: str
@@ -78,6 +87,15 @@ class Backend:
     automatic: bool
     summary: str
     check: Callable[[Call], str | None] = field(default=_always)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def lacks(self, op: str) -> str | None:
+        """Why it has no implementation of ``op`` at all, or ``None`` if it has one."""
+        return None if op in self.modules else self.absent.get(op, f"it has no implementation of {op}")
+
+    def reason(self, call: Call) -> str | None:
+        """Why it cannot run the call, or ``None``."""
+        return self.lacks(call.op) or self.check(call)
 
     def module(self, op: str) -> ModuleType:
         """The implementation of ``op``."""
@@ -90,6 +108,8 @@ def _load(path: str) -> ModuleType:
 
 
 _OPS = ("linear", "factored_linear", "mlp", "matched_norm")
+#: Ops that only a layer runs: a backend named for them was named for the layer.
+_LAYER_OPS = ("matched_norm",)
 
 #: In order of preference for the automatic choice.
 BACKENDS: dict[str, Backend] = {
@@ -110,8 +130,8 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             name="cuda",
-            # The other ops have no kernel: `check` refuses them, their entries only complete the table.
-            modules={op: f"npt_kernels.ops.{op}.{'cuda' if op in cuda_support.OPS else 'eager'}" for op in _OPS},
+            modules={op: f"npt_kernels.ops.{op}.cuda" for op in cuda_support.OPS},
+            absent=cuda_support.ABSENT,
             automatic=False,  # it never ran on a GPU: only when asked for by name
             summary="hand-written Hopper kernels (sm_90a): fused segmented-K GEMMs; bf16, fp16; unverified on hardware",
             check=_cuda,
@@ -138,24 +158,46 @@ def get_backend(name: str) -> Backend:
 
 
 def resolve_backend(
-    op: str, requested: str | None, device: torch.device, dtype: torch.dtype, *, act: str | None = None
+    op: str,
+    requested: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    act: str | None = None,
+    part_of_layer: bool = False,
 ) -> str:
-    """Name of the backend that will run ``op``: the one asked for (or ``NPT_BACKEND``), else the first that can.
+    """Name of the backend that will run ``op``; see the module's docstring for who gets what.
+
+    Args:
+        requested: The backend that was asked for; ``None``: ``NPT_BACKEND``, else the first that can.
+        part_of_layer: ``requested`` was chosen for a whole layer, so an op that it does not implement goes elsewhere.
 
     Raises:
         BackendUnavailableError: The backend asked for cannot run the call (with its reason), or none can.
     """
-    requested = requested or _DEFAULT_BACKEND
     call = Call(op, device, dtype, act)
+    for_all = requested is None or part_of_layer
+    requested = requested or _DEFAULT_BACKEND
     if requested is not None:
-        reason = get_backend(requested).check(call)
-        if reason is not None:
-            raise BackendUnavailableError(f"backend={requested!r} cannot run {op}: {reason}")
-        return requested
-    for backend in BACKENDS.values():
-        if backend.automatic and backend.check(call) is None:
-            return backend.name
+        backend = get_backend(requested)
+        missing = backend.lacks(op) if for_all else None
+        if missing is None:
+            reason = backend.reason(call)
+            if reason is not None:
+                raise BackendUnavailableError(f"backend={requested!r} cannot run {op}: {reason}")
+            return requested
+    for candidate in BACKENDS.values():
+        if candidate.automatic and candidate.reason(call) is None:
+            if requested is not None and not torch.compiler.is_compiling():
+                _say_elsewhere(requested, op, str(missing), candidate.name)
+            return candidate.name
     raise BackendUnavailableError(f"no backend can run {op} on {device} with {dtype}")
+
+
+@lru_cache(maxsize=None)
+def _say_elsewhere(requested: str, op: str, missing: str, chosen: str) -> None:
+    """Once a process for each op."""
+    warnings.warn(f"npt_kernels: {op} runs on {chosen!r}, not on {requested!r}: {missing}", stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -193,7 +235,8 @@ def explain(
         tensors: Arguments of the call; device and dtype are those of the first.
         device, dtype: Instead of tensors; default to ``cpu`` and torch's default dtype.
         act: The activation, for ops that have one.
-        backend: As it would be passed to the op; ``None`` is ``NPT_BACKEND`` or the automatic choice.
+        backend: As it would be passed to the op; ``None`` is ``NPT_BACKEND`` or the automatic choice. For ``"matched_norm"``,
+            which only layers run: the backend of the layer.
 
     Raises:
         ValueError: ``op`` is no op, or ``act`` no activation.
@@ -210,12 +253,18 @@ def explain(
         act,
     )
     requested = backend or _DEFAULT_BACKEND
+    for_all = backend is None or name in _LAYER_OPS
     chosen: str | None = None
     reasons: dict[str, str] = {}
     if requested is not None and requested not in BACKENDS:
         reasons[requested] = f"it is not part of this build; available: {', '.join(BACKENDS)}"
+    elif requested is not None and for_all and BACKENDS[requested].lacks(name) is not None:
+        reasons[requested] = f"{BACKENDS[requested].lacks(name)}; the automatic choice runs it instead"
+        requested = None
     for candidate in BACKENDS.values():
-        reason = candidate.check(call)
+        if candidate.name in reasons:
+            continue
+        reason = candidate.reason(call)
         if reason is None and requested is not None and candidate.name != requested:
             reason = f"{requested!r} was asked for"
         elif reason is None and requested is None and not candidate.automatic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,14 @@ except ImportError:
 
 from .cli_bench import bench
 from .cli_errors import reports_errors
+from .cli_eval import EVAL_HELP, evaluate
+from .cli_plan import plan_command
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .configs.schema import RunConfig
+    from .training.distributed import World
 
 __all__ = ["app", "main"]
 
@@ -30,6 +34,7 @@ _HELP = """Neuro-Plastic Transformers: convert a language model so that attentio
 \b
 npt train              the demo: a real model, real text, minutes
 npt train --dry-run    what it would do, without downloading
+npt plan --model meta-llama/Llama-3.1-8B --gpu-memory 24GiB    does it fit, and what would
 npt eval runs/demo     original and converted side by side
 npt configs            the configurations that ship
 npt env                versions, hardware, backends
@@ -53,23 +58,10 @@ npt train --resume runs/demo            (go on, same configuration)
 npt train --resume runs/demo training.max_steps=100
 npt train --resume runs/demo/adapter    (components, new optimizer)
 npt train --help-config                 (every key and its meaning)
+torchrun --nproc-per-node 2 -m npt_kernels train demo
 
 Ctrl-C saves what has been trained and stops. A run that goes on from a checkpoint (training.save_steps=N writes them) gives
 the numbers that it would have given without the stop.
-"""
-
-_EVAL_HELP = """Measure a trained adapter: perplexity of original and converted model, KL, top-1 agreement, samples side by side.
-
-Base model, text and prompts are those of the training run, if its config.yaml lies beside the adapter; any key can be set
-as section.key=value.
-
-[bold]Examples[/bold]
-
-\b
-npt eval runs/demo
-npt eval runs/demo evaluation.tokens=32768
-npt eval runs/demo --json > result.json
-npt eval checkpoint.pt --model ./llama data.eval_files='[new.txt]'
 """
 
 app = typer.Typer(
@@ -83,6 +75,8 @@ app = typer.Typer(
 )
 
 app.add_typer(bench)
+plan_command(app)
+app.command("eval", help=EVAL_HELP)(evaluate)
 
 
 # ---- npt -------------------------------------------------------------------------------------------------------------
@@ -138,24 +132,46 @@ def train(
         return
     run_config = _run_config(arguments or [], config, output_dir, resume)
     if dry_run:
-        from .planning.plan import make_plan, print_plan
+        from .planning.plan import make_plan
+        from .planning.printing import print_configuration, print_plan
 
-        print_plan(make_plan(run_config), console)
+        plan = make_plan(run_config)
+        if os.environ.get("RANK", "0") == "0":
+            print_configuration(plan, console)
+            print_plan(plan, console)
         return
+    from .training.distributed import World
+
+    world = World.join(run_config)
+    _train(run_config, world, resume, console if world.is_main else Console(quiet=True))
+    # Not after an error: what the processes say of it goes through what this ends.
+    world.leave()
+
+
+def _train(run_config: RunConfig, world: World, resume: Path | None, console: Console) -> None:
     from .inputs.blocks import check_sources, load_token_blocks
-    from .inputs.loading import choose_device, load_model, optimization_notes
+    from .inputs.loading import load_model, optimization_notes, resolve_dtype
     from .training.recording import check_trackers
 
     check_sources(run_config)
     check_trackers(run_config)
-    run_config.save()  # before anything slow: an output_dir that cannot be written is known at once
+    world.on_main(run_config.save)  # before anything slow: an output_dir that cannot be written is known at once
     _set_threads(run_config)
-    device = choose_device()
+    device = world.device
+    if world.sharded:
+        # On the host until it is converted; then every process keeps its part, in the dtype that its device takes.
+        run_config.model.dtype = str(resolve_dtype(run_config, device)).removeprefix("torch.")  # type: ignore[assignment]
     for note in optimization_notes(run_config, device):
         console.print(note, style="yellow", markup=False)
-    console.print(f"loading {run_config.model.base_model_name} on {device}", markup=False)
-    model, tokenizer = load_model(run_config, device)
-    blocks = load_token_blocks(run_config, tokenizer)
+    where = (
+        f"{device}"
+        if world.size == 1
+        else f"{world.size} processes ({'fsdp' if world.sharded else 'ddp'}, {device.type})"
+    )
+    console.print(f"loading {run_config.model.base_model_name} on {where}", markup=False)
+    with world.main_first():  # which downloads and fills caches
+        model, tokenizer = load_model(run_config, "cpu" if world.sharded else device)
+        blocks = load_token_blocks(run_config, tokenizer)
     for line in blocks.sources:
         console.print(line, markup=False, highlight=False)
     from .training.engine import run_training
@@ -163,7 +179,7 @@ def train(
 
     if device.type == "cpu":
         keep_freed_memory()
-    run_training(run_config, model, tokenizer, blocks, resume=resume, console=console)
+    run_training(run_config, model, tokenizer, blocks, resume=resume, console=console, world=world)
 
 
 def _run_config(
@@ -210,21 +226,6 @@ def _set_threads(config: RunConfig) -> None:
         torch.set_num_threads(config.optimization.num_threads)
 
 
-def _adapter_path(path: Path, argument: str) -> Path:
-    """The adapter in ``path``: itself, or the folder of a run's output that holds it."""
-    from .configs.schema import ConfigError
-    from .models.checkpoints import find_adapter
-
-    path = path.expanduser()
-    adapter = find_adapter(path)
-    if adapter is None:
-        what = "has no npt_config.json" if path.is_dir() else "does not exist"
-        raise ConfigError(
-            f"{argument}: {path} {what}; give the output of `npt train` or of save_npt, or a published checkpoint"
-        )
-    return adapter
-
-
 def _print_keys(console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -246,113 +247,6 @@ def _print_keys(console: Console) -> None:
 
 def _type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation)).replace("typing.", "").replace("NoneType", "null")
-
-
-# ---- npt eval --------------------------------------------------------------------------------------------------------
-
-
-@app.command("eval", help=_EVAL_HELP)
-@reports_errors
-def evaluate(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="Output of `npt train` or of save_npt.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[section.key=value]...", show_default=False, help="As in `npt train`."),
-    ] = None,
-    model_name: Annotated[
-        str | None, typer.Option("--model", "-m", help="Base model, where the adapter does not say or it moved.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
-    ] = False,
-) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=as_json)
-    path = _adapter_path(adapter, "ADAPTER_DIR")
-    config = _eval_config(path, overrides or [], model_name)
-    from .evaluation.perplexity import evaluate as measure
-    from .evaluation.perplexity import generate_samples
-    from .inputs.blocks import load_token_blocks
-    from .inputs.loading import choose_device, load_model
-    from .models.checkpoints import load_npt
-    from .streaming import streaming
-
-    _set_threads(config)
-    console.print(f"loading {config.model.base_model_name} and {path}", markup=False)
-    device = choose_device()
-    model, tokenizer = load_model(config, device)
-    report = load_npt(model, path)
-    console.print(str(report), markup=False, highlight=False)
-    blocks = load_token_blocks(config, tokenizer)
-    with streaming(config, model, device, lambda line: console.print(line, markup=False, highlight=False)):
-        result = measure(model, blocks.heldout)
-        samples = generate_samples(model, tokenizer, config.evaluation.prompts, config.evaluation.max_new_tokens)
-    if as_json:
-        from dataclasses import asdict
-
-        payload = {
-            "adapter": str(path),
-            "base_model": config.model.base_model_name,
-            "converted_layers": list(report.layers),
-            "np_parameters": report.parameters,
-            "metrics": result.to_dict(),
-            "samples": [asdict(sample) for sample in samples],
-        }
-        typer.echo(json.dumps(payload, ensure_ascii=False, indent=2))
-        return
-    _print_evaluation(console, result, samples)
-
-
-def _eval_config(path: Path, overrides: Sequence[str], model_name: str | None) -> RunConfig:
-    """The training run's configuration if it lies beside the adapter, else the demo's text with the adapter's base model."""
-    from .configs import load_run_config
-    from .configs.schema import ConfigError
-
-    folder = path if path.is_dir() else path.parent
-    saved = next((f for f in (folder / "config.yaml", folder.parent / "config.yaml") if f.is_file()), None)
-    base = _recorded_base(path)
-    config = load_run_config(None, saved, overrides)
-    if model_name is not None:
-        config.model.base_model_name = model_name
-    elif saved is None and not any(text.startswith("model.base_model_name=") for text in overrides):
-        if base is None:
-            raise ConfigError(f"{path} does not say which model it belongs to; add --model NAME")
-        config.model.base_model_name = base
-    return config
-
-
-def _recorded_base(path: Path) -> str | None:
-    try:
-        return json.loads((path / "npt_config.json").read_text(encoding="utf-8")).get("base_model")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _print_evaluation(console: Console, result: Any, samples: Sequence[Any]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    title = f"\n{result.tokens:,} held-out tokens"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
-    table.add_column("")
-    table.add_column("value", justify="right")
-    table.add_column("± standard error", justify="right")
-    for label, value, error, form in (
-        ("perplexity, original", result.base_perplexity, result.base_perplexity_se, ".3f"),
-        ("perplexity, converted", result.npt_perplexity, result.npt_perplexity_se, ".3f"),
-        ("ratio", result.perplexity_ratio, result.perplexity_ratio_se, ".4f"),
-        ("KL(original‖converted), nats per token", result.kl, result.kl_se, ".4f"),
-        ("top-1 agreement", result.top1_agreement, result.top1_agreement_se, ".2%"),
-    ):
-        table.add_row(label, format(value, form), format(error, form))
-    console.print(table)
-    side_by_side = Table(title="\ngreedy continuations", title_justify="left", title_style="bold", show_lines=True)
-    for column in ("prompt", "original", "converted"):
-        side_by_side.add_column(column, ratio=1)
-    for sample in samples:
-        side_by_side.add_row(*(escape(text.strip()) for text in (sample.prompt, sample.base, sample.npt)))
-    console.print(side_by_side)
 
 
 # ---- npt configs, npt env --------------------------------------------------------------------------------------------

@@ -25,17 +25,31 @@ def reports_errors(command: _Command) -> _Command:
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            stderr().print("stopped", style="yellow")
+            if _first_to_say("stopped"):
+                stderr().print("stopped", style="yellow")
             raise typer.Exit(130) from None
+        except typer.Exit:  # a command's own exit code
+            raise
         except Exception as error:
             message = _message(error)
             if message is None or os.environ.get("NPT_DEBUG", "") not in {"", "0"}:
                 raise
-            for line in message.splitlines():
-                stderr().print("error: " + line, style="red", markup=False, highlight=False, soft_wrap=True)
+            # What another process has said already is not said again.
+            if type(error).__name__ != "OtherRankError" and _first_to_say(message):
+                for line in message.splitlines():
+                    stderr().print("error: " + line, style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+def _first_to_say(message: str) -> bool:
+    """Of several processes with the same message, one prints it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from .training.distributed import first_to_say
+
+    return first_to_say(message)
 
 
 def _message(error: Exception) -> str | None:
@@ -47,6 +61,8 @@ def _message(error: Exception) -> str | None:
             "the GPU is out of memory; lower training.batch_size or data.max_length, set "
             "optimization.gradient_checkpointing=true or training.mode=local, and see `npt train --dry-run`"
         )
+    if type(error).__name__.startswith("Dist") or "gloo/transport" in str(error):
+        return f"the connection to another process broke: it ended, and says why itself ({str(error).splitlines()[0]})"
     foreseen = isinstance(error, (ValueError, TypeError, RuntimeError, FileNotFoundError))
     return str(error) if foreseen and _raised_here(error) else None
 

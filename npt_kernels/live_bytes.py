@@ -65,7 +65,7 @@ def _attached(value: Any, depth: int = 0) -> Iterator[Tensor]:
 
 def storages_of(what: nn.Module | Tensor | Iterable[Any]) -> dict[int, Tensor]:
     """Storage → a tensor on it, for a tensor, a module (parameters, their gradients, buffers, tensors that quantised
-    parameters carry) or an iterable of such. Meta tensors have none.
+    parameters carry) or an iterable of such. Meta tensors have none. Raises ``TypeError`` for anything else.
     """
     if isinstance(what, nn.Module):
         own = [*what.parameters(), *what.buffers()]
@@ -73,6 +73,8 @@ def storages_of(what: nn.Module | Tensor | Iterable[Any]) -> dict[int, Tensor]:
         tensors += [extra for tensor in own for extra in _attached(tensor)]
     elif isinstance(what, Tensor):
         tensors = [what]
+    elif isinstance(what, str) or not isinstance(what, Iterable):
+        raise TypeError(f"expected modules, tensors or iterables of them, got {type(what).__name__}")
     else:
         merged: dict[int, Tensor] = {}
         for entry in what:

@@ -45,7 +45,8 @@ def matched_norm(
     Args:
         norm: The layer's norm module; its ``weight`` and ``bias`` (either may be absent) and its epsilon are read.
         kind: What it computes, as :func:`identify_norm` finds.
-        backend: Backend by name; ``None`` (or ``NPT_BACKEND``) chooses.
+        backend: The layer's backend by name; ``None`` (or ``NPT_BACKEND``) chooses. One without a norm kernel leaves this op
+            to the automatic choice.
 
     Raises:
         ValueError: ``h`` and ``a`` differ in shape.
@@ -55,7 +56,7 @@ def matched_norm(
         raise ValueError(f"matched_norm: h has shape {list(h.shape)} but a {list(a.shape)}; both are [..., d]")
     width = h.shape[-1]
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    chosen = resolve_backend("matched_norm", backend, h.device, h.dtype)
+    chosen = resolve_backend("matched_norm", backend, h.device, h.dtype, part_of_layer=True)
     flat_h, flat_a = h.reshape(-1, width), a.reshape(-1, width)
     u, key_scale = matched_norm_op(flat_h, flat_a, weight, bias, kind, norm_eps(norm), chosen)
     return u.reshape(h.shape), key_scale.reshape(h.shape[:-1])
@@ -72,7 +73,7 @@ def identify_norm(norm: nn.Module, width: int) -> NormKind | None:
         expected = norm(probe).float()
         kinds: tuple[NormKind, ...] = ("rms", "layer")
         for kind in kinds:
-            ours = matched_norm(norm, kind, probe, torch.zeros_like(probe))[0].float()
+            ours = matched_norm(norm, kind, probe, torch.zeros_like(probe), backend="eager")[0].float()
             # float32 at best: RMSNorm modules compute in it whatever they are given.
             eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
             tolerance = 8 * eps * expected.abs().max().clamp_min(1e-3)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ OPS = ("linear", "factored_linear", "mlp", "matched_norm")
 def test_registry():
     assert "eager" in available_backends()
     for backend in backends.BACKENDS.values():
-        assert backend.summary and set(backend.modules) == set(OPS)
+        assert backend.summary and backend.modules and not set(backend.modules) & set(backend.absent)
+        assert set(backend.modules) | set(backend.absent) == set(OPS), "every op: implemented, or with a reason"
     for op in OPS:
         module = backends.get_backend("eager").module(op)
         assert callable(module.forward) and callable(module.backward)
@@ -96,6 +99,59 @@ def test_no_backend_at_all(monkeypatch):
         backends.resolve_backend("mlp", None, torch.device("cpu"), torch.float32)
 
 
+@pytest.fixture
+def partial(monkeypatch):
+    """A backend that implements only mlp, and that not in float64."""
+    module = {"mlp": "npt_kernels.ops.mlp.eager"}
+    entry = backends.Backend(
+        "partial", module, False, "for this test",
+        lambda call: "float64 is not supported" if call.dtype == torch.float64 else None,
+        absent={"matched_norm": "it has no norm kernel"},
+    )  # fmt: skip
+    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "partial": entry})
+    backends._say_elsewhere.cache_clear()
+    return entry
+
+
+@pytest.mark.parametrize("how", ["environment", "layer"])
+def test_a_backend_named_for_everything_leaves_ops_that_it_lacks_to_the_automatic_choice(partial, monkeypatch, how):
+    cpu, name = torch.device("cpu"), "partial"
+    if how == "environment":
+        monkeypatch.setattr(backends, "_DEFAULT_BACKEND", name)
+        name = None
+    resolve = functools.partial(backends.resolve_backend, part_of_layer=how == "layer")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert resolve("matched_norm", name, cpu, torch.float32) == "eager"
+        assert resolve("mlp", name, cpu, torch.float32) == "partial"
+    assert [str(w.message) for w in seen] == [
+        "npt_kernels: matched_norm runs on 'eager', not on 'partial': it has no norm kernel"
+    ], "one note, and none for what it does run"
+    # It implements mlp and refuses this call: that is an error, whoever named it.
+    with pytest.raises(BackendUnavailableError, match=r"partial.*mlp.*float64 is not supported"):
+        resolve("mlp", name, cpu, torch.float64)
+    # An op without a listed reason still has one.
+    with pytest.warns(UserWarning, match="it has no implementation of linear"):
+        assert resolve("linear", name, cpu, torch.float32) == "eager"
+    explained = backends.explain("matched_norm", backend=name)
+    assert explained.chosen == "eager" and "no norm kernel" in explained.reasons["partial"]
+    assert "automatic choice" in str(explained)
+
+
+def test_a_backend_named_for_one_call_is_that_one_or_an_error(partial):
+    with pytest.raises(BackendUnavailableError, match=r"partial.*linear: it has no implementation of linear"):
+        npt_linear(**linear_problem().tensors, backend="partial")
+    explained = backends.explain("linear", backend="partial")
+    assert explained.chosen is None and "no implementation" in explained.reasons["partial"]
+
+
+def test_nothing_automatic_for_an_op_that_the_named_backend_lacks(partial, monkeypatch):
+    monkeypatch.setattr(backends, "BACKENDS", {"partial": partial})
+    with pytest.raises(BackendUnavailableError, match="no backend can run matched_norm"):
+        backends.resolve_backend("matched_norm", "partial", torch.device("cpu"), torch.float32, part_of_layer=True)
+
+
 def run_with(value):
     code = (
         "import torch, npt_kernels as n\n"
@@ -114,3 +170,8 @@ def test_environment_variable():
     refused = run_with("warp")
     assert refused.startswith("refused: ") and "'warp'" in refused and "eager" in refused
     assert run_with("") == "48.0"
+
+
+def test_cuda_for_everything_runs_what_it_lacks_elsewhere():
+    """The explicit linear has no kernel on cuda: the note is one line, the result the automatic choice's."""
+    assert run_with("cuda") == "48.0"

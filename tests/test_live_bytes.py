@@ -200,6 +200,12 @@ def test_wrapper_subclasses_count_their_parts():
     assert y.shape == (2, 32)
 
 
+@pytest.mark.parametrize("what", ["text", 3, [kib(1), "text"]])
+def test_what_has_no_storage_is_refused(what):
+    with pytest.raises(TypeError, match="expected modules, tensors or iterables of them, got"):
+        storages_of(what)
+
+
 def test_meta_tensors_are_nothing():
     with LiveBytes() as live:
         torch.zeros(1000, device="meta") + 1

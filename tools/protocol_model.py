@@ -5,6 +5,10 @@ The model mirrors, line by line where marked in the sources:
 * ``csrc/gemm/mainloop.cuh``: ``init_barriers`` [P1] [P2], ``produce`` [P3] [P4], ``multiply`` [P5], ``release`` [P6],
   ``finish_tile`` [P7]; ``csrc/decode/segk_swapab.cuh`` is the same with one consumer and no cluster.
 * ``csrc/gemm/segk_pingpong.cuh``: the turn order [O1] [O2] and the epilogue's fetches and stores [E1] to [E4].
+* ``csrc/skinny/ring.cuh``: the ring of two warpgroups again; ``csrc/skinny/pair.cuh``: the resident operand [S4] [S5].
+* ``csrc/skinny/shrink.cuh`` [S1] [S2] [S3] and ``decode_finish_split`` of ``csrc/decode/segk_swapab.cuh`` [D2] [D3]: a cluster's
+  blocks leave partial sums in the memory of their rings, meet, read each other's, meet again.
+* ``csrc/decode/segk_swapab.cuh``: overlap with the kernel before [D1] [D4].
 * ``csrc/gemm/segk_coop.cuh``: ``CoopEpilogue::store`` (two buffers in rotation) and the final ``cluster_sync``.
 
 What is modelled: mbarriers with their parity waits (so that aliasing two laps apart is seen), pending counts and byte
@@ -20,205 +24,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-A_BYTES, B_BYTES = 4, 8  # any numbers that make a full and a half stage differ
-FULL, HALF = 0, 1
+from protocol_machines import (
+    FULL,
+    HALF,
+    Faults,
+    Machine,
+    Scenario,
+    fetch_machine,
+    meeting_machine,
+    overlap_machine,
+    resident_machine,
+    ring_machine,
+    store_machine,
+)
 
-
-def stage_bytes(kind: int) -> int:
-    """As ``npt::stage_bytes``: LOW_FIRST loads half of B."""
-    return A_BYTES + (B_BYTES // 2 if kind == HALF else B_BYTES)
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A small launch: what the kernels' template parameters and SegkParams are to the model."""
-
-    stages: int = 2
-    cluster: int = 1
-    consumers: int = 2
-    pingpong: bool = False
-    tiles: tuple[tuple[int, ...], ...] = ((FULL, FULL, HALF), (FULL, FULL, HALF))  # k-blocks (kinds) of each tile
-
-
-@dataclass(frozen=True)
-class Faults:
-    """Deliberate mistakes, for the mutation tests. The default is the protocol as written in csrc."""
-
-    producer_phase: int = 1  # what [P3] XORs into its parity
-    consumer_phase_flip: bool = True
-    arrive_at_peer: bool = True
-    empty_counts_peer: bool = True
-    release_early: bool = False  # before the wgmma that reads the stage is known to be done
-    half_expects_full: bool = False
-    half_expects_less: bool = False
-    restart_ring_per_segment: bool = False
-    order_wait: bool = True
-    order_arrive: bool = True
-    skip_other_tile: bool = True
-    wait_for_empty: bool = True
-    final_sync: bool = True
-
-
-@dataclass
-class Machine:
-    """Barrier counts and one straight-line program per process."""
-
-    counts: dict[object, int] = field(default_factory=dict)
-    programs: list[list[tuple]] = field(default_factory=list)
-    exits: dict[int, int] = field(default_factory=dict)  # process -> block, to find accesses to a block that has left
-
-
-def ring_machine(sc: Scenario, fault: Faults = Faults()) -> Machine:
-    """Producers and consumer warpgroups of one cluster."""
-    m = Machine()
-    readers = 1 if sc.pingpong else sc.consumers
-    peers = range(sc.cluster)
-    for cta in peers:
-        for s in range(sc.stages):
-            m.counts["full", cta, s] = 1
-            m.counts["empty", cta, s] = readers * (sc.cluster if fault.empty_counts_peer else 1)
-        for w in range(sc.consumers):
-            m.counts["order", cta, w] = 1
-    m.counts["exit"] = sc.cluster * (1 + sc.consumers)
-
-    def position(tile: int, block: int) -> tuple[int, int]:
-        """(stage, use number) of a k-block; the ring runs on through tiles and segments."""
-        if fault.restart_ring_per_segment and sc.tiles[tile][block] == HALF:
-            first = next(i for i, kind in enumerate(sc.tiles[tile]) if kind == HALF)
-            number = sum(map(len, sc.tiles[:tile])) + block - first
-        else:
-            number = sum(map(len, sc.tiles[:tile])) + block
-        return number % sc.stages, number // sc.stages
-
-    for cta in peers:
-        producer: list[tuple] = []
-        for tile, kinds in enumerate(sc.tiles):
-            for block, kind in enumerate(kinds):
-                stage, use = position(tile, block)
-                expected = stage_bytes(kind)
-                if kind == HALF and fault.half_expects_full:
-                    expected = stage_bytes(FULL)
-                if kind == HALF and fault.half_expects_less:
-                    expected = A_BYTES
-                b_share = (stage_bytes(kind) - A_BYTES) // sc.cluster
-                loads = tuple(
-                    (other, stage, (cta, tile, block), b_share + (A_BYTES if other == cta else 0)) for other in peers
-                )
-                wait = ("empty", cta, stage) if fault.wait_for_empty else None
-                producer.append(
-                    ("produce", wait, (use & 1) ^ fault.producer_phase, ("full", cta, stage), expected, loads)
-                )
-        m.exits[len(m.programs)] = cta
-        m.programs.append(producer)
-
-        for w in range(sc.consumers):
-            program: list[tuple] = []
-            tiles = range(w, len(sc.tiles), sc.consumers) if sc.pingpong else range(len(sc.tiles))
-            done_here = 0
-
-            def release(stage: int, program: list[tuple] = program, cta: int = cta) -> None:
-                program.append(("drop", cta, stage))
-                for other in peers:
-                    if other == cta or fault.arrive_at_peer:
-                        program.append(("arrive", ("empty", other, stage)))
-
-            for turn, tile in enumerate(tiles):
-                if sc.pingpong and fault.order_wait:
-                    program.append(("wait", ("order", cta, w), (turn & 1) ^ (1 if w == 0 else 0)))
-                held: int | None = None
-                for block in range(len(sc.tiles[tile])):
-                    stage, use = position(tile, block)
-                    if sc.pingpong and not fault.skip_other_tile:
-                        stage, use = done_here % sc.stages, done_here // sc.stages
-                    done_here += 1
-                    parity = use & 1 if fault.consumer_phase_flip else 0
-                    program.append(("acquire", ("full", cta, stage), parity, cta, stage, tile, block))
-                    if fault.release_early:
-                        for other in peers:
-                            program.append(("arrive", ("empty", other, stage)))
-                    elif held is not None:
-                        release(held)
-                    if fault.release_early and held is not None:
-                        program.append(("drop", cta, held))
-                    held = stage
-                if sc.pingpong and fault.order_arrive:
-                    program.append(("arrive", ("order", cta, 1 - w)))
-                if held is not None:
-                    if fault.release_early:
-                        program.append(("drop", cta, held))
-                    else:
-                        release(held)
-            m.exits[len(m.programs)] = cta
-            m.programs.append(program)
-    if sc.cluster > 1 and fault.final_sync:
-        for program in m.programs:
-            program.append(("arrive", "exit"))
-            program.append(("wait", "exit", 0))
-    return m
-
-
-def store_machine(buffers: int = 2, allowed: int | None = None, stores: int = 5, sync_before: bool = True,
-                  sync_after: bool = True) -> Machine:  # fmt: skip
-    """``CoopEpilogue::store``: leader waits, both sync, both write, both sync, leader issues the store."""
-    m = Machine()
-    m.counts["sync"] = 2
-    allowed = buffers - 1 if allowed is None else allowed
-    for leader in (True, False):
-        program: list[tuple] = []
-        syncs = 0
-
-        def sync(program: list[tuple] = program) -> None:
-            nonlocal syncs
-            program.append(("arrive", "sync"))
-            program.append(("wait", "sync", syncs & 1))
-            syncs += 1
-
-        for i in range(stores):
-            if leader:
-                program.append(("wait_read", allowed))
-            if sync_before:
-                sync()
-            program.append(("write", i % buffers, leader, i))
-            if sync_after:
-                sync()
-            if leader:
-                program.append(("store", i % buffers, i))
-        m.programs.append(program)
-    return m
-
-
-def fetch_machine(tiles: int = 2, parts: int = 6, wait_between: bool = True, wait_at_tile: bool = True,
-                  parity_step: bool = True) -> Machine:  # fmt: skip
-    """The backward epilogue of one warpgroup: two buffers filled by TMA, overwritten in place, stored from, refilled."""
-    m = Machine()
-    m.counts["sync"] = 2
-    m.counts["fetched", 0] = m.counts["fetched", 1] = 1
-    for leader in (True, False):
-        program: list[tuple] = []
-        syncs = 0
-        for turn in range(tiles):
-            if leader:
-                if wait_at_tile:
-                    program.append(("wait_read", 0))
-                program.append(("fetch", 0, (turn, 0)))
-                program.append(("fetch", 1, (turn, 1)))
-            for j in range(parts):
-                parity = (turn * (parts // 2) + j // 2) & 1 if parity_step else (j // 2) & 1
-                program.append(("wait", ("fetched", j & 1), parity))
-                program.append(("modify", j & 1, leader, (turn, j)))
-                program.append(("arrive", "sync"))
-                program.append(("wait", "sync", syncs & 1))
-                syncs += 1
-                if leader:
-                    program.append(("store", j & 1, (turn, j)))
-                    if j + 2 < parts:
-                        if wait_between:
-                            program.append(("wait_read", 0))
-                        program.append(("fetch", j & 1, (turn, j + 2)))
-        m.programs.append(program)
-    return m
+__all__ = [
+    "CASES", "FULL", "HALF", "Faults", "Machine", "Scenario", "Search", "Violation", "fetch_machine", "meeting_machine",
+    "overlap_machine", "resident_machine", "ring_machine", "store_machine",
+]  # fmt: skip
 
 
 class Violation(Exception):
@@ -251,6 +75,13 @@ class Search:
         # Phases are kept modulo 4: parity waits and the check below see no more.
         barriers[index] = (
             ((phase + 1) % 4, self.counts[index], 0) if left == 0 and bytes_ == 0 else (phase, left, bytes_)
+        )
+
+    def _producers(self, cta: int) -> int:
+        """Processes that load into block ``cta``."""
+        return sum(
+            any(step[0] == "produce" and any(load[0] == cta for load in step[5]) for step in program)
+            for program in self.machine.programs
         )
 
     def _passed(self, state: tuple, name: object, parity: int) -> bool:
@@ -301,7 +132,8 @@ class Search:
             case ("produce", wait, parity, full, expected, loads):
                 if wait is not None and not self._passed(state, wait, parity):
                     return None
-                self._settle(bars, self.barriers[full], 1, expected)
+                if full is not None:
+                    self._settle(bars, self.barriers[full], 1, expected)
                 new = {
                     ("stage", cta, stage, tag[0], tag[1:], size, self.barriers["full", cta, stage])
                     for cta, stage, tag, size in loads
@@ -312,12 +144,34 @@ class Search:
                     return None
                 found = {c[3] for c in contents if c[0] == cta and c[1] == stage}
                 parts = {c[2] for c in contents if c[0] == cta and c[1] == stage}
-                producers = {p for p, prog in enumerate(self.machine.programs) if prog and prog[0][0] == "produce"}
-                if found != {(tile, block)} or len(parts) != len(producers):
+                wanted = self.machine.parts or self._producers(cta)
+                if found != {(tile, block)} or len(parts) != wanted:
                     raise Violation(
                         f"tile {tile} k-block {block} of block {cta} reads {sorted(found)} from stage {stage}"
                     )
                 return (*state[1:4], holds | {(cta, stage, process)}, stores)
+            case ("use", cta, stage, tile, block):
+                if {c[3] for c in contents if c[0] == cta and c[1] == stage} != {(tile, block)}:
+                    raise Violation(f"k-block {block} reads {stage} before it is loaded")
+                return state[1:]
+            case ("touch", name):
+                return (*state[1:3], contents | {("memory", name, 0, 0)}, *state[4:])
+            case ("need", name, why):
+                if ("memory", name, 0, 0) not in contents:
+                    raise Violation(why)
+                return state[1:]
+            case ("deposit", cta, group):
+                if any(h[0] == cta for h in holds):
+                    raise Violation(f"block {cta} writes its sums over a stage that is being read")
+                if any(f[1] == cta for f in flying):
+                    raise Violation(f"block {cta} writes its sums where a load is about to land")
+                return (*state[1:3], contents | {("sums", cta, group, 0)}, *state[4:])
+            case ("collect", cta, groups):
+                if any(("sums", cta, group, 0) not in contents for group in range(groups)):
+                    raise Violation(f"the sums of block {cta} are read before they are written")
+                if all(state[0][i] == len(self.machine.programs[i]) for i, b in self.machine.exits.items() if b == cta):
+                    raise Violation(f"the sums of block {cta} are read after it has left")
+                return state[1:]
             case ("drop", cta, stage):
                 return (*state[1:4], holds - {(cta, stage, process)}, stores)
             case ("wait_read", allowed):
@@ -389,6 +243,9 @@ CASES: dict[str, Callable[[], Machine]] = {
         Scenario(stages=3, pingpong=True, tiles=((FULL,),) * 5)
     ),
     "ping-pong, 2 stages, even tiles": lambda: ring_machine(Scenario(pingpong=True, tiles=((FULL, FULL),) * 4)),
+    "ping-pong, ragged segment (dual), cluster of 2": lambda: ring_machine(
+        Scenario(cluster=2, pingpong=True, tiles=((FULL, HALF),) * 3)
+    ),
     "ping-pong, cluster of 2": lambda: ring_machine(
         Scenario(cluster=2, pingpong=True, tiles=((FULL, FULL, FULL), (FULL,) * 3))
     ),
@@ -396,6 +253,13 @@ CASES: dict[str, Callable[[], Machine]] = {
     "epilogue stores, 4 buffers": lambda: store_machine(4, stores=9),
     "backward epilogue, 6 parts, 2 tiles": lambda: fetch_machine(),
     "backward epilogue, 6 parts, 3 tiles": lambda: fetch_machine(tiles=3),
+    "split tile, 2 blocks, 2 warpgroups": lambda: meeting_machine(),
+    "split tile, 2 blocks, one without k-blocks": lambda: meeting_machine(k_blocks=(3, 0)),
+    "split tile, 3 blocks, 1 warpgroup (decode)": lambda: meeting_machine(blocks=3, groups=1),
+    "overlap, low-rank segment depends": lambda: overlap_machine(),
+    "overlap, all activations depend, weights ahead": lambda: overlap_machine(k_blocks=4, dependent_from=0),
+    "overlap, ring longer than the K loop": lambda: overlap_machine(k_blocks=2, dependent_from=0, stages=3),
+    "pair, resident operand and 2 stages": lambda: resident_machine(),
 }
 
 

@@ -103,4 +103,24 @@ NPT_HD TileCoord tile_coord(int tile, int tiles_m, int tiles_n, int group) {
   return TileCoord{first + local % rows, local / rows};
 }
 
+// ------------------------------------------------------------------------------------------------ split K
+// First of the k-blocks that part `part` of `parts` takes; the next part's first ends it. Parts may be empty.
+NPT_HD int split_begin(int blocks, int parts, int part) { return int(int64_t(blocks) * part / parts); }
+
+// How many of the k-blocks [begin, begin + count) lie in [first, last).
+NPT_HD int overlap_count(int first, int last, int begin, int count) {
+  const int from = first > begin ? first : begin, to = last < begin + count ? last : begin + count;
+  return to > from ? to - from : 0;
+}
+// Bytes of the slot of a thread's accumulator pair in a split decode tile: neighbouring threads are neighbours.
+NPT_HD uint32_t split_slot(int half, int pair, int pairs, int thread) {
+  return uint32_t((half * pairs + pair) * 128 + thread) * 8u;
+}
+
+// ------------------------------------------------------------------------------------------------ partial sums in shared memory
+// fp32 rows of `width` columns. The pitch is 8 modulo 32 words: the 8-byte stores of a fragment (a half warp writes 4 rows x 8
+// columns) then touch every bank once.
+NPT_HD int partial_pitch(int width) { return (width + 31) / 32 * 32 + 8; }
+NPT_HD uint32_t partial_offset(int row, int column, int width) { return uint32_t(row * partial_pitch(width) + column) * 4u; }
+
 }  // namespace npt

@@ -59,6 +59,26 @@ NPT_DEVICE int warpgroup() { return __shfl_sync(0xFFFFFFFFu, int(threadIdx.x / 1
 NPT_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
+NPT_DEVICE uint32_t cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// Two floats at the same shared-memory offset of block `cta` of the cluster.
+NPT_DEVICE float2 load_cluster(uint32_t address, uint32_t cta) {
+  float2 value;
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "ld.shared::cluster.v2.f32 {%0, %1}, [remote];\n}"
+      : "=f"(value.x), "=f"(value.y)
+      : "r"(address), "r"(cta)
+      : "memory");
+  return value;
+}
+NPT_DEVICE void store_shared(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
 NPT_DEVICE void named_barrier(uint32_t id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -70,6 +90,12 @@ template <int kRegisters>
 NPT_DEVICE void registers_shrink() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+
+// ------------------------------------------------------------------------------------------------ dependent launches
+// The next kernel of the stream may start (if it was launched to overlap); without such a launch neither does anything.
+NPT_DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Until the kernel before this one in the stream has ended and its writes are visible.
+NPT_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ------------------------------------------------------------------------------------------------ TMA
 NPT_DEVICE void tma_prefetch_map(const CUtensorMap* map) {

@@ -59,6 +59,12 @@ inline void check_map(const MapKey& k, const std::string& what) {
 
 class TensorMapCache {
  public:
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+  explicit TensorMapCache(Encode encoder = nullptr) : encoder_(encoder) {}  // null: the driver's
+
   CUtensorMap get(const MapKey& key, const std::string& what) {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = maps_.find(key);
@@ -75,9 +81,6 @@ class TensorMapCache {
 
  private:
   static constexpr size_t kLimit = 16384;  // 128 bytes each
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
   static Encode driver() {
     static const Encode function = [] {
@@ -95,13 +98,13 @@ class TensorMapCache {
     return function;
   }
 
-  static CUtensorMap encode(const MapKey& k, const std::string& what) {
+  CUtensorMap encode(const MapKey& k, const std::string& what) const {
     CUtensorMap map;
     const cuuint64_t dims[2] = {cuuint64_t(k.inner), cuuint64_t(k.outer)};
     const cuuint64_t strides[1] = {cuuint64_t(k.ld) * 2};
     const cuuint32_t box[2] = {cuuint32_t(k.box_inner), cuuint32_t(k.box_outer)};
     const cuuint32_t steps[2] = {1, 1};
-    const CUresult result = driver()(
+    const CUresult result = (encoder_ != nullptr ? encoder_ : driver())(
         &map, k.dtype == Dtype::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
         const_cast<void*>(k.ptr), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // NONE fills with zeros
@@ -112,6 +115,7 @@ class TensorMapCache {
     return map;
   }
 
+  const Encode encoder_;
   std::mutex mutex_;
   std::unordered_map<MapKey, CUtensorMap, MapKeyHash> maps_;
 };

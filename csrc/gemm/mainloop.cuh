@@ -27,7 +27,7 @@ struct TileConfig {
   static constexpr int kEpilogueBytes = 65536 * (kPingPong ? 1 : 0) + 32768 * (kPingPong ? 0 : 1);
   // ring, epilogue buffers, barriers (full, empty, 2 order, 4 epilogue), and slack to align the base to 1024
   static constexpr int kSmemBytes = kStages * int(kStageBytes) + kEpilogueBytes + 8 * (2 * kStages + 6) + 1024;
-  static_assert(kBM == 128 && kBN % 64 == 0 && kBN <= 256, "tile menu");
+  static_assert((kBM == 128 || (kBM == 64 && kPingPong)) && kBN % 64 == 0 && kBN <= 256, "tile menu");
   static_assert(!kDual || kBN == 256, "a dual tile is 128 gate + 128 up columns");
   static_assert((kBN / kCluster) * kRowBytes % 1024 == 0, "a multicast slice must start at a swizzle atom");
   static_assert(kSmemBytes <= kMaxDynamicSmem, "shared memory");

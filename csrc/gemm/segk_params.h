@@ -40,6 +40,7 @@ struct SegkParams {
   int32_t tiles_m, tiles_n, group_m;     // tiles_m counts clusters of tiles
   int32_t store_pre;
   int32_t wanted;                        // backward: bit i set if out[i] is to be stored
+  int32_t dependent_from;                // decode: first segment whose activations the kernel before writes; -1: plain launch
   float act_a, act_b;                    // act(v) = v · sigmoid(v · (act_a + act_b · v²))
 };
 

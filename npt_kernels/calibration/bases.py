@@ -27,6 +27,10 @@ class Metric:
     inverse_root: Tensor
     unit: str
 
+    def to(self, device: torch.device | str) -> Metric:
+        """The same metric there."""
+        return Metric(self.root.to(device), self.inverse_root.to(device), self.unit)
+
 
 @dataclass(frozen=True)
 class Basis:

@@ -19,10 +19,10 @@ from ..config import NPTConfig
 from ..models.base import linear_weight
 from ..models.running import evaluating
 from ..nn import NPComponent
-from .bases import Basis, make_basis, make_metric
+from .bases import Basis, Metric, make_basis, make_metric
 from .ranks import allot_ranks
 from .sequential import refit_sequentially
-from .statistics import check_tokens, collect_moments
+from .statistics import Moments, check_tokens, collect_moments
 
 if TYPE_CHECKING:
     from ..models.patching import LayerChoice
@@ -36,8 +36,8 @@ _REFIT_TOKENS = 16384
 @torch.no_grad()
 def fill_closed_form(component: NPComponent, choice: LayerChoice, basis: Basis) -> None:
     """Write the closed form into a ``self_key`` component. The first R directions of the basis are kept."""
-    total = component.total_rank
-    encoder, decoder = basis.encoder[:, :total], basis.decoder[:total]
+    total, device = component.total_rank, component.w_down.device
+    encoder, decoder = basis.encoder[:, :total].to(device), basis.decoder[:total].to(device)
     component.w_down.copy_(encoder)
     shape, layer = choice.plan.shape, choice.layer
     norm_weight = getattr(shape.norm(layer), "weight", None)
@@ -74,15 +74,16 @@ def closed_form_components(
         moments = collect_moments(
             model, attention, tokens, fisher=config.basis == "fisher", seed=config.seed, advance=advance
         )
-    metrics = [make_metric(config.basis, entry) for entry in moments]
-    covariances = [entry.covariance / entry.tokens for entry in moments]
-    bases = [make_basis(metric, covariance) for metric, covariance in zip(metrics, covariances, strict=True)]
+    metrics, covariances, bases = _fit_bases(config.basis, moments)
+    worths, unit = [basis.worth for basis in bases], metrics[0].unit
     if ranks is None:
         mean = int(str(config.rank).partition(":")[2])
-        ranks = allot_ranks([basis.worth for basis in bases], mean)
+        ranks = allot_ranks(worths, mean)
     components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]
-    for component, choice, basis in zip(components, choices, bases, strict=True):
-        fill_closed_form(component, choice, basis)
+    for component, choice in zip(components, choices, strict=True):
+        fill_closed_form(component, choice, bases.pop(0))
+    if not config.refit:
+        metrics.clear()
     if config.refit:
         _, layers = find_layers(model)
         sample = tokens[: max(1, _REFIT_TOKENS // tokens.shape[1])]
@@ -91,12 +92,29 @@ def closed_form_components(
             refit_sequentially(
                 model, layers, choices, components, metrics, covariances, sample, fill_closed_form, advance=advance
             )
-    dropped = [float(b.worth[c.total_rank :].sum()) for b, c in zip(bases, components, strict=True)]
+    dropped = [float(worth[c.total_rank :].sum()) for worth, c in zip(worths, components, strict=True)]
     notes = {
         "tokens": tokens.numel(),
         "basis": config.basis,
         "refit": config.refit,
         "dropped_worth": dropped,
-        "worth_unit": metrics[0].unit,
+        "worth_unit": unit,
     }
     return components, notes
+
+
+def _fit_bases(name: str, moments: list[Moments]) -> tuple[list[Metric], list[Tensor], list[Basis]]:
+    """Metrics, covariances and bases of the layers, in host memory; ``moments`` is used up.
+
+    They are d × d in float64: 21 GiB for an 8B model, of which a GPU needs one layer's at a time.
+    """
+    metrics, covariances, bases = [], [], []
+    while moments:
+        entry = moments.pop(0)
+        metric, covariance = make_metric(name, entry), entry.covariance / entry.tokens
+        del entry
+        basis = make_basis(metric, covariance)
+        metrics.append(metric.to("cpu"))
+        covariances.append(covariance.cpu())
+        bases.append(Basis(basis.encoder.cpu(), basis.decoder.cpu(), basis.worth.cpu()))
+    return metrics, covariances, bases

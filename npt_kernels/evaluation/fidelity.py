@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +15,39 @@ from ..models.base import linear_bias, linear_weight
 from ..models.running import evaluating
 from ..models.walk import walk_layers
 
-__all__ = ["LayerFidelity", "delta_norms", "layer_fidelity"]
+__all__ = ["LayerFidelity", "NormStatistics", "delta_norms", "layer_fidelity"]
 
 #: Tokens whose explicit vectors exist at a time: the diagonal rule has r vectors of width f each.
 _VECTOR_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class NormStatistics:
+    """‖ΔW_t‖_F over ``tokens`` tokens: mean, median, 95th percentile and maximum; ÷ ‖W‖_F of the frozen weight in ``relative``.
+
+    Percentiles are the values of tokens (nearest rank), not interpolated.
+    """
+
+    tokens: int
+    mean: float
+    p50: float
+    p95: float
+    max: float
+    relative: dict[str, float]
+
+    @classmethod
+    def of(cls, norms: Tensor, weight_norm: float) -> NormStatistics:
+        """From the norms of tokens ``[T]``."""
+        ordered = norms.double().sort().values
+        last = len(ordered) - 1
+        values = {
+            "mean": float(ordered.mean()),
+            "p50": float(ordered[last // 2]),
+            "p95": float(ordered[-(-last * 95 // 100)]),
+            "max": float(ordered[last]),
+        }
+        relative = {name: value / max(weight_norm, 1e-30) for name, value in values.items()}
+        return cls(len(ordered), relative=relative, **values)
 
 
 @dataclass(frozen=True)
@@ -31,6 +61,7 @@ class LayerFidelity:
         variance: Mean over tokens and features of ``(δ − mean δ)²``.
         delta_norm: Target → mean over tokens of ‖ΔW_t‖_F, the norm match included (:func:`delta_norms`).
         weight_norm: Target → ‖W‖_F of the frozen weight.
+        delta_statistics: Target → how ‖ΔW_t‖_F is distributed over tokens.
     """
 
     index: int
@@ -39,9 +70,17 @@ class LayerFidelity:
     variance: float
     delta_norm: dict[str, float]
     weight_norm: dict[str, float]
+    delta_statistics: dict[str, NormStatistics] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerFidelity:
+        """Of :meth:`to_dict`."""
+        statistics = {target: NormStatistics(**found) for target, found in values.get("delta_statistics", {}).items()}
+        return cls(**{**values, "delta_statistics": statistics})
 
 
 class _Sums:
@@ -71,7 +110,13 @@ class _Sums:
 
 @torch.no_grad()
 def layer_fidelity(
-    model: nn.Module, tokens: Tensor, *, max_tokens: int = 1024, norm_tokens: int = 256, batch_tokens: int = 1024
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    max_tokens: int = 1024,
+    norm_tokens: int = 256,
+    batch_tokens: int = 1024,
+    advance: Callable[[int], None] | None = None,
 ) -> list[LayerFidelity]:
     """Explained variance and ‖ΔW‖_F of every converted layer, on the original's inputs, in layer order.
 
@@ -79,38 +124,54 @@ def layer_fidelity(
         model: A converted model.
         tokens: Token ids ``[n, seq]``; the first ``max_tokens`` are used (whole sequences, one at least).
         max_tokens: Tokens for the explained variance.
-        norm_tokens: Tokens for ‖ΔW‖_F (its mean settles fast, its vectors are large), spread over the first batch.
+        norm_tokens: Tokens for ‖ΔW‖_F, spread evenly over those (its mean settles fast, its vectors are large).
         batch_tokens: Tokens per forward.
+        advance: Called with the number of tokens done, for a progress bar.
     """
     device = next(model.parameters()).device
     sequences = tokens[: max(1, max_tokens // tokens.shape[1])]
+    every = max(1, sequences.numel() // max(1, norm_tokens))
+    ranks: dict[int, int] = {}
     sums: dict[int, _Sums] = {}
-    norms: dict[int, dict[str, float]] = {}
-    layers: dict[int, Any] = {}
+    norms: dict[int, dict[str, list[Tensor]]] = {}
+    weights: dict[int, dict[str, float]] = {}
+    done = 0
 
     def visit(layer: Any, h: Tensor, a: Tensor, y: Tensor) -> None:
         index = layer.npt_plan.index
-        layers[index] = layer
+        ranks[index] = layer.np_component.rank
         sums.setdefault(index, _Sums()).add(layer.npt_student(h, a), y, h)
-        if index not in norms:
-            flat_h, flat_a = h.flatten(0, -2), a.flatten(0, -2)
-            step = max(1, len(flat_h) // max(1, norm_tokens))
-            norms[index] = {t: float(n.mean()) for t, n in delta_norms(layer, flat_h[::step], flat_a[::step]).items()}
+        flat_h, flat_a = h.flatten(0, -2), a.flatten(0, -2)
+        chosen = slice(-done % every, None, every)
+        if len(flat_h[chosen]):
+            for target, found in delta_norms(layer, flat_h[chosen], flat_a[chosen]).items():
+                norms.setdefault(index, {}).setdefault(target, []).append(found.cpu())
+        if index not in weights:
+            # Here, because the weights of a sharded layer are whole only while it is visited.
+            weights[index] = {t: float(_weight(layer, t).float().norm()) for t in norms[index]}
 
     with evaluating(model):
         for batch in sequences.split(max(1, batch_tokens // tokens.shape[1])):
             walk_layers(model, batch.to(device), visit)
-    return [
-        LayerFidelity(
-            index=index,
-            rank=layers[index].np_component.rank,
-            explained_variance=1.0 - entry.error / entry.spread(),
-            variance=entry.spread() / (entry.tokens * entry.width),
-            delta_norm=norms[index],
-            weight_norm={t: float(_weight(layers[index], t).float().norm()) for t in norms[index]},
-        )
-        for index, entry in sorted(sums.items())
-    ]
+            done += batch.numel()
+            if advance is not None:
+                advance(batch.numel())
+    return [_summary(index, ranks[index], entry, norms[index], weights[index]) for index, entry in sorted(sums.items())]
+
+
+def _summary(
+    index: int, rank: int, entry: _Sums, norms: dict[str, list[Tensor]], weights: dict[str, float]
+) -> LayerFidelity:
+    statistics = {target: NormStatistics.of(torch.cat(found), weights[target]) for target, found in norms.items()}
+    return LayerFidelity(
+        index=index,
+        rank=rank,
+        explained_variance=1.0 - entry.error / entry.spread(),
+        variance=entry.spread() / (entry.tokens * entry.width),
+        delta_norm={target: found.mean for target, found in statistics.items()},
+        weight_norm=weights,
+        delta_statistics=statistics,
+    )
 
 
 def _weight(layer: Any, target: str) -> Tensor:

@@ -6,18 +6,30 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..models.patching import converted_layers, npt_disabled
 from ..models.running import evaluating
+from ..models.sharding import is_sharded
 from ..models.walk import CHUNK_ELEMENTS, OutputHead
 
 __all__ = ["EvalResult", "Sample", "TeacherStates", "evaluate", "evaluate_base", "generate", "generate_samples"]
 
 _METRICS = ("base_nll", "npt_nll", "kl", "top1_agreement")
+
+
+class Ranks(Protocol):
+    """The processes among which batches are dealt; :class:`npt_kernels.training.distributed.World` is one."""
+
+    rank: int
+    size: int
+    sharded: bool
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,18 @@ class EvalResult:
     def perplexity_ratio_se(self) -> float:
         return self.perplexity_ratio * self.log_ratio_se
 
+    def original(self) -> EvalResult:
+        """The original model's side alone: ratio 1, KL 0."""
+        return EvalResult(
+            self.tokens,
+            self.base_nll,
+            self.base_nll,
+            0.0,
+            1.0,
+            base_nll_se=self.base_nll_se,
+            npt_nll_se=self.base_nll_se,
+        )
+
     def to_dict(self) -> dict[str, float]:
         """Every number above by name, plain JSON types."""
         names = ("base_perplexity", "npt_perplexity", "perplexity_ratio")
@@ -84,7 +108,7 @@ class TeacherStates:
 
     Attributes:
         tokens: ``[n, seq]``, the text they belong to.
-        states: ``[n, seq, d]``.
+        states: ``[m, seq, d]``, of all sequences, or of those that this process evaluates.
     """
 
     tokens: Tensor
@@ -101,13 +125,18 @@ def _check(tokens: Tensor) -> Tensor:
 
 
 def evaluate_base(
-    model: nn.Module, tokens: Tensor, *, batch_tokens: int = 2048, advance: Callable[[int], None] | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    batch_tokens: int = 2048,
+    advance: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[EvalResult, TeacherStates]:
     """The original model alone: its result (ratio 1, KL 0) and the states that :func:`evaluate` takes as ``teacher``.
 
     ``model`` may be converted or not. Arguments and errors as in :func:`evaluate`.
     """
-    return _run(model, _check(tokens), batch_tokens, advance, None, student=False)
+    return _run(model, _check(tokens), batch_tokens, advance, None, ranks, student=False)
 
 
 def evaluate(
@@ -117,6 +146,7 @@ def evaluate(
     batch_tokens: int = 2048,
     advance: Callable[[int], None] | None = None,
     teacher: TeacherStates | None = None,
+    ranks: Ranks | None = None,
 ) -> EvalResult:
     """Original and converted model on held-out text, in one pass.
 
@@ -128,6 +158,8 @@ def evaluate(
         batch_tokens: Tokens per forward.
         advance: Called with the number of tokens done, for a progress bar.
         teacher: Of :func:`evaluate_base` on the same tokens; spares the original's forward.
+        ranks: Several processes, among which batches are dealt. Every one must call this, with the same tokens; every one gets
+            the result, which is that of one process.
 
     Raises:
         TypeError, ValueError: Tokens of a wrong form, a model without NPT layers or without a language-model head, or a
@@ -137,7 +169,7 @@ def evaluate(
         raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt, or call evaluate_base")
     if teacher is not None and (teacher.tokens.shape != tokens.shape or not torch.equal(teacher.tokens, tokens.cpu())):
         raise ValueError("teacher belongs to other tokens; make it with evaluate_base(model, tokens) on these")
-    return _run(model, _check(tokens), batch_tokens, advance, teacher, student=True)[0]
+    return _run(model, _check(tokens), batch_tokens, advance, teacher, ranks, student=True)[0]
 
 
 @torch.no_grad()
@@ -147,28 +179,45 @@ def _run(
     batch_tokens: int,
     advance: Callable[[int], None] | None,
     teacher: TeacherStates | None,
+    ranks: Ranks | None,
     *,
     student: bool,
 ) -> tuple[EvalResult, TeacherStates]:
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     with evaluating(model):
         head = OutputHead(model)
         device = next(model.parameters()).device
-        rows = max(1, batch_tokens // tokens.shape[1])
-        kept, metrics = [], []
-        for start in range(0, len(tokens), rows):
-            ids = tokens[start : start + rows].to(device)
+        batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
+        kept: list[Tensor] = []
+        metrics: dict[int, Tensor] = {}
+        done = 0
+        for number in _dealt(len(batches), rank, size, ranks is not None and ranks.sharded):
+            ids = batches[number].to(device)
             if teacher is not None:
-                base = teacher.states[start : start + rows].to(device)
+                base = teacher.states[done : done + len(ids)].to(device)
             else:
                 with npt_disabled(model) if converted_layers(model) else nullcontext():
                     base = head.states(ids)
-            metrics.append(_token_metrics(head, ids, base, head.states(ids) if student else None))
+            metrics[number] = _token_metrics(head, ids, base, head.states(ids) if student else None).cpu()
+            done += len(ids)
             if not student:
                 kept.append(base)
             if advance is not None:
-                advance(ids.numel())
-    states = torch.cat(kept) if kept else base[:0]
-    return _summarise(torch.cat(metrics, dim=1).cpu()), TeacherStates(tokens.cpu(), states)
+                # As if the others were as far as this process; the bar has the length of all the text.
+                advance(sum(batch.numel() for batch in batches[number : number + size]))
+    if ranks is not None and size > 1:
+        metrics = {number: part for parts in ranks.gather(metrics) for number, part in parts.items()}
+    everything = torch.cat([metrics[number] for number in range(len(batches))], dim=1)
+    states = torch.cat(kept) if kept else tokens.new_empty(0, dtype=torch.float32)
+    return _summarise(everything), TeacherStates(tokens.cpu(), states)
+
+
+def _dealt(batches: int, rank: int, size: int, sharded: bool) -> list[int]:
+    """The batches of this process. Where layers are sharded all processes must run equally many: some run the last one too."""
+    mine = list(range(rank, batches, size))
+    if sharded and len(mine) < -(-batches // size):
+        mine.append(batches - 1)
+    return mine
 
 
 def _token_metrics(head: OutputHead, ids: Tensor, base: Tensor, student: Tensor | None) -> Tensor:
@@ -240,6 +289,8 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_t
                 top_p=None,
                 top_k=None,
                 pad_token_id=end if end is not None else 0,
+                # Sharded layers need every process in every forward, also should one of them end its text earlier.
+                synced_gpus=is_sharded(model),
             )
             texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     return texts

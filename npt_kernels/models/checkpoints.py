@@ -35,6 +35,7 @@ from .patching import (
     remove_npt,
 )
 from .published import read_published
+from .sharding import whole
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_state_dict", "find_adapter", "load_npt", "save_npt"]
 
@@ -59,8 +60,8 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write the NP components of a converted model to ``directory``; returns it.
 
     Both files are written beside, synced to the disk and renamed into place, the weights first: an earlier adapter is replaced
-    whole or not at all, whenever the process stops (see the module's docstring). Raises ``ValueError`` if the model is not
-    converted.
+    whole or not at all, whenever the process stops (see the module's docstring). If the components themselves are sharded
+    (``fully_shard`` in a loop of your own), call it on every process. Raises ``ValueError`` if the model is not converted.
     """
     from safetensors.torch import save_file
 
@@ -79,7 +80,8 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "ranks": [layer.np_component.rank for layer in layers.values()],
         "targets": list(next(iter(layers.values())).np_component.target_shapes),
     }
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
+    # Components that FSDP2 has sharded too, in a user's own loop, are gathered; every process then saves the same.
+    tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
     final = [path / WEIGHTS_NAME, path / CONFIG_NAME]
     weights, text = temporary = [path / f".{target.name}.{os.getpid()}.tmp" for target in final]
     try:

@@ -58,6 +58,12 @@ def mlp_input(layer: nn.Module, plan: LayerPlan, h: Tensor, a: Tensor) -> tuple[
 
 def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor, a: Tensor) -> Tensor:
     """What the converted layer returns: ``h + MLP_Δ(u; a)``."""
+    offloaded = any(p.is_meta for p in (*plan.shape.norm(layer).parameters(), *plan.shape.mlp(layer).parameters()))
+    if offloaded and not h.is_meta:
+        raise RuntimeError(
+            f"the weights of layer {plan.index} are offloaded, and accelerate brings back only those of modules that are "
+            f"called; dispatch the model with preload_module_classes=['{type(layer).__name__}']"
+        )
     u, key_scale = mlp_input(layer, plan, h, a)
     weights, biases = {}, {}
     for target, place in plan.shape.targets.items():

@@ -185,7 +185,9 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
+    if flatten is None or hasattr(
+        tensor, "device_mesh"
+    ):  # a sharded tensor is one tensor, of which this process has a part
         yield name, tensor
         return
     for attribute in flatten()[0]:

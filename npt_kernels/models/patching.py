@@ -19,6 +19,7 @@ from .base import LayerShape, count_parameters, linear_shape
 from .initialise import initialise
 from .layer import LayerPlan, NPTLayer, convert_layer, is_converted, own_forward, restore_layer
 from .residence import compute_device
+from .sharding import is_sharded
 
 __all__ = [
     "ApplyReport",
@@ -167,6 +168,8 @@ class LayerChoice:
 def plan_layers(model: nn.Module, config: NPTConfig) -> tuple[list[LayerChoice], dict[int, str], int]:
     """``(choices, skipped, number of layers)`` without touching the model. Raises ``ValueError``."""
     _, layers = find_layers(model)
+    if is_sharded(model):
+        raise ValueError("the model is sharded with fully_shard; convert it first, then shard it")
     indices = resolve_layers(config.layers, len(layers))
     explicit = not isinstance(config.layers, str)
     choices, skipped = [], {}
@@ -191,6 +194,10 @@ def plan_layers(model: nn.Module, config: NPTConfig) -> tuple[list[LayerChoice],
 def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig) -> LayerChoice | str:
     if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook") and not own_forward(layer):
         return "another library has replaced forward on this instance; convert before that one patches"
+    if any(parameter.is_meta for parameter in layer.parameters()):
+        return (
+            "it has no weights yet (device 'meta'); load them before converting, or keep it out of the offloaded part"
+        )
     targets = {t: linear_shape(shape.linear(layer, t)) for t in shape.canonical_targets(tuple(config.targets))}
     hidden_size = linear_shape(shape.linear(layer, next(iter(shape.targets))))[0]
     act = identify_activation(shape.activation(layer))
@@ -345,6 +352,10 @@ def remove_npt(model: nn.Module) -> None:
     layers = converted_layers(model)
     if not layers:
         raise ValueError("the model has no NPT layers; nothing to remove")
+    if is_sharded(model):
+        raise ValueError(
+            "the model is sharded with fully_shard, which cannot be undone; save_npt, and load a fresh model"
+        )
     # The state sits on the module that was given to apply_npt: this one or a submodule.
     states: list[tuple[nn.Module, NPTState]] = [
         (m, m.__dict__[_STATE]) for m in model.modules() if _STATE in m.__dict__

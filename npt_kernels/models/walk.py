@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..models.patching import converted_layers, find_layers, npt_disabled
 from ..models.residence import resident
 from ..models.running import decoder_of, first_output
+from .sharding import forget_broken_forward
 
 __all__ = ["CHUNK_ELEMENTS", "OutputHead", "tapped_layers", "walk_group", "walk_layers"]
 
@@ -45,7 +46,8 @@ def tapped_layers(model: nn.Module, visit: Callable[[Any, Tensor, Tensor, Tensor
             visit(layer, h, attention.pop(index), first_output(output))
 
         handles.append(layer.npt_plan.shape.attention_module(layer).register_forward_hook(attention_hook))
-        handles.append(layer.register_forward_hook(layer_hook, with_kwargs=True))
+        # Before every other hook: FSDP2's, registered earlier, frees the layer's weights, and a visit still needs them.
+        handles.append(layer.register_forward_hook(layer_hook, with_kwargs=True, prepend=True))
 
     for index, layer in converted_layers(model).items():
         tap(index, layer)
@@ -74,7 +76,7 @@ def walk_layers(model: nn.Module, ids: Tensor, visit: Callable[[Any, Tensor, Ten
         try:
             decoder_of(model)(input_ids=ids, use_cache=False)
         except _WalkedFarEnoughError:
-            return
+            forget_broken_forward(model)
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def streaming(
     """Around everything a run does with ``model``: streams its layers if the configuration says so, else does nothing.
 
     Inside, the model must not be moved (``model.to``): the parts that belong on ``device`` are there. ``say`` gets what is
-    streamed, with the arithmetic, one line at a time.
+    streamed (on a GPU with the arithmetic), one line at a time.
     """
     mode = stream_mode(config, device)
     if mode == "off":
@@ -254,7 +254,10 @@ def streaming(
     streamer = LayerStreamer(model, device, where=mode, folder=_folder(config) if mode == "disk" else None)
     with streamer:
         if say is not None:
-            where = "pageable" if streamer.notes else mode
-            for line in (*streamer.notes, *transfer_plan(config, model, streamer.layer_bytes, where=where).lines()):
+            on_gpu = streamer.device.type == "cuda"
+            where = "pageable" if mode == "host" and (streamer.notes or not on_gpu) else mode
+            lines = transfer_plan(config, model, streamer.layer_bytes, where=where).lines()
+            # The assumed rates are those of a GPU.
+            for line in (*streamer.notes, *(lines if on_gpu else lines[:1])):
                 say(line)
         yield streamer

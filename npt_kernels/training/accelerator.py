@@ -29,10 +29,5 @@ def make_accelerator(config: RunConfig) -> Any:
         )
     except ValueError as error:
         raise TrainingError(f"optimization.mixed_precision={config.optimization.mixed_precision!r}: {error}") from None
-    if accelerator.num_processes > 1:
-        raise TrainingError(
-            f"training runs in one process, but {accelerator.num_processes} were started; start it with python or npt, "
-            "not with accelerate launch or torchrun"
-        )
     scale_losses(accelerator, config)
     return accelerator

@@ -7,7 +7,6 @@ other, to rank 0, 1, … and again to rank 0. So one process with the ranks' acc
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..inputs.packing import derived_seed
 
 if TYPE_CHECKING:
     from ..inputs.streaming_text import PackedStream
@@ -37,12 +38,6 @@ class StepBatch:
     micro_batches: list[Tensor]
     shares: list[float]
     tokens: int
-
-
-def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed from several numbers or names: (1, 2) and (2, 1) and (12,) are unrelated, on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def step_batches(

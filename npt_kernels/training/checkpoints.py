@@ -35,6 +35,7 @@ from torch import nn
 from .._files import sha256, sync_directory, sync_file
 from .._version import __version__
 from ..models.checkpoints import save_npt
+from .distributed import OtherRankError, World
 
 __all__ = [
     "MANIFEST",
@@ -111,6 +112,7 @@ def save_checkpoint(
     state: dict[str, Any],
     files: Sequence[Path] = (),
     keep: int = 2,
+    world: World | None = None,
 ) -> Path:
     """Write a checkpoint into ``folder`` and delete this run's older ones; returns the new directory.
 
@@ -125,46 +127,58 @@ def save_checkpoint(
         state: Plain values and tensors.
         files: Copied into it.
         keep: How many of this run's checkpoints stay.
+        world: The processes; ``None``: this one alone. What fails on one of them raises on all.
     """
-    writing, main = folder / _WRITING, accelerator.is_main_process
-    path = folder
-    if main:
+    world = world or World()
+    writing = folder / _WRITING
+
+    def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Only of a process that was killed while it wrote.
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
-    accelerator.wait_for_everyone()
-    try:
+
+    def fill() -> None:
         accelerator.save_state(str(writing))
-        accelerator.wait_for_everyone()
-        if main:
+        if world.is_main:
             save_npt(model, writing)
             torch.save(state, writing / _STATE)
             for file in files:
                 shutil.copyfile(file, writing / file.name)
-            present = list_checkpoints(folder)[0]
-            manifest = {
-                "format_version": _FORMAT_VERSION,
-                "npt_kernels_version": __version__,
-                "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "run": run,
-                "serial": 1 + max((checkpoint.serial for checkpoint in present), default=0),
-                "phase": phase,
-                "objective": objective,
-                "step": step,
-                "total_steps": total_steps,
-                "processes": accelerator.num_processes,
-                "output_dir": str(output_dir.resolve()),
-            }
-            _write_manifest(writing, manifest)
-            path = _free_name(folder, f"{phase}-{step:06d}")
-            writing.rename(path)
-            sync_directory(folder)
-            _rotate(folder, run, keep)
+
+    def finish() -> Path:
+        present = list_checkpoints(folder)[0]
+        manifest = {
+            "format_version": _FORMAT_VERSION,
+            "npt_kernels_version": __version__,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "run": run,
+            "serial": 1 + max((checkpoint.serial for checkpoint in present), default=0),
+            "phase": phase,
+            "objective": objective,
+            "step": step,
+            "total_steps": total_steps,
+            "processes": world.size,
+            "output_dir": str(output_dir.resolve()),
+        }
+        _write_manifest(writing, manifest)
+        path = _free_name(folder, f"{phase}-{step:06d}")
+        writing.rename(path)
+        sync_directory(folder)
+        _rotate(folder, run, keep)
+        return path
+
+    try:
+        world.on_main(prepare)
+        world.together(fill)
+        path = world.broadcast(world.on_main(finish))
+        assert path is not None
+        return path
+    except OtherRankError as error:
+        raise OSError(f"no checkpoint in {folder}: {error}") from None
     finally:
-        if main:
+        if world.is_main:
             shutil.rmtree(writing, ignore_errors=True)
-    return path
 
 
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

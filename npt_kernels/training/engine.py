@@ -10,7 +10,10 @@ from rich.console import Console
 from torch import nn
 
 from ..configs.schema import RunConfig
+from ..inputs.blocks import document_separator
+from ..models.running import isolated_documents
 from ..streaming import streaming
+from .distributed import World
 from .loop import TrainingError
 from .recording import RunSummary
 from .resources import is_out_of_memory, memory_advice
@@ -27,6 +30,7 @@ def run_training(
     *,
     resume: Path | None = None,
     console: Console | None = None,
+    world: World | None = None,
 ) -> RunSummary:
     """Convert ``model`` and train its NP components as the configuration says. The base stays frozen, bit for bit.
 
@@ -44,6 +48,8 @@ def run_training(
             stop. Or an adapter, to start from it instead of the closed form: its layers, rule and ranks win over
             ``config.model``, and the optimizer and the schedule start anew.
         console: Where to print; default standard output.
+        world: The processes of the run; default: joined here, if a launcher started several. Each needs the model and the text;
+            rank 0 writes and prints.
 
     Returns:
         :class:`RunSummary`.
@@ -55,14 +61,18 @@ def run_training(
         KeyboardInterrupt: Ctrl-C; the step was finished, and adapter, checkpoint and metrics were saved.
         ValueError, FileNotFoundError: Of ``apply_npt`` and ``load_npt``.
     """
-    console = console or Console(highlight=False)
+    world = world or World.join(config)
+    console = console or Console(highlight=False, quiet=not world.is_main)
     threads = torch.get_num_threads()
     if config.optimization.num_threads:
         torch.set_num_threads(config.optimization.num_threads)
     run: Run | None = None
     try:
-        run = Run(config, model, tokenizer, blocks, console, resume)
-        with streaming(config, model, run.accelerator.device, run.recorder.say):
+        run = Run(config, model, tokenizer, blocks, console, resume, world)
+        with (
+            streaming(config, model, run.accelerator.device, run.recorder.say),
+            isolated_documents(model, document_separator(config, tokenizer)),
+        ):
             return run.execute()
     except Exception as error:
         if not is_out_of_memory(error):

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from ..configs.schema import RunConfig
+from ..inputs.packing import derived_seed
 from ..models.patching import npt_parameters
-from .batching import StepBatch, derived_seed, step_batches, steps_per_epoch
+from .batching import StepBatch, step_batches, steps_per_epoch
 from .checkpoints import Checkpoint, load_optimizer
+from .distributed import World
 from .objectives import KLObjective, LayerObjective, LocalObjective, Losses, Objective
 from .precision import autocast, unscale_gradients
 from .resources import is_out_of_memory
@@ -35,7 +37,6 @@ __all__ = [
     "StepReport",
     "StopRequest",
     "TrainingError",
-    "agree",
     "make_objective",
     "plan_phases",
 ]
@@ -141,10 +142,25 @@ def make_scheduler(optimizer: torch.optim.Optimizer, kind: str, warmup: int, ste
 
 
 class StopRequest:
-    """Ctrl-C, or a scheduler's SIGTERM, as a wish: the first one lets the step finish, the second one interrupts at once."""
+    """Ctrl-C, or a scheduler's SIGTERM, as a wish: the first one lets the step finish, the second one interrupts at once.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Attributes:
+        asked: Whether this process got one; it may come at any time.
+        agreed: Whether the run stops. Several processes settle it at one place of every step, or one would stop while another
+            waits for it in the next.
+    """
+
+    def __init__(self, world: World | None = None) -> None:
+        self.asked, self.world, self._agreed = False, world or World(), False
+
+    @property
+    def agreed(self) -> bool:
+        return self.asked if self.world.size == 1 else self._agreed
+
+    def settle(self) -> None:
+        """All processes call this; any one's wish counts for all."""
+        (asked,) = self.world.agree(self.asked)
+        self._agreed = bool(asked)
 
     @contextmanager
     def listen(self) -> Iterator[StopRequest]:
@@ -163,11 +179,6 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def agree(flag: bool) -> bool:
-    """Whether any process says so; what the loop does next must be the same in all of them. One process: its own word."""
-    return flag
 
 
 @dataclass
@@ -206,6 +217,7 @@ class PhaseLoop:
         accelerator: Of accelerate; anything it prepared before is forgotten.
         note: Called with a line for the user.
         rows: Sequences per micro-batch at most, from an earlier phase in which memory ran out.
+        world: The processes; ``None``: this one alone.
     """
 
     def __init__(
@@ -219,8 +231,10 @@ class PhaseLoop:
         *,
         note: Callable[[str], None] = lambda text: None,
         rows: int | None = None,
+        world: World | None = None,
     ) -> None:
         t = config.training
+        self.world = world or World()
         self.phase, self.objective, self.config, self.accelerator, self.note = (
             phase,
             objective,
@@ -241,8 +255,8 @@ class PhaseLoop:
             gradient_accumulation_steps=t.gradient_accumulation_steps,
             # By the phase's name too, so that a polish does not meet the sequences in the order of the first phase.
             seed=derived_seed("phase", t.seed, phase.name),
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+            rank=self.world.rank,
+            world_size=self.world.size,
         )
         self.progress = Progress(data=self.batches.state_dict(), rows=rows)
 
@@ -272,8 +286,10 @@ class PhaseLoop:
             TrainingError: A loss or gradient that is not finite; the components then hold the last good step.
         """
         while self.progress.step < self.phase.steps:
-            after_step(self._step(next(self.batches)))
-            if agree(stop.asked):
+            report = self._step(next(self.batches))
+            stop.settle()
+            after_step(report)
+            if stop.agreed:
                 return False
         return True
 
@@ -284,7 +300,8 @@ class PhaseLoop:
     def _step(self, batch: StepBatch) -> StepReport:
         started = time.perf_counter()
         accelerator, phase, progress = self.accelerator, self.phase, self.progress
-        report = _weighted(*self._accumulate(batch))
+        report = self._total(_weighted(*self._accumulate(batch)))
+        self.world.reduce_gradients(self.parameters)
         limit = self.config.training.max_grad_norm
         unscale_gradients(accelerator, self.optimizer)
         norm = float(accelerator.clip_grad_norm_(self.parameters, limit or math.inf))
@@ -337,12 +354,22 @@ class PhaseLoop:
             return "optimization.mixed_precision=bf16 or no"
         return "model.dtype=bfloat16 or float32"
 
+    def _total(self, report: StepReport) -> StepReport:
+        """Losses of the global step: shares are of it, so the ranks' weighted sums add up to its mean."""
+        names = ("loss", "equivalence", "penalty")
+        # A rank without rows has no losses per layer, but must sum as many numbers as the others.
+        layers = [] if self.phase.objective == "kl" else list(self.objective.layers)
+        values, report.layers = self.world.mean_losses({n: getattr(report, n) for n in names}, report.layers, layers)
+        for name, value in values.items():
+            setattr(report, name, value)
+        return report
+
     # ---- out of memory -----------------------------------------------------------------------------------------------
 
     def _accumulate(self, batch: StepBatch) -> tuple[list[Losses], list[float]]:
         """Gradients of one step and the shares of its micro-batches, halved again and again while memory does not suffice."""
         while True:
-            ids, shares = regroup(batch, self.progress.rows)
+            ids, shares = self.world.level(*regroup(batch, self.progress.rows))
             losses: list[Losses] = []
             failure: Exception | None = None
             try:
@@ -350,17 +377,26 @@ class PhaseLoop:
                     on_device = [rows.to(self.accelerator.device, non_blocking=True) for rows in ids]
                     losses = self.objective.accumulate_group(on_device, shares, self.accelerator.backward)
             except Exception as error:
-                if not is_out_of_memory(error):
+                # Where layers are sharded, the others wait inside a forward that this process has left.
+                if not is_out_of_memory(error) or self.world.sharded:
                     raise
                 failure = error
-            if not agree(failure is not None):
+            if not self.world.agree(failure is not None)[0]:
                 return losses, shares
             rows = self.progress.rows or self.config.training.batch_size
             if rows == 1 or not self.config.optimization.oom_retry:
-                raise failure or torch.OutOfMemoryError("another process ran out of memory")
+                raise self._common(failure)
             # The traceback holds the frames, and they the activations; so does what was computed elsewhere.
             failure, losses = None, []
             self._halve(rows)
+
+    def _common(self, failure: Exception | None) -> Exception:
+        """One process's error, on all of them."""
+        if failure is not None and self.world.size == 1:
+            return failure
+        found = self.world.gather(failure and (isinstance(failure, torch.OutOfMemoryError), str(failure)))
+        on_device, text = next(entry for entry in found if entry)
+        return torch.OutOfMemoryError(text) if on_device else MemoryError(text)
 
     def _halve(self, rows: int) -> None:
         from accelerate.utils.memory import clear_device_cache
@@ -401,5 +437,5 @@ def _weighted(losses: list[Losses], shares: list[float]) -> StepReport:
         equivalence=mean([entry.equivalence for entry in losses]),
         penalty=mean([entry.penalty for entry in losses]),
         learning_rate=0.0, grad_norm=0.0, tokens=0, seconds=0.0,
-        layers={index: mean([entry.layers[index] for entry in losses]) for index in losses[0].layers},
+        layers={index: mean([entry.layers[index] for entry in losses]) for index in (losses[0].layers if losses else ())},
     )  # fmt: skip

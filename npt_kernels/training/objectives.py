@@ -298,6 +298,9 @@ def enable_checkpointing(model: nn.Module, enabled: bool = True) -> None:
         raise ValueError(
             f"gradient_checkpointing=True, but {type(model).__name__} does not support it; set it to false"
         ) from error
+    # transformers (5) also makes the embeddings' output need a gradient, and leaves that so when checkpointing is turned off:
+    # the backward would run through every layer below the first converted one, for a gradient that nobody asked for.
+    getattr(model, "disable_input_require_grads", lambda: None)()
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True

@@ -6,11 +6,13 @@ import ctypes
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..configs.schema import RunConfig
 from ..models.library_linears import stored_tensors
 from ..models.patching import converted_layers
+from ..models.sharding import local_part
+from ..planning.advice import advise
 
 __all__ = ["base_fingerprint", "is_out_of_memory", "keep_freed_memory", "memory_advice", "peak_memory"]
 
@@ -57,13 +59,21 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 @torch.no_grad()
 def base_fingerprint(model: nn.Module) -> dict[str, int]:
     """Name → sum of the bit patterns, for all that is stored and no NP component's (quantised weights too): equal if nothing
-    moved."""
+    moved. A sharded parameter has the sum of its shards, which is that of the whole; every process must call this then."""
     own = {id(p) for layer in converted_layers(model).values() for p in layer.np_component.parameters()}
     return {
-        name: int(t.detach().contiguous().view(_INTEGER[t.element_size()]).sum(dtype=torch.int64))
+        name: _bit_sum(t)
         for name, t in stored_tensors(model)
         if id(t) not in own and not t.is_meta and not t.is_complex()
     }
+
+
+def _bit_sum(tensor: Tensor) -> int:
+    part = local_part(tensor.detach())
+    total = part.contiguous().view(_INTEGER[part.element_size()]).sum(dtype=torch.int64)
+    if (mesh := getattr(tensor, "device_mesh", None)) is not None:
+        torch.distributed.all_reduce(total, group=mesh.get_group())
+    return int(total)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -94,4 +104,11 @@ def memory_advice(config: RunConfig, error: BaseException) -> str:
         advice.append("model.dtype=bfloat16")
     where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the host"
     first = (str(error) or type(error).__name__).splitlines()[0]
+    try:
+        found = advise(config, error)
+    except ValueError:  # a model whose config.json is nowhere: the rules of thumb above
+        found = []
+    if found:
+        lines = "; or ".join(f"{entry.line} ({entry.cost})" for entry in found)
+        return f"out of memory on {where} ({first}). By the plan's count these would fit: {lines}"
     return f"out of memory on {where} ({first}). Try: " + "; ".join(advice)

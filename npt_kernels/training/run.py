@@ -26,18 +26,21 @@ from ..evaluation.perplexity import (
     generate_samples,
 )
 from ..models.checkpoints import load_npt, save_npt
-from ..models.patching import ApplyReport, apply_npt, converted_layers, remove_npt
+from ..models.patching import ApplyReport, apply_npt, converted_layers, npt_disabled, remove_npt
+from ..models.sharding import shard_base
 from ..progress import progress_bar
 from ..streaming import stream_mode
 from .accelerator import make_accelerator
 from .checkpoints import Checkpoint, list_checkpoints, save_checkpoint
 from .display import TrainingDisplay, describe
+from .distributed import OtherRankError, World
 from .loop import Phase, PhaseLoop, StepReport, StopRequest, TrainingError, make_objective, plan_phases
 from .objectives import delta_variances, enable_checkpointing
 from .precision import autocast
 from .recording import Pace, Recorder, RunSummary, check_trackers, mean_report
 from .resources import base_fingerprint, peak_memory
 from .resuming import ResumePoint, changed_settings, find_resume, text_fingerprint
+from .utilisation import utilisation_of
 
 __all__ = ["Run"]
 
@@ -58,18 +61,22 @@ class Run:
         blocks: Any,
         console: Console,
         resume: Path | None = None,
+        world: World | None = None,
     ) -> None:
         self.config, self.model, self.blocks, self.console = config, model, blocks, console
+        self.world = world or World()
         self.tokenizer = tokenizer if config.evaluation.prompts and hasattr(model, "generate") else None
         self._check()
         self.resume: ResumePoint | None = None if resume is None else find_resume(resume)
         self.checkpoint: Checkpoint | None = None if self.resume is None else self.resume.checkpoint
         self.accelerator = make_accelerator(config)
-        self.phases = plan_phases(config, blocks.train, self.accelerator.num_processes)
+        self.phases = plan_phases(config, blocks.train, self.world.size)
         #: What the checkpoint holds of this class.
         self.saved: dict[str, Any] = {}
         self.notes = self._compare()
-        if not getattr(model, "hf_device_map", None) and stream_mode(config, self.accelerator.device) == "off":
+        # What is streamed stays on the host; what is to be sharded may be larger than a device and is converted where it is.
+        streamed = stream_mode(config, self.accelerator.device) != "off"
+        if not getattr(model, "hf_device_map", None) and not streamed and not self.world.sharded:
             model.to(self.accelerator.device)
         model.eval()
         self.recorder = Recorder(config, console, self.accelerator)
@@ -97,6 +104,8 @@ class Run:
         config, blocks = self.config, self.blocks
         if config.training.mode != "none" and isinstance(blocks.train, Tensor) and len(blocks.train) == 0:
             raise TrainingError("there is no training text: blocks.train is empty; add data or set training.mode: none")
+        if config.training.mode != "none" and isinstance(blocks.train, Tensor):
+            self.world.check_sequences(len(blocks.train))
         if len(blocks.heldout) == 0:
             raise TrainingError(
                 "there is no held-out text: blocks.heldout is empty; add data or raise data.eval_fraction"
@@ -145,10 +154,15 @@ class Run:
             remove_npt(model)
         fingerprint = base_fingerprint(model)
         heldout = self._heldout()
-        base = self._measure_base(heldout)
+        # Sharded, the original is measured after the conversion: only then is the model where it computes.
+        base = None if self.world.sharded else self._measure_base(heldout)
         with self._timed("conversion"):
             report = self._convert()
         recorder.say(str(report))
+        if base is None:
+            self._shard()
+            with npt_disabled(model):
+                base = self._measure_base(heldout)
         if self.checkpoint is None:
             self._save_adapter()
             start = "resumed adapter" if self.resume else "after conversion"
@@ -202,6 +216,15 @@ class Run:
         for note in self.notes:
             self.recorder.say(f"note: {note}")
 
+    def _shard(self) -> None:
+        with self._timed("sharding"):
+            held = shard_base(self.model, self.accelerator.device)
+        whole = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
+        self.recorder.say(
+            f"frozen base sharded over {self.world.size} processes: each holds {held / 2**20:,.1f} of "
+            f"{whole / 2**20:,.1f} MiB"
+        )
+
     def _heldout(self) -> Tensor:
         heldout: Tensor = self.blocks.heldout
         # evaluation.tokens counts predicted positions: the first token of a sequence is not predicted.
@@ -211,19 +234,28 @@ class Run:
     def _measure_base(self, heldout: Tensor) -> EvalResult:
         """The original on the held-out text; also after a checkpoint, as proof that model and text are the same."""
         with self._timed("evaluate original"), self._bar("original", heldout.numel()) as advance:
-            base, teacher = evaluate_base(self.model, heldout, advance=advance)
-            keep = teacher.states.numel() * teacher.states.element_size() <= _TEACHER_BYTES
-            self.teacher = teacher if keep else None
+            base, teacher = evaluate_base(self.model, heldout, advance=advance, ranks=self.world)
+            # The same decision everywhere: without its states a process runs forwards that the others do not.
+            (size,) = self.world.agree(teacher.states.numel() * teacher.states.element_size())
+            self.teacher = teacher if size <= _TEACHER_BYTES else None
         if self.checkpoint is None:
             self.recorder.result("original", base, self.steps)
         self.recorder.say(f"original: perplexity {base.base_perplexity:.3f} on {base.tokens:,} held-out tokens")
-        if self.tokenizer is not None:
+        if self._generates():
             e = self.config.evaluation
             with self._timed("samples"):
                 self.base_texts = generate(self.model, self.tokenizer, e.prompts, e.max_new_tokens)
         return base
 
     def _convert(self) -> ApplyReport:
+        """On rank 0; the others get what it made."""
+        report = self.world.on_main(self._convert_here)
+        self.world.copy_adapter(self.model)
+        report = self.world.broadcast(report)
+        assert report is not None
+        return report
+
+    def _convert_here(self) -> ApplyReport:
         if self.resume is not None:
             return load_npt(self.model, self.resume.adapter)
         npt = self.config.npt_config()
@@ -245,14 +277,14 @@ class Run:
             )
         return (
             EvalResult(**before["converted"]),
-            [LayerFidelity(**entry) for entry in before["fidelity"]],
+            [LayerFidelity.from_dict(entry) for entry in before["fidelity"]],
             [Sample(**sample) for sample in before["samples"]],
         )
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def _train(self, heldout: Tensor) -> None:
-        stop = StopRequest()
+        stop = StopRequest(self.world)
         with stop.listen():
             try:
                 for phase in self.phases[self._start_index() :]:
@@ -263,7 +295,7 @@ class Run:
             except KeyboardInterrupt:
                 self.recorder.say(f"interrupted after {self.steps} steps{self.rescue()}")
                 raise
-            except (TrainingError, OSError) as error:
+            except (TrainingError, ConfigError, OSError) as error:
                 raise TrainingError(f"{error}{self.rescue()}") from None
         self._save_adapter()
         self.recorder.record("save", step=self.steps, path=str(self.recorder.paths["adapter"]))
@@ -276,7 +308,11 @@ class Run:
             rows = max(1, _VARIANCE_TOKENS // text.shape[1])
             variances = delta_variances(self.model, text[:rows].to(self.accelerator.device))
         objective = make_objective(phase.objective, self.model, config, variances)
-        display = TrainingDisplay(self.console)
+        length = self.blocks.heldout.shape[1]
+        display = TrainingDisplay(
+            self.console,
+            utilisation_of(self.model, length, phase.objective, devices=self.accelerator.num_processes),
+        )
 
         def note(text: str) -> None:
             display.note(text)
@@ -284,7 +320,15 @@ class Run:
 
         self.window, self.logged, self.pending = [], 0, False
         self.loop = loop = PhaseLoop(
-            phase, self.model, objective, self.blocks.train, config, self.accelerator, note=note, rows=self.rows
+            phase,
+            self.model,
+            objective,
+            self.blocks.train,
+            config,
+            self.accelerator,
+            note=note,
+            rows=self.rows,
+            world=self.world,
         )
         if self.saved:
             self._restore(loop)
@@ -339,14 +383,14 @@ class Run:
         pace.add(report.seconds)
         self.window.append(report)
         due = report.step % t.logging_steps == 0 or report.step in (1, phase.steps)
-        shown = mean_report(self.window) if due or stop.asked else report
-        display.step(shown, pace.left(phase.steps - report.step), logged=due or stop.asked)
+        shown = mean_report(self.window) if due or stop.agreed else report
+        display.step(shown, pace.left(phase.steps - report.step), logged=due or stop.agreed)
         if due:
             # Not because of a stop: the log of a resumed run is that of one that never stopped.
             self.recorder.step(shown, phase, self.steps)
             self.window.clear()
         self.logged, self.pending = report.step, report.step < phase.steps
-        if stop.asked or not self.pending:
+        if stop.agreed or not self.pending:
             return
         self._periodic(phase, report.step, heldout, display)
         # Last, so that what it holds of the log is complete.
@@ -361,7 +405,7 @@ class Run:
         """Evaluation and samples, where they are due after this step."""
         t = self.config.training
         if t.eval_steps and step % t.eval_steps == 0:
-            result = evaluate(self.model, heldout, teacher=self.teacher)
+            result = evaluate(self.model, heldout, teacher=self.teacher, ranks=self.world)
             self.recorder.result("training", result, self.steps, phase=phase.name, step=step)
             display.note(f"step {step}: {describe(result)}")
         if t.prediction_logging_steps and step % t.prediction_logging_steps == 0:
@@ -372,15 +416,19 @@ class Run:
 
     def _measure(self, stage: str, heldout: Tensor) -> tuple[EvalResult, list[LayerFidelity], list[Sample]]:
         with self._timed(f"evaluate {stage}"), self._bar(stage, heldout.numel()) as advance:
-            result = evaluate(self.model, heldout, advance=advance, teacher=self.teacher)
+            result = evaluate(self.model, heldout, advance=advance, teacher=self.teacher, ranks=self.world)
             fidelity = layer_fidelity(self.model, heldout)
         self.recorder.result(stage, result, self.steps, step=self.steps)
         self.recorder.record("fidelity", stage=stage, step=self.steps, layers=[entry.to_dict() for entry in fidelity])
         self.recorder.say(f"{stage}: {describe(result)}")
         return result, fidelity, self._samples(stage)
 
+    def _generates(self) -> bool:
+        # Sharded layers need all processes in every forward.
+        return self.tokenizer is not None and (self.world.is_main or self.world.sharded)
+
     def _samples(self, title: str) -> list[Sample]:
-        if self.tokenizer is None:
+        if not self._generates():
             return []
         with self._timed("samples"):
             e = self.config.evaluation
@@ -391,8 +439,11 @@ class Run:
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def _save_adapter(self) -> None:
-        if self.accelerator.is_main_process:
-            save_npt(self.model, self.recorder.paths["adapter"])
+        self.world.check_replicas(self.model)
+        try:
+            self.world.on_main(lambda: save_npt(self.model, self.recorder.paths["adapter"]))
+        except OtherRankError as error:
+            raise OSError(f"no adapter in {self.recorder.paths['adapter']}: {error}") from None
 
     def _save_checkpoint(self) -> None:
         loop, config = self.loop, self.config
@@ -412,6 +463,7 @@ class Run:
             run=self.name, phase=loop.phase.name, objective=loop.phase.objective, step=loop.progress.step,
             total_steps=self.steps, output_dir=config.output_dir, state=state,
             files=[self.recorder.paths["metrics"], self.recorder.paths["config"]], keep=config.training.save_total_limit,
+            world=self.world,
         )  # fmt: skip
         self.last_checkpoint, self.checkpointed = path, self.steps
         self.recorder.record("save", phase=loop.phase.name, step=loop.progress.step, path=str(path))
@@ -425,8 +477,18 @@ class Run:
             return f"; the converted, untrained adapter is in {adapter}" if adapter.exists() else ""
         go_on = f"Go on with: npt train --resume {shlex.quote(str(self.config.output_dir))}"
         last = f"the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint"
-        if self.loop is not None and (self.loop.progress.updating or self.loop.progress.step != self.logged):
+        loop, together = self.loop, self.world.all_here()
+        updating = loop is not None and (loop.progress.updating or loop.progress.step != self.logged)
+        if together:
+            updating = bool(self.world.agree(updating)[0])
+        if updating:
             return f"; it stopped in the middle of an update, which cannot be saved, and {last}. {go_on}"
+        if not together:
+            # A checkpoint takes all of them: each has random numbers of its own.
+            if self.world.is_main:
+                save_npt(self.model, adapter)
+                last = f"the adapter of step {self.steps} is in {adapter}, {last}"
+            return f"; other processes do not answer: {last}. {go_on}"
         try:
             self._save_adapter()
             if self.loop is not None and self.checkpointed != self.steps:

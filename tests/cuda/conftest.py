@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from emulation import build_layout
 
 
 def _has_hopper() -> bool:
@@ -10,3 +18,9 @@ def _has_hopper() -> bool:
 
 
 collect_ignore = [] if _has_hopper() else ["test_cuda_gpu.py"]
+
+
+@pytest.fixture(scope="session")
+def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """csrc/common/layout.h, compiled with g++."""
+    return build_layout(tmp_path_factory.mktemp("layout"))

@@ -95,3 +95,72 @@ def test_a_clean_kernel_passes() -> None:
 def test_findings(body: list[str], rest: list[str], use: dict[str, int], smem: int, part: str) -> None:
     found = check_cuda.check(KERNEL, code(body, rest), use, smem)
     assert any(part in f for f in found), found
+
+
+SHRINK_NAME = "_ZN3npt13skinny_shrinkINS_12ShrinkConfigILi64ELb1ELNS_7KeyKindE3ELNS_5DtypeE1EEEEEvNS_12ShrinkParamsE"
+PAIR_NAME = "_ZN3npt11skinny_pairINS_10PairConfigILNS_5DtypeE0EEEEEvNS_10PairParamsE"
+RULE_NAME = "_ZN3npt13rule_backwardILNS_5DtypeE0ELi2ELb1EEEvNS_10RuleParamsE"
+
+
+def test_skinny_kernels_are_recognised() -> None:
+    assert check_cuda.identify_skinny(SHRINK_NAME) == {"family": "shrink", "dtype": 1, "tile": 64, "variant": 31}
+    assert check_cuda.identify_skinny(PAIR_NAME) == {"family": "pair", "dtype": 0, "tile": 64, "variant": 0}
+    assert check_cuda.identify_skinny(RULE_NAME) == {"family": "rule_backward", "dtype": 0, "tile": 0, "variant": 12}
+    assert check_cuda.identify_skinny("_ZN3npt9segk_coopI") is None
+
+
+def skinny_loop(width: int) -> list[str]:
+    return [*[f"HGMMA.64x{width}x16.F32.BF16 R24, gdesc[UR8], R24"] * 4, "WARPGROUP.DEPBAR.LE gsb0, 0x1", "@!P0 BRA"]
+
+
+def skinny_code(loops: list[list[str]], rest: list[str]) -> check_cuda.Code:
+    lines, at = [], 0x10
+    for body in loops:
+        start = at
+        for text in body:
+            lines.append((at, text if not text.endswith("BRA") else f"{text} {start:#x}"))
+            at += 0x10
+    return check_cuda.Code("k", [*lines, *((at + 0x10 * i, t) for i, t in enumerate(rest))])
+
+
+SHRINK_REST = ["UTMALDG.2D [UR8], [UR4]", "UCGABAR_WAIT", "PREEXIT", "EXIT"]
+PAIR_LOOP = [*skinny_loop(256)[:4], *["HGMMA.64x32x16.F32.BF16 R152, gdesc[UR8], R152"] * 32,
+             "WARPGROUP.DEPBAR.LE gsb0, 0x0", *["STG.E.64 [R2], R152"] * 8, "@!P0 BRA"]  # fmt: skip
+PAIR_REST = ["UTMALDG.2D [UR8], [UR4]", "USETMAXREG 0xe8", "USETMAXREG 0x28", "EXIT"]
+
+
+@pytest.mark.parametrize(
+    ("name", "loops", "rest", "use", "part"),
+    [
+        (SHRINK_NAME, [skinny_loop(64), skinny_loop(8)], SHRINK_REST, USE, None),
+        (SHRINK_NAME, [skinny_loop(64)], SHRINK_REST, USE, "widths in K loops"),
+        (
+            SHRINK_NAME,
+            [skinny_loop(64)[:3] + skinny_loop(64)[4:], skinny_loop(8)],
+            SHRINK_REST,
+            USE,
+            "expected 4 a k-block",
+        ),
+        (SHRINK_NAME, [[*skinny_loop(64)[:4], "@!P0 BRA"], skinny_loop(8)], SHRINK_REST, USE, "wgmma waits"),
+        (SHRINK_NAME, [["LDS R1, [R2]", *skinny_loop(64)], skinny_loop(8)], SHRINK_REST, USE, "plain memory access"),
+        (SHRINK_NAME, [skinny_loop(64), skinny_loop(8)], SHRINK_REST[:1] + SHRINK_REST[2:], USE, "cluster barrier"),
+        (SHRINK_NAME, [skinny_loop(64), skinny_loop(8)], SHRINK_REST, USE | {"REG": 170}, "170 registers"),
+        (PAIR_NAME, [PAIR_LOOP], PAIR_REST, USE, None),
+        (PAIR_NAME, [PAIR_LOOP[1:]], PAIR_REST, USE, "loops"),
+        (PAIR_NAME, [PAIR_LOOP], PAIR_REST[:1], USE, "register reallocation"),
+        (PAIR_NAME, [["RED.E.ADD.F32 [R2], R3", *PAIR_LOOP]], PAIR_REST, USE, "atomic"),
+        (RULE_NAME, [], ["LDG.E R2, [R4]", "EXIT"], USE | {"REG": 40}, None),
+        (RULE_NAME, [], ["STL [R1], R2", "EXIT"], USE | {"REG": 40}, "local memory"),
+        (RULE_NAME, [], ["EXIT"], USE | {"REG": 80}, "80 registers"),
+    ],
+)
+def test_skinny_findings(
+    name: str, loops: list[list[str]], rest: list[str], use: dict[str, int], part: str | None
+) -> None:
+    kernel = check_cuda.identify_skinny(name)
+    assert kernel is not None
+    found = check_cuda.check_skinny(kernel, skinny_code(loops, rest), use, 197728)
+    if part is None:
+        assert found == []
+    else:
+        assert any(part in f for f in found), found

@@ -6,18 +6,20 @@ Float64 truth with the 2x rule, integer exactness, bitwise repeats; outputs are 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from npt_kernels.ops._cuda import launch
-from npt_kernels.ops._cuda.heuristics import Epilogue
+from npt_kernels.ops._cuda import launch, skinny
+from npt_kernels.ops._cuda.heuristics import Epilogue, choose
 from npt_kernels.ops._cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Segment
 from npt_kernels.ops.factored_linear import cuda as factored_cuda
 from npt_kernels.ops.factored_linear import eager as factored_eager
 from npt_kernels.ops.mlp import cuda as mlp_cuda
 from npt_kernels.ops.mlp import eager as mlp_eager
+from npt_kernels.rules import RULES, get_rule
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16)
@@ -151,3 +153,160 @@ def test_factored_linear_backward(rule: str) -> None:
             factored_cuda.backward(*args), factored_eager.backward(*args), factored_eager.backward(*high), strict=True
         ):
             twice(g, plain, truth)
+
+
+# ------------------------------------------------------------------------------------- skinny kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rank", "terms"), [(8, 1), (64, 2), (72, 3), (128, 1), (320, 5)])
+def test_coefficients(dtype: torch.dtype, rule: str, rows: int, rank: int, terms: int) -> None:
+    d_a, d_u = 328, 4096
+    kind = RULES[rule].key
+    for make in (ternary, randn):
+        a, u, w_down = (make(*s, dtype=dtype) for s in ((rows, d_a), (rows, d_u), (d_a, rank)))
+        w_down = w_down if make is ternary else w_down * d_a**-0.5
+        key = None if kind == "none" else make(*((d_u,) if kind == "vector" else (rank, d_u)), dtype=dtype)
+        if key is not None and make is randn:
+            key = key * d_u**-0.5
+        key_scale = torch.rand(rows, device="cuda").to(dtype)
+        keys = [key] if kind != "matrix" else [key, key.t().contiguous().t()]  # type: ignore[union-attr]
+        for stored in keys:
+            for parts in (None, 1, 2, 4, 8):
+                plan = None if parts is None else skinny.ShrinkPlan(64 if rank <= 64 else 128, parts, "test")
+                low, again = (
+                    skinny.coefficients(
+                        u, stored, key_scale, rule, terms, 0.7, a=a, w_down=w_down, method="fused", plan=plan
+                    )
+                    for _ in range(2)
+                )
+                assert all(torch.equal(g, w) for g, w in zip(low[:3], again[:3], strict=True))
+                truth_z = a.double() @ w_down.double()
+                truth_p = (
+                    None if key is None else u.double() @ (key.t() if key.dim() == 2 else key.unsqueeze(1)).double()
+                )
+                if make is ternary:
+                    assert torch.equal(low.z, truth_z.to(dtype))
+                    assert truth_p is None or torch.equal(low.p, truth_p.to(dtype))
+                    continue
+                plain_z = a @ w_down
+                plain_p = None if key is None else u @ (key.t() if key.dim() == 2 else key.unsqueeze(1))
+                twice(low.z, plain_z, truth_z)
+                if truth_p is not None and plain_p is not None:
+                    twice(low.p, plain_p, truth_p)
+                twice(
+                    low.c,
+                    get_rule(rule).coefficients(plain_z * key_scale.unsqueeze(1), plain_p, terms, 0.7),
+                    get_rule(rule).coefficients(truth_z * key_scale.double().unsqueeze(1), truth_p, terms, 0.7),
+                )
+                given = skinny.coefficients(u, stored, key_scale, rule, terms, 0.7, z=low.z, method="fused", plan=plan)
+                assert not given.c.isnan().any() and (truth_p is None or torch.equal(given.p, low.p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", (1, 64, 65, 300, 4096))
+@pytest.mark.parametrize(("width", "rank"), [(8, 8), (512, 64), (520, 40), (14336, 64), (1600, 200)])
+def test_pair(dtype: torch.dtype, rows: int, width: int, rank: int) -> None:
+    for make in (ternary, randn):
+        dy, b, c = (make(*s, dtype=dtype) for s in ((rows, width), (rank, width), (rows, rank)))
+        got, again = (skinny.skinny_pair(dy, b, c) for _ in range(2))
+        assert all(torch.equal(g, w) for g, w in zip(got, again, strict=True))
+        truths = (dy.double() @ b.double().t(), c.double().t() @ dy.double())
+        for g, plain, truth in zip(got, (dy @ b.t(), c.t() @ dy), truths, strict=True):
+            if make is ternary:
+                assert torch.equal(g, truth.to(dtype))
+            else:
+                twice(g, plain, truth)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rank", "terms"), [(64, 1), (24, 8), (1024, 1), (1048, 1)])
+def test_value_grads(rule: str, rank: int, terms: int) -> None:
+    rows, width, dtype = 300, 1032, torch.bfloat16
+    dy, value, z = (randn(*s, dtype=dtype, scale=0.3) for s in ((rows, width), (rank, width), (rows, rank)))
+    kind = RULES[rule].key
+    p = None if kind == "none" else randn(rows, 1 if kind == "vector" else rank, dtype=dtype)
+    high = [None if t is None else t.double() for t in (dy, value, z, p)]
+    truth = (
+        *get_rule(rule).backward(high[0] @ high[1].t(), high[2], high[3], terms, 0.7, True, True),  # type: ignore[union-attr]
+        get_rule(rule).coefficients(high[2], high[3], terms, 0.7).t() @ high[0],  # type: ignore[arg-type]
+    )
+    plain = (
+        *get_rule(rule).backward(dy @ value.t(), z, p, terms, 0.7, True, True),
+        get_rule(rule).coefficients(z, p, terms, 0.7).t() @ dy,
+    )
+    for method in ("fused", "vendor"):
+        got = skinny.value_grads(dy, value, z, p, None, rule, terms, 0.7, True, True, True, method=method)  # type: ignore[arg-type]
+        for g, pl, t in zip(got, plain, truth, strict=True):
+            if g is not None:
+                twice(g, pl, t)
+
+
+# ------------------------------------------------------------------------------------- decode: split K, overlap
+@pytest.mark.parametrize("split", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", (1, 7, 16, 33, 64))
+@pytest.mark.parametrize("epilogue", [Epilogue.STORE, Epilogue.ACT, Epilogue.DUAL])
+def test_split_decode(split: int, rows: int, epilogue: Epilogue) -> None:
+    d, width, rank = 1032, 520, 24
+    make = ternary
+    x, c = make(rows, d, dtype=torch.bfloat16), make(rows, rank, dtype=torch.bfloat16)
+    first, second = (make(width, d, dtype=torch.bfloat16) for _ in range(2))
+    b = make(rank, width, dtype=torch.bfloat16)
+    dual = epilogue == Epilogue.DUAL
+    segments = [Segment(MAIN, x, first, second if dual else None), Segment(LOW_FIRST if dual else LOW, c, b.t())]
+    config = replace(choose(epilogue, rows, width, d + rank), split=split)
+    outs = [
+        torch.full((rows, width), float("nan"), device="cuda", dtype=torch.bfloat16) for _ in range(3 if dual else 2)
+    ]
+    outs = outs[:1] if epilogue == Epilogue.STORE else outs
+    for _ in range(2):
+        launch.run(epilogue, segments, outs, store_pre=epilogue != Epilogue.STORE, config=config)
+    y = x.double() @ first.double().t() + c.double() @ b.double()
+    if epilogue == Epilogue.STORE:
+        assert torch.equal(outs[0], y.to(torch.bfloat16))
+    else:
+        assert torch.equal(outs[1], y.to(torch.bfloat16))
+        if dual:
+            assert torch.equal(outs[2], (x.double() @ second.double().t()).to(torch.bfloat16))
+
+
+def test_overlap_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain of decode MLPs, each reading what the one before wrote, 200 times: with and without overlap, bit for bit."""
+    d, f, rank, dtype = 1024, 2816, 64, torch.bfloat16
+    weights = [randn(*s, dtype=dtype, scale=s[1] ** -0.5) for s in ((f, d), (f, d), (d, f))]
+    w_down = randn(d, rank, dtype=dtype, scale=d**-0.5)
+    values = [randn(rank, n, dtype=dtype, scale=rank**-0.5) for n in (f, f, d)]
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(200):
+            out = mlp_cuda.forward(
+                x, x, None, *weights, None, None, None, w_down, None, values[0], None, values[1], None, values[2],
+                "silu", "self_key", 1, 1.0, False,
+            )[0]  # fmt: skip
+            x = out / out.float().norm(dim=1, keepdim=True).to(dtype) * d**0.5
+        return x
+
+    x = randn(4, d, dtype=dtype)
+    results = []
+    for allowed in ("1", "0"):
+        monkeypatch.setenv("NPT_CUDA_OVERLAP", allowed)
+        launch.overlap_allowed.cache_clear()
+        results.append(chain(x))
+    launch.overlap_allowed.cache_clear()
+    assert torch.equal(*results)
+
+
+# ------------------------------------------------------------------------------------- in place
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("rows", (5, 70, 300, 4096))
+def test_backward_in_place_is_the_same(gated: bool, rows: int) -> None:
+    d, f = 328, 1000
+    dout, weight, gate, up = (randn(*s, dtype=torch.bfloat16) for s in ((rows, d), (d, f), (rows, f), (rows, f)))
+    segments = [Segment(MAIN, dout, weight.t())]
+    inputs = [gate, up] if gated else [up]
+    epilogue = Epilogue.DUAL_BWD if gated else Epilogue.ACT_BWD
+    outs = [torch.full_like(up, float("nan")) for _ in inputs]
+    launch.run(epilogue, segments, outs, inputs=inputs)
+    copies = [t.clone() for t in inputs]
+    launch.run(epilogue, segments, copies, inputs=copies)
+    assert all(torch.equal(a, b) for a, b in zip(copies, outs, strict=True))

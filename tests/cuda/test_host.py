@@ -28,7 +28,7 @@ from npt_kernels.ops.mlp import eager as mlp_eager
 from npt_kernels.rules import RULES
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_launch import CALLS, LOW, LOW_FIRST, LOW_SECOND, MAIN, fake_run
+from fake_launch import CALLS, LAUNCHES, LOW, LOW_FIRST, LOW_SECOND, MAIN, OVERLAPS, install
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = importlib.util.find_spec("npt_kernels._cuda") is not None
@@ -52,18 +52,18 @@ def test_never_chosen_by_itself() -> None:
     ],
 )
 def test_reasons(op: str, device: str, dtype: torch.dtype, part: str) -> None:
-    reason = BACKENDS["cuda"].check(Call(op, torch.device(device), dtype))
+    reason = BACKENDS["cuda"].reason(Call(op, torch.device(device), dtype))
     assert reason is not None and part in reason
 
 
 def test_wrong_gpu_and_missing_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "_import", lambda: _cuda)
     monkeypatch.setattr(_cuda, "_capability", lambda index: (8, 0))
-    assert "sm_80" in str(_cuda.unavailable("mlp", torch.device("cuda", 0), torch.bfloat16))
+    assert "sm_80" in str(_cuda.unavailable(torch.device("cuda", 0), torch.bfloat16))
     monkeypatch.setattr(_cuda, "_capability", lambda index: (9, 0))
-    assert _cuda.unavailable("mlp", torch.device("cuda", 0), torch.float16) is None
+    assert _cuda.unavailable(torch.device("cuda", 0), torch.float16) is None
     monkeypatch.setattr(_cuda, "_import", lambda: "its kernels are not built")
-    assert "not built" in str(_cuda.unavailable("mlp", torch.device("cuda", 0), torch.bfloat16))
+    assert "not built" in str(_cuda.unavailable(torch.device("cuda", 0), torch.bfloat16))
 
 
 def test_asked_for_by_name_raises_with_the_reason() -> None:
@@ -98,6 +98,9 @@ def test_choices() -> None:
     assert choose(Epilogue.DUAL, 128, 14336, 4096).cluster == 1  # one row tile: half of the pair would be empty
     assert choose(Epilogue.DUAL, 300, 14336, 4096).cluster == 1  # three
     assert choose(Epilogue.DUAL, 8000, 14336, 4096).cluster == 2
+    short = choose(Epilogue.DUAL, 8000, 1536, 576)  # SmolLM2
+    assert (short.family, short.block_m, short.block_n, short.cluster) == (Family.PINGPONG, 64, 256, 2)
+    assert choose(Epilogue.DUAL, 8000, 1536, 576, mn_major=True).family == Family.COOP  # no such instance
 
 
 @needs_build
@@ -107,7 +110,7 @@ def test_every_choice_is_an_instance() -> None:
     sizes = {tuple(int(k[f]) for f in fields): k["block_n"] for k in _cuda.extension().kernels()}
     shapes = itertools.product((1, 9, 33, 64, 65, 200, 4096), (8, 768, 14336), (64, 2048, 4096, 16384))
     for (rows, cols, depth), epilogue, dtype, mn in itertools.product(shapes, Epilogue, (0, 1), (0, 1)):
-        c = choose(epilogue, rows, cols, depth)
+        c = choose(epilogue, rows, cols, depth, mn_major=bool(mn))
         key = (int(c.family), int(epilogue), dtype, mn, c.cluster, c.block_m)
         assert key in existing, c
         assert sizes[key] == c.block_n
@@ -126,7 +129,8 @@ def test_print_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 GOOD: dict[str, Any] = {
     "family": 0, "epilogue": 0, "dtype": 0, "mn_major": False, "cluster": 2, "block_m": 128, "rows": 512, "cols": 256,
     "segments": [(0, 4096, 512, 512, 8192, 512, 0, 0)], "inputs": [], "outputs": [(1 << 20, 256)], "bias": 0,
-    "act_a": 1.0, "act_b": 0.0, "store_pre": False, "group_m": 8, "device": 0, "stream": 0,
+    "act_a": 1.0, "act_b": 0.0, "store_pre": False, "group_m": 8, "split": 1,
+    "dependent_from": -1, "device": -1, "stream": 0,
 }  # fmt: skip
 
 
@@ -148,15 +152,19 @@ GOOD: dict[str, Any] = {
         ({"bias": 2}, "multiple of 4 bytes"),
         ({"epilogue": 2}, "second operand"),
         ({"family": 2, "cluster": 1, "block_m": 64, "rows": 65}, "rows = 65"),
+        ({"family": 2, "cluster": 1, "block_m": 64, "rows": 64, "split": 3}, "split = 3"),
+        ({"split": 2}, "only the decode kernels"),
+        ({"dependent_from": 0}, "only the decode kernels"),
+        ({"family": 2, "cluster": 1, "block_m": 64, "rows": 64, "dependent_from": 1}, "dependent_from = 1"),
     ],
 )
 def test_launch_checks(change: dict[str, Any], part: str | None) -> None:
     arguments = GOOD | change
     if part is None:
-        _cuda.extension().check(**arguments)
+        _cuda.extension().launch(**arguments)
     else:
         with pytest.raises(ValueError, match=part):
-            _cuda.extension().check(**arguments)
+            _cuda.extension().launch(**arguments)
 
 
 def test_refusals_name_the_value() -> None:
@@ -181,10 +189,8 @@ def test_rows_ok_copies_only_when_it_must() -> None:
 # ------------------------------------------------------------------------------------- the ops against eager
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(mlp_cuda, "run", fake_run)
-    monkeypatch.setattr(factored_cuda, "run", fake_run)
+    install(monkeypatch)
     launch.say_fallback.cache_clear()
-    CALLS.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         yield
@@ -272,7 +278,15 @@ def _check_mlp(rule: str, targets: str, act: str, gated: bool, bias: bool, conv1
     for needs in cases:
         needs = [n and p for n, p in zip(needs, present, strict=True)]
         given = (dout, x, a, scale, *weights, common[9], *pairs, z, *saved, gated, act, rule, k, 0.7, needs)
-        compare(mlp_cuda.backward(*given), mlp_eager.backward(*given))
+        want_grads = mlp_eager.backward(*given)
+        compare(mlp_cuda.backward(*given), want_grads)
+        if not any(needs[3:6]):  # what local and end-to-end training ask for; gate and up are given up
+            wide = [t.clone() for t in saved[3:5]]
+            again = (*given[:18], *wide, *given[20:], True)
+            calls = len(CALLS)
+            compare(mlp_cuda.backward(*again), want_grads)
+            touched = [not torch.equal(t, before) for t, before in zip(wide, saved[3:5], strict=True) if t.numel()]
+            assert any(touched) == any(c[0] in (Epilogue.ACT_BWD, Epilogue.DUAL_BWD) for c in CALLS[calls:])
 
 
 def test_unfused_activation_and_rank_fall_back_and_say_so(on_cpu: None) -> None:
@@ -304,3 +318,69 @@ def test_no_tokens(on_cpu: None) -> None:
     x, z, w, value = rand(0, 16), rand(0, 8), rand(24, 16), rand(8, 24)
     assert factored_cuda.forward(x, z, w, None, value, None, "self_key", 1, 1.0)[0].shape == (0, 24)
     assert not CALLS
+
+
+@pytest.mark.parametrize(
+    ("rule", "total", "scaled", "overlaps", "launches"),
+    [
+        # c from our kernel, plainly launched, then gate and up; the down projection reads what those write.
+        ("self_key", 16, True, ["low", "all"], ["shrink", "launch", "launch"]),
+        ("rank1", 16, True, ["low", "low"], ["shrink", "shrink", "launch", "shrink", "launch"]),
+        # c is z, made by the vendor's GEMM: nothing is known about how that was launched, so no overlap with it.
+        ("self_key", 136, False, [None, "all"], ["launch", "launch"]),
+        ("self_key", 136, True, ["low", "all"], ["rule", "launch", "launch"]),
+    ],
+)
+def test_overlap_only_with_kernels_of_our_own(
+    on_cpu: None, rule: str, total: int, scaled: bool, overlaps: list[str | None], launches: list[str]
+) -> None:
+    t, d, f = 4, 32, 48
+    pairs = [m for width, out in ((d, f), (d, f), (f, d)) for m in (key_for(rule, total, width), rand(total, out))]
+    scale = rand(t).abs() if scaled else None
+    weights = (rand(f, d), rand(f, d), rand(d, f))
+    mlp_cuda.forward(
+        rand(t, d), rand(t, d), scale, *weights, None, None, None, rand(d, total), *pairs, "silu", rule, 1, 1.0, False
+    )
+    assert (overlaps, launches) == (OVERLAPS, LAUNCHES)
+
+
+@pytest.mark.parametrize(("rule", "overlap"), [("self_key", None), ("rank1", "low"), ("anchored", "low")])
+def test_overlap_of_a_single_linear(on_cpu: None, rule: str, overlap: str | None) -> None:
+    """self_key: z is the caller's, so the kernel before is not known."""
+    t, d, f, total = 4, 32, 48, 16
+    key = key_for(rule, total, d)
+    factored_cuda.forward(rand(t, d), rand(t, total), rand(f, d), key, rand(total, f), None, rule, 1, 1.0)
+    assert [overlap] == OVERLAPS
+
+
+def test_x_is_copied_before_the_coefficients_not_after(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode kernel that overlaps reads x early: a copy of x may not be the kernel right before it."""
+    order: list[str] = []
+    real = launch.rows_ok
+
+    def spy(tensor: Tensor) -> Tensor:
+        made = real(tensor)
+        if made is not tensor:
+            order.append("copy")
+        return made
+
+    t, d, f, total = 4, 32, 48, 16
+    x = rand(t, d + 1)[:, 1:]  # rows that TMA cannot read
+    for module in (mlp_cuda, factored_cuda):
+        monkeypatch.setattr(module, "rows_ok", spy)
+        inner = module.coefficients
+
+        def spied(*args: Any, inner: Any = inner, **options: Any) -> Any:
+            order.append("coefficients")
+            return inner(*args, **options)
+
+        monkeypatch.setattr(module, "coefficients", spied)
+    factored_cuda.forward(x, rand(t, total), rand(f, d), rand(total, d), rand(total, f), None, "rank1", 1, 1.0)
+    assert order == ["copy", "coefficients"]
+    order.clear()
+    pairs = [rand(total, d), rand(total, f), None, None, None, None]
+    mlp_cuda.forward(
+        x, rand(t, d), None, rand(f, d), rand(f, d), rand(d, f), None, None, None, rand(d, total), *pairs,
+        "silu", "rank1", 1, 1.0, False,
+    )  # fmt: skip
+    assert order == ["copy", "coefficients"]

@@ -10,35 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from texts import Numbers, Words, numbered
 
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.inputs import blocks as data_module
 from npt_kernels.inputs.assets import default_cache_dir, demo_texts_cached
-from npt_kernels.inputs.blocks import TokenBlocks, check_sources, load_token_blocks, pack, split_source
+from npt_kernels.inputs.blocks import TokenBlocks, check_sources, load_token_blocks, split_source
+from npt_kernels.inputs.hub import joined_rows
+from npt_kernels.inputs.packing import pack
 from npt_kernels.inputs.prose import unwrap
-from npt_kernels.inputs.sources import Source, _joined_rows
-
-
-class Words:
-    """A tokenizer of whitespace-separated words, with the parts of the transformers interface that packing uses."""
-
-    def __init__(self, bos: int | None = None, eos: int | None = 1, adds_bos: bool = False) -> None:
-        self.bos_token_id, self.eos_token_id, self._adds_bos = bos, eos, adds_bos
-        self.words: dict[str, int] = {}
-
-    def _ids(self, text: str) -> list[int]:
-        return [self.words.setdefault(word, len(self.words) + 10) for word in text.split()]
-
-    def __call__(self, text: str | list[str], add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
-        if isinstance(text, list):
-            return {"input_ids": [self._ids(t) for t in text]}
-        start = [self.bos_token_id] if add_special_tokens and self._adds_bos else []
-        return {"input_ids": start + self._ids(text)}
-
-
-def numbered(prefix: str, count: int, per_line: int = 7) -> str:
-    words = [f"{prefix}{i}" for i in range(count)]
-    return "\n".join(" ".join(words[i : i + per_line]) for i in range(0, count, per_line)) + "\n"
+from npt_kernels.inputs.sources import Source, text_entries
 
 
 def run_config(tmp_path: Path, **sections: dict[str, Any]) -> RunConfig:
@@ -110,6 +91,43 @@ def test_too_little_is_said_and_used(tmp_path: Path) -> None:
     assert "evaluation.tokens=70 were wanted: all of them are used" in log
     assert "data.calibration_tokens=64 were wanted: all of it is used" in log
     assert "data.num_train_samples=50 were wanted" in log
+
+
+def test_several_texts_are_mixed_by_weight(tmp_path: Path) -> None:
+    for name, count in (("a", 800), ("b", 200), ("c", 400)):
+        (tmp_path / f"{name}.txt").write_text(numbered(name, count))
+    sources = [{"files": [str(tmp_path / f"{name}.txt")], "weight": w} for name, w in (("a", 2), ("b", 1), ("c", 1))]
+    tokenizer = Words()
+    blocks = load(tmp_path, tokenizer, data={"sources": sources})
+    words = {i: w for w, i in tokenizer.words.items()}
+
+    def texts(part: torch.Tensor) -> list[str]:
+        letters = [{words[i][0] for i in row if i != 1} for row in part.tolist()]
+        assert all(len(found) == 1 for found in letters)  # no sequence holds text of two
+        return ["".join(found) for found in letters]
+
+    train = texts(blocks.train)
+    assert [train.count(name) for name in "abc"] == [76, 38, 38]  # b has 20
+    assert len(rows(blocks.train)) == 76 + 20 + 38
+    held = texts(blocks.heldout)
+    assert len(held) == 10 and [held.count(name) for name in "abc"] == [5, 3, 2]
+    assert not set(blocks.train.flatten().tolist()) & (set(blocks.heldout.flatten().tolist()) - {1})
+    assert {*texts(blocks.calibration)} == {*"abc"} and rows(blocks.calibration) <= rows(blocks.train)
+    log = "\n".join(blocks.sources)
+    assert "b.txt: weight 1, 38 of 152 sequences (1.90 passes over it)" in log
+    limited = load(tmp_path, tokenizer, data={"sources": sources, "num_train_samples": 20})
+    assert [texts(limited.train).count(name) for name in "abc"] == [10, 5, 5]
+    assert len({*texts(blocks.train)[:20]}) == 3  # shuffled, not one after the other
+
+
+def test_a_mixture_that_would_not_fit_asks_for_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, count in (("a", 400), ("b", 80)):
+        (tmp_path / f"{name}.txt").write_text(numbered(name, count))
+    sources = [{"files": [str(tmp_path / "a.txt")], "weight": 1}, {"files": [str(tmp_path / "b.txt")], "weight": 50}]
+    monkeypatch.setattr(data_module, "_MIXTURE_BYTES", 10_000)
+    with pytest.raises(ConfigError, match=r"one pass over data\.sources is 1,938 sequences, made of 46 different"):
+        load(tmp_path, data={"sources": sources})
+    assert len(load(tmp_path, data={"sources": sources, "num_train_samples": 51}).train) == 51
 
 
 def test_separate_held_out_files(tmp_path: Path, book: Path) -> None:
@@ -192,6 +210,8 @@ def test_formats(tmp_path: Path) -> None:
         ("x.jsonl", '{"texts": "a"}\n', r"set data.text_field=texts"),
         ("x.jsonl", '{"text": "a"}\n{oops\n', r"line 2 is not JSON"),
         ("x.jsonl", '{"text": 3}\n', r"field 'text' is a int, expected text"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"is not UTF-8 text \(.* at byte 24\)"),
+        ("x.jsonl", "", r"has no text in it"),
         ("x.json", "[1]", r"entry 0 is a int"),
         ("x.json", "{", r"is not JSON"),
         ("x.txt", "", r"has no text in it"),
@@ -274,7 +294,7 @@ def test_line_per_row_datasets_become_pages() -> None:
         " Text .\n",
         "row",
     ]
-    assert list(_joined_rows(rows)) == [
+    assert list(joined_rows(rows)) == [
         " = Page = \n First line .\n = = Section = = \n More .\n", " = Next = \n Text .\n", "row"
     ]  # fmt: skip
 
@@ -296,9 +316,83 @@ def test_hard_wrapped_prose_is_unwrapped() -> None:
 )
 def test_the_demo_text() -> None:
     config = RunConfig.from_mapping({"data": {"dataset_name": "demo", "max_length": 128}})
-    plays = [source.documents[0] for source in data_module._open_sources(config)]  # type: ignore[index]
+    plays = [source.documents[0] for source in data_module._open_sources(text_entries(config)[0], config)]  # type: ignore[index]
     assert len(plays) == 5 and all(play.lower().startswith("act ") for play in plays)
     assert "SLENDER. How does your fallow greyhound, sir? I heard say he was outrun on Cotsall." in plays[0]
     assert not any("gutenberg" in play.lower() or "DRAMATIS" in play for play in plays)
     blocks = load_token_blocks(config, Words())
     assert blocks.heldout.numel() >= 8192
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([{}], r"data\.sources\.0 names no text; give files=\[…\] or dataset_name"),
+        ([{"files": ["a.txt"], "dataset_name": "b"}], r"data\.sources\.0 gives both files and dataset_name='b'"),
+        ([{"files": ["a.txt"]}, {"files": ["b.txt"], "weight": 0}], r"data\.sources\.1\.weight=0: .*greater than 0"),
+        ([{"files": ["a.txt"], "weight": float("nan")}], r"data\.sources\.0\.weight=nan: .*finite"),
+        ([{"files": ["a.txt"], "wieght": 1}], r"unknown key 'data\.sources\.0\.wieght'; did you mean 'weight'"),
+        ([{"files": ["none.txt"]}], r"data\.sources\.0\.files: 'none\.txt' matches no file"),
+        (
+            [{"files": ["{book}"]}, {"files": ["{book}"]}],
+            r"book\.txt is in data\.sources\.1\.files and in data\.sources\.0",
+        ),
+        (
+            [{"dataset_name": "demo"}, {"dataset_name": "demo"}],
+            r"demo .* is in data\.sources\.1 and in data\.sources\.0",
+        ),
+        (
+            [{"files": ["{table}"]}],
+            r"table\.parquet has no field 'text'; it has: body, id; set data\.sources\.0\.text_field",
+        ),
+        ([{"files": ["{table}"], "text_field": "id"}], r"table\.parquet row 0: field 'id' is a int"),
+    ],
+)
+def test_bad_sources(tmp_path: Path, book: Path, sources: list[dict[str, Any]], message: str) -> None:
+    import pandas
+
+    table = tmp_path / "table.parquet"
+    pandas.DataFrame({"body": ["x"], "id": [1]}).to_parquet(table)
+    for source in sources:
+        if "files" in source:
+            source["files"] = [name.format(book=book, table=table) for name in source["files"]]
+    for streaming in (False, True):
+        with pytest.raises(ConfigError, match=message) as caught:
+            check_sources(
+                run_config(tmp_path, data={"sources": sources, "streaming": streaming}, training={"max_steps": 1})
+            )
+        assert "\n" not in str(caught.value)
+
+
+def test_texts_named_in_two_ways_or_to_be_streamed_without_an_end(tmp_path: Path, book: Path) -> None:
+    data = {"train_files": [str(book)], "sources": [{"files": [str(book)]}]}
+    with pytest.raises(ConfigError, match=r"data\.train_files and data\.sources both name the training text"):
+        check_sources(run_config(tmp_path, data=data))
+    streamed = {"train_files": [str(book)], "streaming": True}
+    with pytest.raises(ConfigError, match=r"streaming=true needs training\.max_steps or data\.num_train_samples"):
+        check_sources(run_config(tmp_path, data=streamed))
+    for more in ({"training": {"max_steps": 3}}, {"training": {"mode": "none"}}):
+        check_sources(run_config(tmp_path, data=streamed, **more))
+
+
+def test_isolated_documents_need_a_separator(tmp_path: Path, book: Path) -> None:
+    data = {"train_files": [str(book)], "isolate_documents": True}
+    with pytest.raises(ConfigError, match=r"isolate_documents=true .* this tokenizer \(Words\) has none"):
+        load(tmp_path, Words(eos=None), data=data)
+    assert len(load(tmp_path, Words(), data=data).train)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_streamed_blocks_have_their_evaluation_text_from_elsewhere(tmp_path: Path, book: Path, separate: bool) -> None:
+    (tmp_path / "new.txt").write_text(numbered("w", 300, first=5000))
+    data = {"train_files": [str(book)], "streaming": True, "shuffle_buffer": 4, "isolate_documents": True}
+    if separate:
+        data["eval_files"] = [str(tmp_path / "new.txt")]
+    blocks = load(tmp_path, Numbers(), data=data)
+    assert blocks.heldout.shape == (10, 8) and blocks.calibration.shape == (8, 8)
+    trained = torch.stack(list(blocks.train))
+    parts = [set(part.flatten().tolist()) - {1} for part in (trained, blocks.heldout, blocks.calibration)]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    assert min(parts[1]) == (5000 if separate else 0)
+    assert parts[0] | parts[2] | (set() if separate else parts[1]) >= set(range(2, 1000 - 8))
+    assert torch.equal(torch.stack(list(blocks.train)).sort(0).values, trained.sort(0).values)  # the second epoch too

@@ -16,7 +16,9 @@ from rich.console import Console
 from npt_kernels import apply_npt
 from npt_kernels.configs import load_run_config, named_configs, parse_yaml
 from npt_kernels.configs.schema import ConfigError, RunConfig
-from npt_kernels.planning.plan import Plan, make_plan, print_plan
+from npt_kernels.planning.memory import MemoryTerm
+from npt_kernels.planning.plan import Plan, make_plan
+from npt_kernels.planning.printing import print_configuration, print_plan
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
@@ -53,6 +55,10 @@ def printed(plan: Plan) -> str:
     return stream.getvalue()
 
 
+def terms(plan: Plan, phase: str) -> dict[str, MemoryTerm]:
+    return {term.name: term for term in next(p for p in plan.phases if p.name == phase).terms}
+
+
 @pytest.mark.parametrize("numbers", [LLAMA, GPT2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize(
     "model",
@@ -72,47 +78,50 @@ def test_the_plan_has_the_numbers_of_the_conversion(
     values = {key: value for key, value in numbers.items() if key != "model_type"}
     real = AutoModelForCausalLM.from_config(AutoConfig.for_model(numbers["model_type"], **values))
     report = apply_npt(real, plan.config.npt_config())
-    assert plan.layers == list(report.layers)
-    assert plan.np_parameters == report.parameters
-    assert plan.frozen_parameters == report.base_parameters
-    assert plan.num_layers == report.num_layers == 4
-    assert plan.ranks == [layer.rank * plan.config.model.num_ranks for layer in report.converted]
-    assert tuple(plan.targets) == report.converted[0].targets
-    assert plan.family == report.converted[0].shape
+    assert plan.adapter.layers == list(report.layers)
+    assert plan.adapter.parameters == [layer.parameters for layer in report.converted]
+    assert plan.model.parameters == report.base_parameters
+    assert plan.model.num_layers == report.num_layers == 4
+    assert plan.adapter.ranks == [layer.rank * plan.config.model.num_ranks for layer in report.converted]
+    assert tuple(plan.adapter.targets) == report.converted[0].targets
+    assert plan.model.family == report.converted[0].shape
 
 
 @pytest.mark.parametrize("name", list(named_configs()))
 def test_every_named_configuration_plans_without_network(name: str, tmp_path: Path) -> None:
     config = load_run_config(name, None, [f"paths.cache_dir={tmp_path}"])
     text = printed(make_plan(config, "cpu"))
-    for part in (config.model.base_model_name, "trainable", "frozen weights", "steps", "sum"):
+    for part in (config.model.base_model_name, "trainable", "frozen layers", "steps", "sum"):
         assert part in text
 
 
 def test_the_demo_in_numbers(tmp_path: Path) -> None:
     plan = make_plan(load_run_config("demo", None, [f"paths.cache_dir={tmp_path}"]), "cpu")
-    assert (plan.num_layers, len(plan.layers), plan.hidden_size) == (30, 30, 576)
-    assert plan.frozen_parameters == 134_515_008
-    assert plan.np_parameters == 30 * 128 * (576 + 1536 + 1536 + 576)
+    assert (plan.model.num_layers, len(plan.adapter.layers), plan.model.hidden_size) == (30, 30, 576)
+    assert plan.model.parameters == 134_515_008
+    assert plan.adapter.total == 30 * 128 * (576 + 1536 + 1536 + 576)
     assert (plan.tokens_per_step, plan.steps) == (1024, 60)
     assert plan.dtype is torch.float32
-    assert plan.memory_bytes < 4 * 2**30
+    assert plan.device_bytes < 4 * 2**30
     assert make_plan(plan.config, "cuda").dtype is torch.bfloat16
 
 
 def test_memory_terms_follow_the_settings(folder: Path) -> None:
-    def term(name: str, **sections: dict[str, Any]) -> int:
+    def phase(name: str, **sections: dict[str, Any]) -> dict[str, int]:
         sections.setdefault("model", {})["init"] = "small"
-        return {t.name: t.bytes for t in plan_of(folder, LLAMA, **sections).memory}[name]
+        sections.setdefault("training", {}).setdefault("mode", "end_to_end" if name == "end_to_end" else "local")
+        return {key: term.bytes for key, term in terms(plan_of(folder, LLAMA, **sections), name).items()}
 
-    assert term("frozen weights") == 2 * term("frozen weights", model={"dtype": "bfloat16"})
-    assert term("Adam moments") == 2 * term("gradients")
-    whole = term("activations")
-    assert term("activations", training={"mode": "local"}) < whole
-    assert term("activations", optimization={"gradient_checkpointing": True}) < whole
-    assert term("activations", training={"batch_size": 8}) == 2 * whole
-    names = [t.name for t in plan_of(folder, LLAMA, training={"mode": "none"}).memory]
-    assert "Adam moments" not in names and "calibration: moments, bases" in names
+    whole = phase("end_to_end")
+    assert whole["frozen layers"] == 2 * phase("end_to_end", model={"dtype": "bfloat16"})["frozen layers"]
+    assert whole["Adam moments"] == 2 * whole["NP parameters"]
+    assert phase("local")["activations"] < whole["activations"]
+    assert phase("end_to_end", optimization={"gradient_checkpointing": True})["activations"] < whole["activations"]
+    assert phase("end_to_end", training={"batch_size": 8})["activations"] == pytest.approx(
+        2 * whole["activations"], rel=0.05
+    )
+    names = {p.name for p in plan_of(folder, LLAMA, training={"mode": "none"}).phases}
+    assert names == {"load", "evaluation", "generation", "conversion"}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +189,7 @@ def test_keys_without_effect_are_noted(folder: Path) -> None:
 def test_the_printed_configuration_can_be_used_again(tmp_path: Path) -> None:
     config = load_run_config("demo", None, [f"paths.cache_dir={tmp_path}", "model.npt_layers=4:8"])
     stream = io.StringIO()
-    print_plan(make_plan(config, "cpu"), Console(file=stream, width=60))
-    text = stream.getvalue().partition("\nplan ")[0]
+    print_configuration(make_plan(config, "cpu"), Console(file=stream, width=60))
+    text = stream.getvalue()
     assert RunConfig.from_mapping(parse_yaml(text, "printed")) == config
     assert yaml.safe_load(text)["evaluation"]["prompts"] == config.evaluation.prompts

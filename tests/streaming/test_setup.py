@@ -204,9 +204,31 @@ def test_a_streamed_run_is_bitwise_the_resident_one(tmp_path, monkeypatch, mode,
     assert streamed.trained == resident.trained and streamed.converted == resident.converted
     assert streamed.samples_trained == resident.samples_trained
     assert "streaming:" not in before
-    where = "mapped files" if keys["stream_layers"] == "disk" else "pinned host memory"
-    assert "streaming: 3 layers of" in output and where in output and "assuming" in output
+    where = "mapped files" if keys["stream_layers"] == "disk" else "in host memory"
+    assert "streaming: 3 layers of" in output and where in output and "TFLOP/s" not in output
     assert output.index("streaming:") < output.index("original: perplexity")
+
+
+def test_the_arithmetic_of_a_loaded_model(tmp_path):
+    model = tiny_model("llama", layers=3)
+    run_config = config(
+        tmp_path, model={"rank": 0.5}, data={"max_length": 20},
+        training={"batch_size": 3, "gradient_accumulation_steps": 2}, optimization={"micro_batches_per_layer": 8},
+    )  # fmt: skip
+    plan = setup.transfer_plan(run_config, model, [1000, 3000, 2000], where="host")
+    attention = 2 * 32 * 32 + 2 * 32 * 16
+    components = 16 * (32 + 48 + 48 + 32)
+    work = 2 * attention + 2 * 32 * 20 + 14 * 32 * 48 + 6 * components
+    assert plan.compute_seconds == pytest.approx(60 * work / 400e12)
+    assert (plan.tokens, plan.micro_batches, plan.layer_bytes) == (60, 2, 3000)  # a step has two micro-batches
+    for rank, mean in (("auto:8", 8), (5, 5), ([4, 8, 12], 8)):
+        run_config.model.rank = rank
+        assert setup._mean_rank(run_config, 32) == mean
+    gpt2 = setup.transfer_plan(run_config, tiny_model("gpt2", layers=2), [10], where="disk")
+    attention = 32 * 96 + 32 * 32
+    assert gpt2.compute_seconds == pytest.approx(
+        60 * (2 * attention + 2 * 32 * 20 + 10 * 32 * 128 + 6 * 8 * (32 + 128 + 32)) / 400e12
+    )
 
 
 def test_off_is_nothing_at_all(tmp_path):

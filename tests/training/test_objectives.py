@@ -315,6 +315,7 @@ def test_checkpointing_changes_memory_not_gradients(family, objective):
     for got, wanted in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
     assert not model.is_gradient_checkpointing
+    assert not model.get_input_embeddings()(ids).requires_grad, "transformers leaves a hook that makes it so"
 
 
 def test_accumulation_with_fixed_variances_equals_the_large_batch():

@@ -12,10 +12,15 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["OPS", "extension", "unavailable"]
+__all__ = ["ABSENT", "OPS", "extension", "unavailable"]
 
 #: Ops with a kernel.
 OPS = ("factored_linear", "mlp")
+#: Ops without one → why.
+ABSENT = {
+    "linear": "it has no kernel for the explicit form (nothing fuses there); use 'eager' or 'triton'",
+    "matched_norm": "it has no kernel for matched_norm (memory bound, no tensor core); use 'eager' or 'triton'",
+}
 
 
 @lru_cache(maxsize=None)
@@ -44,12 +49,8 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the backend cannot run ``op`` there, or ``None``; the registry's ``check``."""
-    if op == "linear":
-        return "it has no kernel for the explicit form (nothing fuses there); use 'eager' or 'triton'"
-    if op not in OPS:
-        return f"it has no kernel for {op}; use 'eager' or 'triton'"
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why its kernels cannot run there, or ``None``; the registry's ``check``."""
     if device.type != "cuda":
         return f"the tensors are on {device}, and it needs an sm_90 GPU (H100, H200)"
     if dtype not in (torch.bfloat16, torch.float16):

@@ -34,6 +34,8 @@ class Epilogue(IntEnum):
 
 #: Decode pads the tokens to one of these; above 64 a 128-row tile wastes less than half of the tensor core.
 DECODE_TOKENS = (8, 16, 32, 64)
+#: k-blocks of 64 that each block of a split keeps: fewer, and filling the ring (~700 ns) costs more than the idle SMs.
+MIN_SPLIT_BLOCKS = 4
 #: K up to which the epilogue of a cooperative tile (not overlapped, ~3000 clocks predicted) costs more than 10 % of its K loop
 #: (64 clocks a k16 step of 128 x 256): there two warpgroups taking turns win.
 PINGPONG_MAX_DEPTH = 2048
@@ -54,11 +56,13 @@ class Config:
     block_n: int
     group_m: int
     reason: str
+    #: Decode: blocks of a cluster that share one tile's K.
+    split: int = 1
 
     def __str__(self) -> str:
         return (
             f"{self.family.name.lower()} {self.epilogue.name.lower()} {self.block_m}x{self.block_n} cluster {self.cluster} "
-            f"group {self.group_m}: {self.reason}"
+            f"group {self.group_m}{f' split {self.split}' if self.split > 1 else ''}: {self.reason}"
         )
 
 
@@ -72,24 +76,29 @@ def _wave_efficiency(rows: int, cols: int, block_m: int, block_n: int, slots: in
     return rows * cols / (_div_up(tiles, slots) * slots * block_m * block_n)
 
 
-def choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int = 132) -> Config:
-    """The instance for outputs ``[rows, cols]`` and a K of ``depth`` over all segments."""
-    config = _choose(epilogue, rows, cols, depth, sms)
+def choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int = 132, mn_major: bool = False) -> Config:
+    """The instance for outputs ``[rows, cols]``, a K of ``depth`` over all segments, weights K-major or MN-major."""
+    config = _choose(epilogue, rows, cols, depth, sms, mn_major)
     if os.environ.get("NPT_PRINT_CONFIG") == "1":
         _print_once(rows, cols, depth, config)
     return config
 
 
 @lru_cache(maxsize=4096)
-def _choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int) -> Config:
+def _choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int, mn_major: bool) -> Config:
     backward = epilogue in (Epilogue.ACT_BWD, Epilogue.DUAL_BWD)
     if rows <= DECODE_TOKENS[-1] and not backward:
         tokens = next(n for n in DECODE_TOKENS if rows <= n)
-        return Config(
-            Family.DECODE, epilogue, 1, tokens, 64, 1, f"{rows} tokens: bound by weight bandwidth, operands swapped"
-        )
+        tiles, k_blocks = _div_up(cols, 64), _div_up(depth, 64)
+        split = next(n for n in (8, 4, 2, 1) if n == 1 or (tiles * n <= sms and k_blocks >= n * MIN_SPLIT_BLOCKS))
+        why = f"{rows} tokens: bound by weight bandwidth, operands swapped"
+        if split > 1:
+            why += f"; {tiles} tiles would leave {sms - tiles} of {sms} SMs idle"
+        return Config(Family.DECODE, epilogue, 1, tokens, 64, 1, why, split)
 
-    row_tiles = _div_up(rows, 128)
+    short_dual = epilogue == Epilogue.DUAL and depth <= PINGPONG_MAX_DEPTH and not mn_major
+    block_m = 64 if short_dual else 128
+    row_tiles = _div_up(rows, block_m)
     waste = (row_tiles % 2) / (row_tiles + row_tiles % 2)
     cluster = 2 if waste <= MAX_PAIR_WASTE else 1
     paired = (
@@ -97,13 +106,15 @@ def _choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int) -> C
         if cluster == 2
         else f"no cluster: {row_tiles} row tiles would leave {waste:.0%} of the pairs empty"
     )
-    group = max(1, GROUP_ROWS // cluster)
+    group = max(1, GROUP_ROWS * 128 // (block_m * cluster))
 
     def config(family: Family, block_n: int, why: str) -> Config:
-        return Config(family, epilogue, cluster, 128, block_n, group, f"{why}; {paired}")
+        return Config(family, epilogue, cluster, block_m, block_n, group, f"{why}; {paired}")
 
     if backward:
         return config(Family.PINGPONG, 192, "its epilogue moves T·f elements, which the other warpgroup's K loop hides")
+    if short_dual:
+        return config(Family.PINGPONG, 256, f"K = {depth} is short, so the epilogue must overlap")
     if epilogue == Epilogue.DUAL:
         return config(Family.COOP, 256, "gate and up share one stage of 128 + 128 weight rows")
     if depth <= PINGPONG_MAX_DEPTH:

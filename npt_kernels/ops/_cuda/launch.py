@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...activations import get_activation
 from . import extension
-from .heuristics import Epilogue, choose
+from .heuristics import Config, Epilogue, Family, choose
 
 __all__ = [
+    "DTYPES",
     "FUSED_ACTIVATIONS",
+    "Overlap",
     "Segment",
     "bias_segment",
     "fused_activation",
+    "launch_arguments",
     "low_rank",
+    "multiprocessors",
     "padded_vector",
     "refusal",
     "rows_ok",
     "run",
     "say_fallback",
+    "submit",
     "weights_layout",
 ]
 
 MAIN, LOW, LOW_SECOND, LOW_FIRST = range(4)  # npt::SegmentKind
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+#: Element types of the kernels, numbered as ``npt::Dtype``.
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+
+Overlap = Literal["low", "all"] | None
 
 #: Activations that are ``v · sigmoid(v · (a + b·v²))``: name → (a, b). Others run unfused.
 FUSED_ACTIVATIONS = {
@@ -127,8 +137,24 @@ def bias_segment(x: Tensor, first: Tensor | None, second: Tensor | None, width: 
 
 
 @lru_cache(maxsize=None)
-def _sms(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU; of an H200 for anything else (tests and dry runs)."""
+    if device.type != "cuda":
+        return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def submit(name: str, arguments: Sequence[Any], device: torch.device) -> dict[str, Any]:
+    """Call ``_cuda.<name>`` on the current stream of ``device``: the one place where a kernel is put on a stream."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return getattr(extension(), name)(*arguments, device.index, stream)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=1)
+def overlap_allowed() -> bool:
+    """Whether chained decode kernels may overlap: ``NPT_CUDA_OVERLAP=0`` says no (the first thing to try on wrong numbers)."""
+    return os.environ.get("NPT_CUDA_OVERLAP", "1") != "0"
 
 
 def run(
@@ -140,8 +166,36 @@ def run(
     bias: Tensor | None = None,
     activation: tuple[float, float] = (1.0, 0.0),
     store_pre: bool = False,
+    overlap: Overlap = None,
+    config: Config | None = None,
 ) -> None:
-    """Launch one segmented-K product on the current stream. ``outputs[0]`` (or the first given) sets ``[rows, cols]``."""
+    """Launch one segmented-K product on the current stream. ``outputs[0]`` (or the first given) sets ``[rows, cols]``.
+
+    ``overlap``: what the kernel before this one on the stream may still be writing, so that a decode kernel may start early:
+    the activations of the low-rank segments (``"low"``), all activations (``"all"``), or anything (``None``: no overlap). The
+    caller vouches that the kernel before was launched plainly, or with overlap, by this package, after x and weights were final.
+    ``config``: the instance instead of :func:`choose`'s (benchmarks and tests).
+    """
+    arguments = launch_arguments(
+        epilogue, segments, outputs, inputs=inputs, bias=bias, activation=activation, store_pre=store_pre, overlap=overlap,
+        config=config,
+    )  # fmt: skip
+    submit("launch", arguments, next(out for out in outputs if out is not None).device)
+
+
+def launch_arguments(
+    epilogue: Epilogue,
+    segments: Sequence[Segment],
+    outputs: Sequence[Tensor | None],
+    *,
+    inputs: Sequence[Tensor] = (),
+    bias: Tensor | None = None,
+    activation: tuple[float, float] = (1.0, 0.0),
+    store_pre: bool = False,
+    overlap: Overlap = None,
+    config: Config | None = None,
+) -> Sequence[Any]:
+    """The arguments of ``_cuda.launch`` but device and stream."""
     sample = next(out for out in outputs if out is not None)
     rows, cols = sample.shape
     device = sample.device
@@ -160,15 +214,20 @@ def run(
         ld1 = 0 if s.b1 is None else s.b1.stride(1 if along_n else 0)
         b1 = 0 if s.b1 is None else s.b1.data_ptr()
         packed.append((s.kind, s.a.data_ptr(), s.a.stride(0), s.a.shape[1], s.b0.data_ptr(), ld0, b1, ld1))
-    config = choose(epilogue, rows, cols, sum(s.a.shape[1] for s in segments), _sms(device))
+    config = config or choose(
+        epilogue, rows, cols, sum(s.a.shape[1] for s in segments), multiprocessors(device), mn_major
+    )
+    dependent = -1
+    if overlap is not None and config.family == Family.DECODE and overlap_allowed():
+        first_low = next((i for i, s in enumerate(ordered) if s.kind != MAIN), -1)
+        dependent = 0 if overlap == "all" else first_low
     if bias is not None:
         bias = bias.contiguous()
         bias = bias.clone() if bias.data_ptr() % 4 else bias
-    arguments = (
-        int(config.family), int(epilogue), _DTYPES[sample.dtype], mn_major, config.cluster, config.block_m, rows, cols,
+    return (
+        int(config.family), int(epilogue), DTYPES[sample.dtype], mn_major, config.cluster, config.block_m, rows, cols,
         packed, [(t.data_ptr(), t.stride(0)) for t in inputs],
         [(0, 0) if t is None else (t.data_ptr(), t.stride(0)) for t in outputs],
         0 if bias is None else bias.data_ptr(), *activation, store_pre, config.group_m,
+        config.split, dependent,
     )  # fmt: skip
-    with torch.cuda.device(device):
-        extension().launch(*arguments, device.index, torch.cuda.current_stream(device).cuda_stream)

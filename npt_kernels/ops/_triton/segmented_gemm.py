@@ -185,10 +185,10 @@ def gemm_act(
 
 
 def gemm_act_backward(
-    segments: Sequence[Segment], pre: Tensor, act: str, *, config: TileConfig | None = None
+    segments: Sequence[Segment], pre: Tensor, act: str, *, overwrite: bool = False, config: TileConfig | None = None
 ) -> Tensor:
-    """``(Σ_i X_i W_iᵀ) ⊙ act'(pre)``."""
-    y = _output(segments)
+    """``(Σ_i X_i W_iᵀ) ⊙ act'(pre)``; ``overwrite`` puts it where ``pre`` was."""
+    y = pre if overwrite and pre.is_contiguous() else _output(segments)
     _run(segments, "act_backward", y, act=act, read0=pre.contiguous(), kernel="pair_backward", config=config)
     return y
 
@@ -201,13 +201,19 @@ def gemm_pair_backward(
     need_gate: bool,
     need_up: bool,
     *,
+    overwrite: bool = False,
     config: TileConfig | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``(dgate, dup)`` of ``act(gate) ⊙ up`` with ``dinter = Σ_i X_i W_iᵀ``, which is never stored; only those asked for."""
+    """``(dgate, dup)`` of ``act(gate) ⊙ up`` with ``dinter = Σ_i X_i W_iᵀ``, which is never stored; only those asked for.
+
+    ``overwrite`` puts dgate where **up** was and dup where **gate** was. That way round every element that is stored depends on
+    the one that it replaces, so no thread can store before the load; dup over up would not (dup does not depend on up).
+    """
     if not (need_gate or need_up):
         return None, None
-    dgate = _output(segments) if need_gate else None
-    dup = _output(segments) if need_up else None
+    overwrite = overwrite and gate.is_contiguous() and up.is_contiguous()
+    dgate = (up if overwrite else _output(segments)) if need_gate else None
+    dup = (gate if overwrite else _output(segments)) if need_up else None
     _run(
         segments, "pair_backward", dgate, dup,
         act=act, read0=gate.contiguous(), read1=up.contiguous(), kernel="pair_backward", config=config,

@@ -1,19 +1,21 @@
 """``factored_linear`` as one segmented-K product on Hopper: K runs over ``in`` and then over R. Unverified on hardware.
 
-The key product ``p`` and the gradients of the small matrices are plain GEMMs: the vendor's. What cannot be fused (a width that
-is no multiple of 8, say) runs as in ``eager.py`` and says so once.
+Key product and rule are one kernel, and so are ``dc`` and ``d w_b_up`` where one reading of dy pays (``_cuda/skinny.py``); the
+other small gradients are plain GEMMs: the vendor's. A main product that cannot be fused (a width that is no multiple of 8,
+say) is the vendor's too and says so once.
 """
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...rules import get_rule
 from .._cuda.heuristics import Epilogue
-from .._cuda.launch import MAIN, Segment, low_rank, padded_vector, refusal, rows_ok, run, say_fallback
+from .._cuda.launch import MAIN, Overlap, Segment, low_rank, padded_vector, refusal, rows_ok, run, say_fallback
+from .._cuda.skinny import coefficients, value_grads
 from . import eager
-from .eager import key_grad, key_product
+from .eager import key_grad
 
 __all__ = ["backward", "forward", "fused_sum"]
 
@@ -23,10 +25,11 @@ def fused_sum(
     terms: list[tuple[Tensor, Tensor]],
     low: list[tuple[Tensor, Tensor]],
     bias: Tensor | None = None,
+    overlap: Overlap = None,
 ) -> Tensor | None:
     """``Σ x @ wᵀ + Σ c @ b + bias`` in one launch, ``w [N, K]`` of either layout and ``b [R, N]`` or ``[N]`` (then c is [T, 1]).
 
-    ``None`` if it cannot be fused; the reason is said once.
+    ``None`` if it cannot be fused; the reason is said once. ``overlap``: see ``launch.run``; the ``x`` must be TMA-readable then.
     """
     rows, cols = terms[0][0].shape[0], terms[0][1].shape[0]
     low = [padded_vector(c, b) if b.dim() == 1 else (c, b) for c, b in low]
@@ -40,7 +43,7 @@ def fused_sum(
         return None
     y = terms[0][0].new_empty(rows, cols)
     segments = [Segment(MAIN, rows_ok(x), w) for x, w in terms] + [low_rank(c, b) for c, b in low]
-    run(Epilogue.STORE, segments, [y], bias=bias)
+    run(Epilogue.STORE, segments, [y], bias=bias, overlap=overlap)
     return y
 
 
@@ -56,13 +59,14 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """``(y [T, out], p)``."""
-    rule_ = get_rule(rule)
-    p = key_product(x, w_a_up, rule_)
-    c = rule_.coefficients(z, p, num_ranks, scale)
-    y = fused_sum("factored_linear", [(x, weight)], [(c, w_b_up)], bias)
+    x = rows_ok(
+        x
+    )  # before the coefficients: what a decode kernel reads early may not be written by the kernel before it
+    low = coefficients(x, w_a_up, None, rule, num_ranks, scale, z=z)
+    y = fused_sum("factored_linear", [(x, weight)], [(low.c, w_b_up)], bias, "low" if low.own else None)
     if y is None:
-        return eager.forward(x, z, weight, w_a_up, w_b_up, bias, rule, num_ranks, scale)
-    return y, p
+        y = F.linear(x, weight, bias).addmm_(low.c, w_b_up)
+    return y, low.p
 
 
 def backward(
@@ -81,11 +85,10 @@ def backward(
     """Gradients of (x, z, weight, w_a_up, w_b_up, bias) where ``needs`` is true, in that order."""
     need_x, need_z, need_weight, need_key, need_b, need_bias = needs
     rule_ = get_rule(rule)
-    dz = dp = None
     need_p = rule_.key != "none" and (need_x or need_key)
-    if need_z or need_p:
-        assert w_b_up is not None
-        dz, dp = rule_.backward(dy @ w_b_up.t(), z, p, num_ranks, scale, need_z, need_p)
+    dz = dp = d_value = None
+    if need_z or need_p or need_b:
+        dz, dp, d_value = value_grads(dy, w_b_up, z, p, None, rule, num_ranks, scale, need_z, need_p, need_b)
     grads: list[Tensor] = []
     if need_x:
         assert weight is not None
@@ -106,7 +109,8 @@ def backward(
     if need_key:
         grads.append(key_grad(dp, x, rule_))
     if need_b:
-        grads.append(torch.mm(rule_.coefficients(z, p, num_ranks, scale).t(), dy))
+        assert d_value is not None
+        grads.append(d_value)
     if need_bias:
         grads.append(dy.sum(0))
     return grads

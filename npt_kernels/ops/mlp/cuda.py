@@ -1,8 +1,9 @@
 """``mlp`` on Hopper: gate, up, their deltas and the activation in one kernel; ``dout @ Wd`` with the activation's backward in
 another; dx as one segmented-K product. Unverified on hardware.
 
-Plain GEMMs (z, key products, gradients of the small matrices, a down projection without delta) are the vendor's. An
-activation or shape without a fused kernel runs as in ``eager.py`` and says so once.
+z, key product and rule of a target are one kernel, and dc with ``d w_b_up`` another where one reading of dy pays
+(``_cuda/skinny.py``). Plain GEMMs (other small gradients, a down projection without delta) are the vendor's. An activation or
+shape without a fused kernel runs as in ``eager.py`` and says so once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .._cuda.launch import (
     LOW_FIRST,
     LOW_SECOND,
     MAIN,
+    Overlap,
     Segment,
     bias_segment,
     fused_activation,
@@ -29,11 +31,15 @@ from .._cuda.launch import (
     run,
     say_fallback,
 )
+from .._cuda.skinny import coefficients, value_grads
 from ..factored_linear.cuda import fused_sum
-from ..factored_linear.eager import add_key_grad, key_grad, key_product
+from ..factored_linear.eager import add_key_grad, key_grad
 from . import eager
 
-__all__ = ["backward", "forward"]
+__all__ = ["OVERWRITES_SAVED", "backward", "forward"]
+
+#: ``backward`` takes ``overwrite``.
+OVERWRITES_SAVED = True
 
 
 def _activate(
@@ -44,6 +50,7 @@ def _activate(
     values: tuple[Tensor | None, Tensor | None],
     act: str,
     save: bool,
+    overlap: Overlap,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(inter, gate, up)``, the last two empty unless ``save``; pairs are (gate, up). ``None`` if it cannot be fused."""
     activation = fused_activation(act)
@@ -65,7 +72,6 @@ def _activate(
     up = x.new_empty(rows, width) if save else empty
     c_gate, c_up = coefficients
     b_gate, b_up = values
-    x = rows_ok(x)
     if gate_weight is None:
         segments = [Segment(MAIN, x, up_weight)]
         if b_up is not None:
@@ -73,7 +79,7 @@ def _activate(
             segments.append(low_rank(c_up, b_up))
         run(
             Epilogue.ACT, segments, [inter, up] if save else [inter],
-            bias=biases[1], activation=activation, store_pre=save,
+            bias=biases[1], activation=activation, store_pre=save, overlap=overlap,
         )  # fmt: skip
         return inter, empty, up
     gate = x.new_empty(rows, width) if save else empty
@@ -88,7 +94,10 @@ def _activate(
                 segments.append(low_rank(c, b, kind))
     if biases[0] is not None or biases[1] is not None:
         segments.append(bias_segment(x, biases[0], biases[1], width))
-    run(Epilogue.DUAL, segments, [inter, gate, up] if save else [inter], activation=activation, store_pre=save)
+    run(
+        Epilogue.DUAL, segments, [inter, gate, up] if save else [inter],
+        activation=activation, store_pre=save, overlap=overlap,
+    )  # fmt: skip
     return inter, gate, up
 
 
@@ -119,22 +128,36 @@ def forward(
     rule_ = get_rule(rule)
     if gate_weight is None:
         gate_key = gate_value = gate_bias = None
-    z = a @ w_down
-    z_in = z if key_scale is None else z * key_scale.unsqueeze(1)
     empty = x.new_empty(0)
+    x = rows_ok(
+        x
+    )  # before the coefficients: what a decode kernel reads early may not be written by the kernel before it
+    z: Tensor | None = None
+    c_first: Tensor | None = None
+    own = False
 
-    def product(u: Tensor, zs: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``(p, c)`` of a target; for self_key ``c`` is ``zs`` itself, so gate and up can share one segment."""
+    def target(key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``(p, c)`` of a target that reads x and z̃; the first of them makes z along with its own."""
+        nonlocal z, c_first, own
         if value is None:
             return empty, None
-        p = key_product(u, key, rule_)
-        return p, rule_.coefficients(zs, p, num_ranks, scale)
+        if z is not None and rule_.key == "none":  # c depends on z̃ alone: gate and up have the same, in one segment
+            return empty, c_first
+        if z is None:
+            low = coefficients(x, key, key_scale, rule, num_ranks, scale, a=a, w_down=w_down)
+        else:
+            low = coefficients(x, key, key_scale, rule, num_ranks, scale, z=z)
+        z, c_first, own = low.z, low.c, low.own
+        return low.p, low.c
 
-    p_gate, c_gate = product(x, z_in, gate_key, gate_value)
-    p_up, c_up = product(x, z_in, up_key, up_value)
+    p_gate, c_gate = target(gate_key, gate_value)
+    p_up, c_up = target(up_key, up_value)
+    if z is None:
+        z = a @ w_down
     fused = _activate(
-        x, (gate_weight, up_weight), (gate_bias, up_bias), (c_gate, c_up), (gate_value, up_value), act, save
-    )
+        x, (gate_weight, up_weight), (gate_bias, up_bias), (c_gate, c_up), (gate_value, up_value), act, save,
+        "low" if own else None,
+    )  # fmt: skip
     if fused is None:
         return eager.forward(
             x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down,
@@ -143,12 +166,13 @@ def forward(
     inter, gate, up = fused
     if down_value is None:
         return F.linear(inter, down_weight, down_bias), z, p_gate, p_up, empty, gate, up
-    p_down, c_down = product(inter, z, down_key, down_value)
-    assert c_down is not None
-    out = fused_sum("mlp down_proj", [(inter, down_weight)], [(c_down, down_value)], down_bias)
+    low = coefficients(inter, down_key, None, rule, num_ranks, scale, z=z)
+    # Without a key of its own c is z, and the kernel before is the one that writes inter.
+    before: Overlap = "low" if low.own else "all" if rule_.key == "none" else None
+    out = fused_sum("mlp down_proj", [(inter, down_weight)], [(low.c, down_value)], down_bias, before)
     if out is None:
-        out = F.linear(inter, down_weight, down_bias).addmm_(c_down, down_value)
-    return out, z, p_gate, p_up, p_down, gate, up
+        out = F.linear(inter, down_weight, down_bias).addmm_(low.c, down_value)
+    return out, z, p_gate, p_up, low.p, gate, up
 
 
 def _act_backward(
@@ -163,8 +187,13 @@ def _act_backward(
     rule: Rule,
     want_gate: bool,
     want_up: bool,
+    overwrite: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``(dgate, dup)`` from ``dinter = dout @ Wd + dp_d @ A_d``, which is never stored where it can be fused."""
+    """``(dgate, dup)`` from ``dinter = dout @ Wd + dp_d @ A_d``, which is never stored where it can be fused.
+
+    ``overwrite``: in the places of gate and up. A block has read a part of both into shared memory before it stores the same
+    part, and no other block reads it (csrc/gemm/segk_pingpong.cuh).
+    """
     activation = fused_activation(act)
     low: tuple[Tensor, Tensor] | None = None
     if dp_down is not None:
@@ -181,12 +210,14 @@ def _act_backward(
         segments = [Segment(MAIN, rows_ok(dout), down_weight.t())]
         if low is not None:
             segments.append(low_rank(*low))
-        dup = torch.empty_like(up) if want_up else None
+        up = rows_ok(up)
+        dup = (up if overwrite else torch.empty_like(up)) if want_up else None
         if not gated:
-            run(Epilogue.ACT_BWD, segments, [dup], inputs=[rows_ok(up)], activation=activation)
+            run(Epilogue.ACT_BWD, segments, [dup], inputs=[up], activation=activation)
             return None, dup
-        dgate = torch.empty_like(gate) if want_gate else None
-        run(Epilogue.DUAL_BWD, segments, [dgate, dup], inputs=[rows_ok(gate), rows_ok(up)], activation=activation)
+        gate = rows_ok(gate)
+        dgate = (gate if overwrite else torch.empty_like(gate)) if want_gate else None
+        run(Epilogue.DUAL_BWD, segments, [dgate, dup], inputs=[gate, up], activation=activation)
         return dgate, dup
     if reason is not None:
         say_fallback("mlp backward", reason)
@@ -226,8 +257,12 @@ def backward(
     num_ranks: int,
     scale: float,
     needs: list[bool],
+    overwrite: bool = False,
 ) -> list[Tensor]:
-    """Gradients of the 16 tensor arguments of ``forward`` where ``needs`` is true, in that order."""
+    """Gradients of the 16 tensor arguments of ``forward`` where ``needs`` is true, in that order.
+
+    ``overwrite``: gate and up may be written over, which saves two ``[T, f]`` tensors.
+    """
     (
         need_x, need_a, need_key_scale, need_gate_weight, need_up_weight, need_down_weight,
         need_gate_bias, need_up_bias, need_down_bias, need_w_down,
@@ -243,14 +278,12 @@ def backward(
     up_first = need_x or z_up or need_up_weight or need_up_bias or need_up_key or need_up_value
     need_inter = gate_first or up_first
 
-    dz = dp_down = down_coefficients = None
+    dz = dp_down = d_down_value = None
     if down_value is not None:
         need_p = has_key and (need_inter or need_down_key)
-        if need_z or need_p:
-            dz, dp_down = rule_.backward(dout @ down_value.t(), z, p_down, num_ranks, scale, need_z, need_p)
-        if need_down_value:
-            down_coefficients = rule_.coefficients(z, p_down, num_ranks, scale)
-    d_down_value = None if down_coefficients is None else down_coefficients.t() @ dout
+        dz, dp_down, d_down_value = value_grads(
+            dout, down_value, z, p_down, None, rule, num_ranks, scale, need_z, need_p, need_down_value
+        )
     d_down_weight = d_down_key = None
     if need_down_weight or need_down_key:
         activation = get_activation(act)
@@ -263,10 +296,20 @@ def backward(
     if need_inter:
         assert down_weight is not None and gate is not None and up is not None
         dgate, dup = _act_backward(
-            dout, down_weight, dp_down, down_key, gate, up, gated, act, rule_, gate_first, up_first or not gated
+            dout,
+            down_weight,
+            dp_down,
+            down_key,
+            gate,
+            up,
+            gated,
+            act,
+            rule_,
+            gate_first,
+            up_first or not gated,
+            overwrite,
         )
 
-    z_in = z if key_scale is None else z * key_scale.unsqueeze(1)
     dz_in: Tensor | None = None
 
     def through_value(
@@ -277,12 +320,11 @@ def backward(
         if dy is None or value is None:
             return None, None, None
         need_p = has_key and (need_x or need_key)
-        dp = None
-        if need_z_in or need_p:
-            share, dp = rule_.backward(dy @ value.t(), z_in, p, num_ranks, scale, need_z_in, need_p)
-            if share is not None:
-                dz_in = share if dz_in is None else dz_in.add_(share)
-        d_value = rule_.coefficients(z_in, p, num_ranks, scale).t() @ dy if need_value else None
+        share, dp, d_value = value_grads(
+            dy, value, z, p, key_scale, rule, num_ranks, scale, need_z_in, need_p, need_value
+        )  # fmt: skip
+        if share is not None:
+            dz_in = share if dz_in is None else dz_in.add_(share)
         return dp, key_grad(dp, x, rule_) if need_key else None, d_value
 
     dp_gate, d_gate_key, d_gate_value = through_value(

@@ -14,9 +14,12 @@ from ...backends import get_backend
 from ...rules import get_rule
 from .._deferred import dense
 from .._library import define_op
+from .._saved import mark_overwritten, may_overwrite
 from ..factored_linear.op import fake_key_product
 
 _NUM_TENSORS = 16
+#: Where gate and up stand among the saved tensors.
+_WIDE = (17, 18)
 
 
 def _forward(
@@ -99,13 +102,20 @@ def _raw_backward(
     scale: float,
     backend: str,
     needs: list[bool],
+    overwrite: bool = False,
 ) -> list[Tensor]:
+    """``overwrite``: gate and up are the backend's to write over; only eager calls ever say so, custom ops may not mutate."""
+    module = get_backend(backend).module("mlp")
+    overwrite = overwrite and getattr(module, "OVERWRITES_SAVED", False)
     with dense(gate_weight, up_weight, down_weight) as (gate_weight, up_weight, down_weight):
-        return get_backend(backend).module("mlp").backward(
+        grads: list[Tensor] = module.backward(
             dout, x, a, key_scale, gate_weight, up_weight, down_weight, w_down,
             gate_key, gate_value, up_key, up_value, down_key, down_value, z, p_gate, p_up, p_down, gate, up,
-            gated, act, rule, num_ranks, scale, needs,
+            gated, act, rule, num_ranks, scale, needs, *((True,) if overwrite else ()),
         )  # fmt: skip
+    if overwrite:
+        mark_overwritten((gate, up))
+    return grads
 
 
 def _fake_backward(*args: Any) -> list[Tensor]:
@@ -166,8 +176,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dout: Tensor, run: Callable[..., list[Tensor]]) -> list[Tensor]:
-    needs = list(ctx.needs_input_grad[:_NUM_TENSORS])
-    return run(dout, *ctx.saved_tensors, ctx.sizes, ctx.gated, *ctx.constants, ctx.backend, needs)
+    needs, saved = list(ctx.needs_input_grad[:_NUM_TENSORS]), ctx.saved_tensors
+    options = (True,) if run is _raw_backward and may_overwrite(saved, _WIDE) else ()
+    return run(dout, *saved, ctx.sizes, ctx.gated, *ctx.constants, ctx.backend, needs, *options)
 
 
 #: ``mlp(*16 tensors, act, rule, num_ranks, scale, save, backend) -> (out, z, p_gate, p_up, p_down, gate, up)``.

@@ -19,6 +19,9 @@ from .._triton.skinny import skinny_grad, skinny_pair
 from ..factored_linear.eager import add_key_grad, key_product
 from ..factored_linear.triton import key_matrix, linear_with_delta, skinny_key_grad
 
+#: ``backward`` takes ``overwrite``.
+OVERWRITES_SAVED = True
+
 
 def forward(
     x: Tensor,
@@ -115,8 +118,12 @@ def backward(
     num_ranks: int,
     scale: float,
     needs: list[bool],
+    overwrite: bool = False,
 ) -> list[Tensor]:
-    """Gradients of the 16 tensor arguments of ``forward`` where ``needs`` is true, in that order."""
+    """Gradients of the 16 tensor arguments of ``forward`` where ``needs`` is true, in that order.
+
+    ``overwrite``: gate and up may be written over, which saves two ``[T, f]`` tensors.
+    """
     (
         need_x, need_a, need_key_scale, need_gate_weight, need_up_weight, need_down_weight,
         need_gate_bias, need_up_bias, need_down_bias, need_w_down,
@@ -162,9 +169,11 @@ def backward(
         if dp_down is not None and down_key is not None:
             segments.append((dp_down, key_matrix(down_key, rule_).t()))
         if gated:
-            dgate, dup = gemm_pair_backward(segments, gate, up, activation.name, gate_first, up_first)
+            dgate, dup = gemm_pair_backward(
+                segments, gate, up, activation.name, gate_first, up_first, overwrite=overwrite
+            )  # fmt: skip
         else:
-            dup = gemm_act_backward(segments, up, activation.name)
+            dup = gemm_act_backward(segments, up, activation.name, overwrite=overwrite)
 
     # Gate and up share x and z̃.
     shares: list[Tensor] = []

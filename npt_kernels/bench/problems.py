@@ -158,7 +158,8 @@ class Problem:
         )  # fmt: skip
         settings: dict[str, Any] = {"act": model.act, "key_scale": tensors.get("key_scale"), "backend": backend}
         weights = [tensors[f"{n}_weight"] for n in names]
-        return (npt_gated_mlp if model.gated else npt_mlp)(tensors["x"], tensors["a"], *weights, adapter, **settings)
+        op: Callable[..., Tensor] = npt_gated_mlp if model.gated else npt_mlp
+        return op(tensors["x"], tensors["a"], *weights, adapter, **settings)
 
     def _kernel(self, tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
         case = self.case
@@ -169,6 +170,10 @@ class Problem:
 
                 dc, db = skinny_pair(dy, b, c, method="fused")
                 assert dc is not None and db is not None
+            elif backend == "cuda":
+                from npt_kernels.ops._cuda import skinny
+
+                dc, db = skinny.skinny_pair(dy, b, c)
             else:
                 dc, db = dy @ b.t(), c.t() @ dy
             return {"dc": dc, "sum d_w_b_up": db}
@@ -179,6 +184,11 @@ class Problem:
             z, p, coefficients = coefficients_forward(
                 None if key is None else u, a, w_down, key, None, case.rule, case.num_ranks
             )
+        elif backend == "cuda":
+            from npt_kernels.ops._cuda.skinny import coefficients as coefficients_cuda
+
+            made = coefficients_cuda(u, key, None, case.rule, case.num_ranks, a=a, w_down=w_down, method="fused")
+            z, p, coefficients = made.z, made.p, made.c
         else:
             z = a @ w_down
             p = u.new_empty(0) if key is None else u @ (key.t() if key.dim() == 2 else key.unsqueeze(1))

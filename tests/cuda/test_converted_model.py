@@ -1,0 +1,63 @@
+"""A converted model under ``NPT_BACKEND=cuda`` or a layer plan that names it, launches replaced by their definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from fake_launch import LAUNCHES, OVERLAPS, install
+from helpers import tiny_model, token_ids
+
+from npt_kernels import BackendUnavailableError, NPTConfig, apply_npt, backends
+from npt_kernels.ops import _cuda
+
+
+def converted(name: str, rule: str) -> torch.nn.Module:
+    model = tiny_model(name, layers=2).double()
+    apply_npt(model, NPTConfig(layers="all", rule=rule, rank=8, init="small"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("how", ["environment", "layer"])
+@pytest.mark.parametrize(("name", "rule"), [("llama", "self_key"), ("llama", "rank1"), ("gpt2", "self_key")])
+def test_named_for_all_it_runs_what_it_has(monkeypatch: pytest.MonkeyPatch, how: str, name: str, rule: str) -> None:
+    model, tokens = converted(name, rule), token_ids()
+    expected = model(tokens).logits
+    expected.square().mean().backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+
+    install(monkeypatch)
+    backends._say_elsewhere.cache_clear()
+    monkeypatch.setattr(_cuda, "unavailable", lambda device, dtype: None)
+    if how == "environment":
+        monkeypatch.setattr(backends, "_DEFAULT_BACKEND", "cuda")
+    else:
+        for layer in model.modules():
+            if hasattr(layer, "npt_plan"):
+                layer.npt_plan = dataclasses.replace(layer.npt_plan, backend="cuda")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        logits = model(tokens).logits
+    plans = [layer.npt_plan for layer in model.modules() if hasattr(layer, "npt_plan")]
+    notes = [str(w.message) for w in seen if "runs on" in str(w.message)]
+    assert len(notes) == int(plans[0].norm_match), "one note for all layers, if the op that cuda lacks is used"
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    assert LAUNCHES.count("launch") >= 2 and "shrink" in LAUNCHES
+    assert "low" in OVERLAPS, "24 tokens: the fused kernel may start under the coefficients' one"
+    logits.square().mean().backward()
+    for grad, want in zip((p.grad for p in model.parameters() if p.grad is not None), grads, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-8)  # fp32 shares in between
+
+
+def test_refused_calls_still_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the kernels exist and cannot run: the model says so instead of computing elsewhere in silence."""
+    monkeypatch.setattr(backends, "_DEFAULT_BACKEND", "cuda")
+    model = converted("llama", "self_key")  # the conversion itself runs
+    with pytest.raises(BackendUnavailableError, match=r"cuda.*mlp.*on cpu"):
+        model(token_ids())
