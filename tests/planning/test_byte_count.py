@@ -103,6 +103,20 @@ def test_autocast_copies_the_output_head() -> None:
     check({**LLAMA, "vocab_size": 6000}, "end_to_end", 0.02, training__mode="end_to_end", **keys)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_logits_in_several_chunks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one chunk held is gone when the next one comes."""
+    from npt_kernels.evaluation import perplexity
+    from npt_kernels.planning import memory
+    from npt_kernels.training import losses
+
+    for module in (losses, memory, perplexity):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2**18)
+    keys = {**PRECISIONS[precision], "training__batch_size": 4, "training__mode": "end_to_end"}
+    check({**LLAMA, "vocab_size": 4000}, "end_to_end", **keys)
+    check({**LLAMA, "vocab_size": 4000}, "evaluation", evaluation__tokens=512, **keys)
+
+
 def test_eager_attention_keeps_its_scores() -> None:
     numbers = {**LLAMA, "attn_implementation": "eager", "vocab_size": 40}
     keys = {"data__max_length": 256, "evaluation__tokens": 256, "training__batch_size": 1}
