@@ -240,6 +240,8 @@ def _read(path: Path, *, strict: bool) -> dict[str, Any] | None:
         if strict:
             raise BenchError(f"{path} is not JSON: {error}") from None
         return None
+    if isinstance(data, dict) and data.get("what") == "benchmarks/train_8b.py":
+        data = _from_train_8b(data)
     if not isinstance(data, dict) or data.get("suite") not in SUITES or "schema" not in data:
         if strict:
             raise BenchError(f"{path} is no result of `npt bench` (it has no suite {', '.join(SUITES)})")
@@ -247,6 +249,34 @@ def _read(path: Path, *, strict: bool) -> dict[str, Any] | None:
     if data["schema"] > SCHEMA:
         raise BenchError(f"{path} has schema {data['schema']}, this version reads up to {SCHEMA}; upgrade npt_kernels")
     return {**data, "path": path}
+
+
+def _from_train_8b(data: dict[str, Any]) -> dict[str, Any]:
+    """A file of ``benchmarks/train_8b.py`` as one of the suite ``train``: its rows are the same thing with other names."""
+    settings = data["settings"]
+    rows = []
+    for entry in data["rows"]:
+        setting, _, mode = entry["row"].partition("-")
+        row: dict[str, Any] = {
+            "model": "Llama-3.1-8B" + (", tiny" if data["small"] else ""), "converted": "all", "mode": mode, "setting": setting,
+            "rule": "self_key", "rank": settings["rank"], "batch": settings["batch"] * settings["accumulation"],
+            "sequence": settings["sequence"], "dtype": "bfloat16",
+        }  # fmt: skip
+        if entry["status"] != "measured":
+            rows.append(row | {"status": "failed", "reason": entry.get("reason", "")})
+            continue
+        rates = sorted(entry["tokens_per_step"] / seconds for seconds in entry["seconds"])
+        row |= {
+            "status": "ok", "tokens_per_s": entry["tokens_per_second"], "steps": len(rates),
+            "tokens_per_s_p10_p90": [rates[0], rates[-1]], "peak_bytes": entry["peak"]["allocated_bytes"],
+            "frozen_parameters": 8_030_261_248 if not data["small"] else 0,
+            **({} if entry["mfu"] is None else {"mfu": entry["mfu"]}),
+        }  # fmt: skip
+        rows.append(row)
+    return {
+        "schema": SCHEMA, "suite": "train", "size": "small" if data["small"] else "full", "complete": not data["not_run"],
+        "environment": data["environment"], "command": ["benchmarks/train_8b.py"], "rows": rows, "not_run": data["not_run"],
+    }  # fmt: skip
 
 
 def newest_rows(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

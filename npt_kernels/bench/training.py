@@ -18,18 +18,19 @@ from torch import Tensor, nn
 
 from ..live_bytes import storages_of
 from ..models.patching import apply_npt, converted_layers
-from ..models.quantised import quantise_base
+from ..planning.numbers import count_adapter, meta_model, read_numbers
+from ..planning.work import needed_flops
 from ..streaming import LayerStreamer, stream_mode, streaming
 from ..training.accelerator import make_accelerator
 from ..training.loop import Phase, PhaseLoop, StopRequest, make_objective
-from ..training.objectives import delta_variances
+from ..training.measure import build_model, quantise
+from ..training.objectives import delta_variances, enable_checkpointing
 from ..training.precision import autocast
 from .allocations import memory_meter
 from .kernels import short_reason
 from .peers import ROUNDED_WEIGHT
 from .results import BenchError, ResultFile, unknown_name
 from .timing import clocks, cpu_ceilings, settle_power
-from .training_costs import step_flops
 from .training_shapes import MODELS, SETTINGS, TrainShape, availability, find_model, run_config
 
 __all__ = ["TrainRow", "estimate_row", "measure_row", "plan_rows", "run_train"]
@@ -131,7 +132,7 @@ def estimate_row(row: TrainRow, device: torch.device) -> float:
     """Seconds that a row will take, roughly: all its steps at 8 FLOPs a weight and token, building and measuring apart."""
     if availability(row.setting, row.mode, device) is not None:
         return 0.0
-    weights = sum(p.numel() for p in row.model.build(row.dtype, torch.device("meta")).parameters())
+    weights = read_numbers(meta_model(row.model.title, dict(row.model.numbers))).parameters
     rate = 200e12 if device.type == "cuda" else 0.05e12
     steps = WARMUP_STEPS + TIMED_STEPS + 1 + WATCHED_STEPS + 2
     loop = 10 if not SETTINGS[row.setting].counts_flops else 1
@@ -164,8 +165,6 @@ def _measure(row: TrainRow, device: torch.device, ceilings: dict[str, Any]) -> d
         seconds = _timed_steps(model, config, row, ids, device)
         breakdown = _breakdown(model, config, row, ids, device)
         peak = _peak(model, config, row, ids, device, streamer)
-        plain = row.model.build(row.dtype, torch.device("meta"))
-        flops = step_flops(model, plain, _objective(row, config), row.batch, row.sequence)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     tokens = row.batch * row.sequence
@@ -183,6 +182,9 @@ def _measure(row: TrainRow, device: torch.device, ceilings: dict[str, Any]) -> d
     if streamer is not None:
         result["home_bytes"] = sum(streamer.layer_bytes)
     if SETTINGS[row.setting].counts_flops:
+        skeleton = meta_model(row.model.title, dict(row.model.numbers))
+        adapter = count_adapter(skeleton, config.npt_config())
+        flops = tokens * needed_flops(read_numbers(skeleton), adapter, row.sequence, row.mode)
         achieved = flops / statistics.median(seconds)
         result |= {"flops_per_token": round(flops / tokens), "tflops": round(achieved / 1e12, 4)}
         if ceilings:
@@ -195,16 +197,15 @@ def _converted_model(row: TrainRow, config: Any, device: torch.device) -> Iterat
     """``(converted model, its streamer or None)`` in the row's setting, put together as ``npt train`` does."""
     torch.manual_seed(0)
     streamed = stream_mode(config, device) != "off"
-    model = row.model.build(row.dtype, torch.device("cpu") if streamed else device)
-    quantization = config.optimization.base_quantization
-    if quantization is not None:
-        quantise_base(model, *quantization)
+    model = build_model(dict(row.model.numbers), row.dtype, "cpu" if streamed else device)
+    quantise(model, config)
     apply_npt(model, config.npt_config())
     if SETTINGS[row.setting].randomised:
         _randomise(model)
     expected = _student_outputs(model) if SETTINGS[row.setting].randomised else []
     with SETTINGS[row.setting].applied(model):
         _compare_students(_student_outputs(model) if expected else [], expected, row.dtype)
+        enable_checkpointing(model, config.optimization.gradient_checkpointing)
         with streaming(config, model, device) as streamer:
             yield model, streamer
 

@@ -54,6 +54,15 @@ _LLAMA_31_8B: dict[str, Any] = {
     "vocab_size": 128256,
 }
 
+_LLAMA_32_1B: dict[str, Any] = _LLAMA_31_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "rope_parameters": _LLAMA_31_8B["rope_parameters"] | {"factor": 32.0},
+    "tie_word_embeddings": True,
+}
+
 _LLAMA_31_70B: dict[str, Any] = _LLAMA_31_8B | {
     "hidden_size": 8192,
     "intermediate_size": 28672,
@@ -73,6 +82,8 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "demo": _SMOLLM2_135M,
     "gpt2": _GPT2,
     "openai-community/gpt2": _GPT2,
+    "meta-llama/Llama-3.2-1B": _LLAMA_32_1B,
+    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA_32_1B,
     "meta-llama/Llama-3.1-8B": _LLAMA_31_8B,
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_31_8B,
     "meta-llama/Llama-3.1-70B": _LLAMA_31_70B,

@@ -13,8 +13,9 @@ from npt_kernels import NPTConfig, apply_npt, npt_parameters
 from npt_kernels.bench import training, training_shapes
 from npt_kernels.bench.results import BenchError, ResultFile, environment
 from npt_kernels.bench.training import TrainRow, measure_row, plan_rows, run_train
-from npt_kernels.bench.training_costs import step_flops
 from npt_kernels.bench.training_shapes import MODELS, SETTINGS, TrainShape, find_model
+from npt_kernels.planning.numbers import meta_model
+from npt_kernels.training.measure import build_model
 
 CPU = torch.device("cpu")
 CEILINGS = {"gemm_tflops": 0.05, "copy_tbs": 0.01}
@@ -74,7 +75,7 @@ def test_the_published_loop_is_the_published_form(model):
 @pytest.mark.parametrize("rule", ["self_key", "rank1", "anchored"])
 @pytest.mark.parametrize("model", TINY)
 def test_token_by_token_computes_what_the_layer_computes(model, rule):
-    made = TINY[model].build(torch.float32, CPU)
+    made = build_model(dict(TINY[model].numbers), torch.float32)
     apply_npt(made, NPTConfig(rule=rule, rank=4, num_ranks=2))
     training._randomise(made)
     expected = training._student_outputs(made)
@@ -157,28 +158,6 @@ def test_an_interrupted_run_keeps_what_is_finished(monkeypatch, tmp_path):
     assert len(data["rows"]) == 1 and data["not_run"] == [str(rows[1]), str(rows[2])] and not data["complete"]
 
 
-def test_flops():
-    """By hand: d 32, f 48, 5 layers, kv heads half, vocabulary 64, rank 4."""
-    model = TINY["llama"].build(torch.float32, CPU)
-    plain = TINY["llama"].build(torch.float32, torch.device("meta"))
-    apply_npt(model, NPTConfig(layers="all", rank=4))
-    attention, mlp = 2 * 32 * 32 + 2 * 32 * 16, 3 * 32 * 48
-    forward = 2 * (attention + mlp) + 2 * 12 * 32
-    low = 2 * 4 * (32 + 48 + 48 + 32)
-    tokens = 2 * 12
-    local = 5 * (forward + 2 * mlp + 2 * mlp // 3 + 3 * low)
-    assert step_flops(model, plain, "local", 2, 12) == tokens * local
-    student = 5 * (forward + 3 * low) + 2 * mlp // 3 + 4 * (forward + 2 * 12 * 32)
-    assert step_flops(model, plain, "layer", 2, 12) == tokens * (5 * forward + student)
-    assert step_flops(model, plain, "kl", 2, 12) == tokens * (5 * forward + student + 6 * 32 * 64)
-    upper = TINY["llama"].build(torch.float32, CPU)
-    apply_npt(upper, NPTConfig(layers=[1, 2], rank=4))
-    each = 2 * mlp + 2 * mlp // 3 + 3 * low
-    assert step_flops(upper, plain, "local", 2, 12) == tokens * (3 * forward + 2 * each), "nothing above the last one"
-    backward = 2 * mlp // 3 + forward + 2 * 12 * 32
-    assert step_flops(upper, plain, "layer", 2, 12) == tokens * (3 * forward + 3 * forward + 6 * low + backward)
-
-
 def test_plans():
     rows = plan_rows("full", torch.bfloat16)
     assert {r.model.title for r in rows} == {"GPT-2", "SmolLM2-135M", "Llama-3.2-1B", "Llama-3.1-8B"}
@@ -210,9 +189,8 @@ def test_what_does_not_exist(filters, message):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_small_models_can_be_built(name):
-    small = MODELS[name].small()
-    model = small.build(torch.float32, torch.device("meta"))
+    model = meta_model(name, dict(MODELS[name].small().numbers))
     assert sum(p.numel() for p in model.parameters()) < 4e7
-    real = MODELS[name].build(torch.bfloat16, torch.device("meta"))
+    real = meta_model(name, dict(MODELS[name].numbers))
     sizes = {"GPT-2": 124e6, "SmolLM2-135M": 135e6, "Llama-3.2-1B": 1.236e9, "Llama-3.1-8B": 8.03e9}
     assert sum(p.numel() for p in real.parameters()) == pytest.approx(sizes[name], rel=0.01)
