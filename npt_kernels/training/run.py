@@ -284,7 +284,7 @@ class Run:
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def _train(self, heldout: Tensor) -> None:
-        stop = StopRequest(self.world)
+        stop, before = StopRequest(self.world), self.steps
         with stop.listen():
             try:
                 for phase in self.phases[self._start_index() :]:
@@ -296,6 +296,8 @@ class Run:
                 self.recorder.say(f"interrupted after {self.steps} steps{self.rescue()}")
                 raise
             except (TrainingError, ConfigError, OSError) as error:
+                if isinstance(error, ConfigError) and self.steps == before:
+                    raise  # a setting or a checkpoint that does not fit; later it is streamed text that breaks
                 raise TrainingError(f"{error}{self.rescue()}") from None
         self._save_adapter()
         self.recorder.record("save", step=self.steps, path=str(self.recorder.paths["adapter"]))
