@@ -22,13 +22,14 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from benchmarks._harness.checking import check_case, repeat_case  # noqa: E402
 from benchmarks._harness.contenders import workloads  # noqa: E402
-from benchmarks._harness.problems import Problem  # noqa: E402
-from benchmarks._harness.report import environment, table, write_result  # noqa: E402
-from benchmarks._harness.shapes import MODELS, SMALL_MODELS, Case, numeric_cases, repeat_cases  # noqa: E402
-from benchmarks._harness.timing import clocks, compare, compare_graphs, settle_power  # noqa: E402
+from benchmarks._harness.report import table, write_result  # noqa: E402
 from npt_kernels.backends import BACKENDS, available_backends, explain  # noqa: E402
+from npt_kernels.bench.checking import check_case, repeat_case  # noqa: E402
+from npt_kernels.bench.problems import Problem  # noqa: E402
+from npt_kernels.bench.results import environment  # noqa: E402
+from npt_kernels.bench.shapes import MODELS, SMALL_MODELS, Case, numeric_cases, repeat_cases  # noqa: E402
+from npt_kernels.bench.timing import clocks, compare, compare_graphs, settle_power  # noqa: E402
 
 #: Shares of the budget after which numerics, repeats and timings stop starting new work.
 SHARES = {"numerics": 0.5, "repeats": 0.62, "timings": 0.95}

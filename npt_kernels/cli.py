@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ except ImportError:
 
 from .cli_bench import bench
 from .cli_errors import reports_errors
+from .cli_eval import EVAL_HELP, evaluate
 from .cli_plan import plan_command
 
 if TYPE_CHECKING:
@@ -63,20 +65,6 @@ Ctrl-C saves what has been trained and stops. A run that goes on from a checkpoi
 the numbers that it would have given without the stop.
 """
 
-_EVAL_HELP = """Measure a trained adapter: perplexity of original and converted model, KL, top-1 agreement, samples side by side.
-
-Base model, text and prompts are those of the training run, if its config.yaml lies beside the adapter; any key can be set
-as section.key=value.
-
-[bold]Examples[/bold]
-
-\b
-npt eval runs/demo
-npt eval runs/demo evaluation.tokens=32768
-npt eval runs/demo --json > result.json
-npt eval checkpoint.pt --model ./llama data.eval_files='[new.txt]'
-"""
-
 app = typer.Typer(
     name="npt",
     help=_HELP,
@@ -89,6 +77,7 @@ app = typer.Typer(
 
 app.add_typer(bench)
 plan_command(app)
+app.command("eval", help=EVAL_HELP)(evaluate)
 
 
 # ---- npt -------------------------------------------------------------------------------------------------------------
@@ -238,21 +227,6 @@ def _set_threads(config: RunConfig) -> None:
         torch.set_num_threads(config.optimization.num_threads)
 
 
-def _adapter_path(path: Path, argument: str) -> Path:
-    """The adapter in ``path``: itself, or the folder of a run's output that holds it."""
-    from .configs.schema import ConfigError
-    from .models.checkpoints import find_adapter
-
-    path = path.expanduser()
-    adapter = find_adapter(path)
-    if adapter is None:
-        what = "has no npt_config.json" if path.is_dir() else "does not exist"
-        raise ConfigError(
-            f"{argument}: {path} {what}; give the output of `npt train` or of save_npt, or a published checkpoint"
-        )
-    return adapter
-
-
 def _print_keys(console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -274,117 +248,6 @@ def _print_keys(console: Console) -> None:
 
 def _type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation)).replace("typing.", "").replace("NoneType", "null")
-
-
-# ---- npt eval --------------------------------------------------------------------------------------------------------
-
-
-@app.command("eval", help=_EVAL_HELP)
-@reports_errors
-def evaluate(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR", help="Output of `npt train` or of save_npt.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[section.key=value]...", show_default=False, help="As in `npt train`."),
-    ] = None,
-    model_name: Annotated[
-        str | None, typer.Option("--model", "-m", help="Base model, where the adapter does not say or it moved.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
-    ] = False,
-) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=as_json)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        from .configs.schema import ConfigError
-
-        raise ConfigError("npt eval runs in one process; start it without torchrun or accelerate launch")
-    path = _adapter_path(adapter, "ADAPTER_DIR")
-    config = _eval_config(path, overrides or [], model_name)
-    from .evaluation.perplexity import evaluate as measure
-    from .evaluation.perplexity import generate_samples
-    from .inputs.blocks import load_token_blocks
-    from .inputs.loading import choose_device, load_model
-    from .models.checkpoints import load_npt
-    from .streaming import streaming
-
-    _set_threads(config)
-    console.print(f"loading {config.model.base_model_name} and {path}", markup=False)
-    device = choose_device()
-    model, tokenizer = load_model(config, device)
-    report = load_npt(model, path)
-    console.print(str(report), markup=False, highlight=False)
-    blocks = load_token_blocks(config, tokenizer)
-    with streaming(config, model, device, lambda line: console.print(line, markup=False, highlight=False)):
-        result = measure(model, blocks.heldout)
-        samples = generate_samples(model, tokenizer, config.evaluation.prompts, config.evaluation.max_new_tokens)
-    if as_json:
-        from dataclasses import asdict
-
-        payload = {
-            "adapter": str(path),
-            "base_model": config.model.base_model_name,
-            "converted_layers": list(report.layers),
-            "np_parameters": report.parameters,
-            "metrics": result.to_dict(),
-            "samples": [asdict(sample) for sample in samples],
-        }
-        typer.echo(json.dumps(payload, ensure_ascii=False, indent=2))
-        return
-    _print_evaluation(console, result, samples)
-
-
-def _eval_config(path: Path, overrides: Sequence[str], model_name: str | None) -> RunConfig:
-    """The training run's configuration if it lies beside the adapter, else the demo's text with the adapter's base model."""
-    from .configs import load_run_config
-    from .configs.schema import ConfigError
-
-    folder = path if path.is_dir() else path.parent
-    saved = next((f for f in (folder / "config.yaml", folder.parent / "config.yaml") if f.is_file()), None)
-    base = _recorded_base(path)
-    config = load_run_config(None, saved, overrides)
-    if model_name is not None:
-        config.model.base_model_name = model_name
-    elif saved is None and not any(text.startswith("model.base_model_name=") for text in overrides):
-        if base is None:
-            raise ConfigError(f"{path} does not say which model it belongs to; add --model NAME")
-        config.model.base_model_name = base
-    return config
-
-
-def _recorded_base(path: Path) -> str | None:
-    try:
-        return json.loads((path / "npt_config.json").read_text(encoding="utf-8")).get("base_model")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _print_evaluation(console: Console, result: Any, samples: Sequence[Any]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    title = f"\n{result.tokens:,} held-out tokens"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
-    table.add_column("")
-    table.add_column("value", justify="right")
-    table.add_column("± standard error", justify="right")
-    for label, value, error, form in (
-        ("perplexity, original", result.base_perplexity, result.base_perplexity_se, ".3f"),
-        ("perplexity, converted", result.npt_perplexity, result.npt_perplexity_se, ".3f"),
-        ("ratio", result.perplexity_ratio, result.perplexity_ratio_se, ".4f"),
-        ("KL(original‖converted), nats per token", result.kl, result.kl_se, ".4f"),
-        ("top-1 agreement", result.top1_agreement, result.top1_agreement_se, ".2%"),
-    ):
-        table.add_row(label, format(value, form), format(error, form))
-    console.print(table)
-    side_by_side = Table(title="\ngreedy continuations", title_justify="left", title_style="bold", show_lines=True)
-    for column in ("prompt", "original", "converted"):
-        side_by_side.add_column(column, ratio=1)
-    for sample in samples:
-        side_by_side.add_row(*(escape(text.strip()) for text in (sample.prompt, sample.base, sample.npt)))
-    console.print(side_by_side)
 
 
 # ---- npt configs, npt env --------------------------------------------------------------------------------------------
@@ -435,6 +298,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    # transformers imports torchao where it is installed, and that warns of GPU parts a CPU build of torch cannot load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     app(prog_name="npt")
 
 

@@ -28,6 +28,8 @@ def reports_errors(command: _Command) -> _Command:
             if _first_to_say("stopped"):
                 stderr().print("stopped", style="yellow")
             raise typer.Exit(130) from None
+        except typer.Exit:  # a command's own exit code
+            raise
         except Exception as error:
             message = _message(error)
             if message is None or os.environ.get("NPT_DEBUG", "") not in {"", "0"}:

@@ -15,7 +15,6 @@ a zeroed block fails: its error is max|truth|, while the floor is at most 1.6 % 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npt_kernels.activations import get_activation
+from npt_kernels.bench.allocations import MemoryTrace, memory_meter  # noqa: F401  (tests take them from here)
 from npt_kernels.ops.factored_linear import naive as naive_factored
 from npt_kernels.ops.linear import naive as naive_linear
 from npt_kernels.ops.mlp import naive as naive_mlp
@@ -335,36 +335,6 @@ class GemmMeter(TorchDispatchMode):
     def count(self, minimum: int) -> int:
         """Products of at least ``minimum`` multiply–adds."""
         return sum(m * n * k >= minimum for m, n, k in self.products)
-
-
-@dataclass(frozen=True)
-class MemoryTrace:
-    """Every allocation of the C++ CPU allocator inside the block, and the highest sum alive, in bytes."""
-
-    allocations: list[int]
-    peak: int
-
-
-@contextlib.contextmanager
-def memory_meter() -> Iterator[list[MemoryTrace]]:
-    """Yields a list that holds one :class:`MemoryTrace` after the block. Scratch memory inside operators counts too."""
-    from torch._C._profiler import _EventType
-    from torch.profiler import ProfilerActivity, profile
-
-    result: list[MemoryTrace] = []
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        yield result
-    events, stack = [], list(prof.profiler.kineto_results.experimental_event_tree())
-    while stack:
-        event = stack.pop()
-        stack.extend(event.children)
-        if event.tag == _EventType.Allocation:
-            events.append((event.start_time_ns, event.extra_fields.alloc_size))
-    alive = peak = 0
-    for _, size in sorted(events, key=lambda e: e[0]):
-        alive += size
-        peak = max(peak, alive)
-    result.append(MemoryTrace([size for _, size in events if size > 0], peak))
 
 
 # -------------------------------------------------------------------------------------------------- tiny models

@@ -292,26 +292,57 @@ def test_a_missing_tracker_is_known_before_anything_is_loaded(tiny: Path, monkey
     assert not (tiny / "out").exists()
 
 
-def test_eval(tiny: Path) -> None:
+@pytest.fixture
+def adapter(tiny: Path) -> Path:
+    """``out``: an adapter with its configuration beside, as a run leaves it."""
     from transformers import AutoModelForCausalLM
 
     from npt_kernels import NPTConfig, apply_npt, save_npt
 
     model = AutoModelForCausalLM.from_pretrained(tiny / "tiny")
     apply_npt(model, NPTConfig(layers="all", rank=4, init="small"))
-    save_npt(model, tiny / "out")
+    save_npt(model, tiny / "out" / "adapter")
     (tiny / "out" / "config.yaml").write_text((tiny / "tiny.yaml").read_text())
+    return tiny / "out" / "adapter"
+
+
+def test_eval(adapter: Path) -> None:
     result = npt("eval", "out", "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     payload = json.loads(result.stdout)
     assert payload["converted_layers"] == [0, 1] and payload["base_model"] == "./tiny"
     assert payload["metrics"]["tokens"] == 60 and payload["metrics"]["kl"] >= 0
     assert [sample["prompt"] for sample in payload["samples"]] == ["It was"]
-    table = npt("eval", "out", "evaluation.tokens=30").stdout
-    assert "perplexity, converted" in table and "top-1 agreement" in table and "greedy continuations" in table
-    (tiny / "out" / "config.yaml").unlink()
+    assert [entry["index"] for entry in payload["fidelity"]] == [0, 1]
+    statistics = payload["fidelity"][0]["delta_statistics"]["gate"]
+    assert 0 < statistics["p50"] <= statistics["p95"] <= statistics["max"] and statistics["relative"]["max"] > 0
+    folder = adapter.parent / "eval"
+    assert json.loads((folder / "eval.json").read_text()) == payload
+    assert {file.name for file in folder.glob("*.png")} == {"perplexity.png", "fidelity.png", "delta_norms.png"}
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in folder.glob("*.png"))
+
+
+def test_eval_shows_tables_and_writes_where_it_is_told(adapter: Path) -> None:
+    table = npt("eval", "out", "evaluation.tokens=30", "--out", "there").stdout
+    for part in ("perplexity, converted", "top-1 agreement", "greedy continuations", "explained", "‖ΔW‖/‖W‖"):
+        assert part in table
+    assert "eval.json, perplexity.png, fidelity.png, delta_norms.png in there" in table
+    assert sorted(file.name for file in Path("there").iterdir())[1] == "eval.json" and not Path("out/eval").exists()
+
+
+def test_eval_of_an_adapter_on_its_own(adapter: Path) -> None:
+    alone = adapter.rename(adapter.parent.parent / "alone")
     text = ["data.train_files=[book.txt]", "data.max_length=16", "evaluation.tokens=30", "evaluation.max_new_tokens=2"]
-    assert npt("eval", "out", "--model", "./tiny", *text).exit_code == 0
-    assert npt("eval", "out", *text).exit_code == 0, "the adapter says which model it belongs to"
-    (tiny / "out" / "npt_model.safetensors").write_bytes(b"damaged")
-    assert "is damaged" in error_of("eval", "out", *text)
+    assert npt("eval", "alone", "--model", "./tiny", *text).exit_code == 0
+    assert (alone / "eval" / "eval.json").is_file()
+    assert npt("eval", "alone", *text).exit_code == 0, "the adapter says which model it belongs to"
+    isolated = json.loads(npt("eval", "alone", *text, "data.isolate_documents=true", "--json").stdout)
+    # One book is one document, whose end is not in the held-out text's first sequences: the same numbers.
+    assert isolated["metrics"] == json.loads(npt("eval", "alone", *text, "--json").stdout)["metrics"]
+    Path("file").write_text("")
+    assert "file/x cannot be made: Not a directory; name another folder with --out" in error_of(
+        "eval", "alone", *text, "--out", "file/x"
+    )
+    assert "'none.txt' matches no file" in error_of("eval", "alone", "data.train_files=[none.txt]")
+    (alone / "npt_model.safetensors").write_bytes(b"damaged")
+    assert "is damaged" in error_of("eval", "alone", *text)

@@ -1,1 +1,1 @@
-"""Pieces shared by the benchmarks: shapes, problems, checking, timing, contenders, report."""
+"""What only ``gpu_check.py`` needs; everything shared is in ``npt_kernels/bench/``."""

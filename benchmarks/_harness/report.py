@@ -1,75 +1,21 @@
-"""The result file and the short table."""
+"""The result file of ``gpu_check.py`` and its short table."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import re
-import subprocess
-import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
+from npt_kernels.bench.results import device_folder, write_json
 
-__all__ = ["environment", "table", "write_result"]
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, commit and date."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = ""
-    facts: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
-        "date": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "cuda": torch.version.cuda or "",
-        "interpreter": os.environ.get("TRITON_INTERPRET", "") not in ("", "0"),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-        facts |= {
-            "capability": f"{properties.major}.{properties.minor}",
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "driver": driver[0] if driver else "",
-        }
-    return facts
+__all__ = ["table", "write_result"]
 
 
 def write_result(result: dict[str, Any], directory: Path) -> Path:
     """``<directory>/<device>/gpu_check-<date>.json``, in one step."""
-    device = re.sub(r"[^a-z0-9]+", "_", result["environment"]["device"].lower()).strip("_")
-    folder = directory / device
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = re.sub(r"[-:]", "", result["environment"]["date"])
-    path = folder / f"gpu_check-{stamp}.json"
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-    os.replace(temporary, path)
-    return path
+    facts = result["environment"]
+    stamp = re.sub(r"[-:]", "", facts["date"])
+    return write_json(result, directory / device_folder(facts) / f"gpu_check-{stamp}.json")
 
 
 def table(result: dict[str, Any]) -> str:

@@ -82,6 +82,18 @@ class EvalResult:
     def perplexity_ratio_se(self) -> float:
         return self.perplexity_ratio * self.log_ratio_se
 
+    def original(self) -> EvalResult:
+        """The original model's side alone: ratio 1, KL 0."""
+        return EvalResult(
+            self.tokens,
+            self.base_nll,
+            self.base_nll,
+            0.0,
+            1.0,
+            base_nll_se=self.base_nll_se,
+            npt_nll_se=self.base_nll_se,
+        )
+
     def to_dict(self) -> dict[str, float]:
         """Every number above by name, plain JSON types."""
         names = ("base_perplexity", "npt_perplexity", "perplexity_ratio")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    "plot_delta_norms", "plot_explained_variance", "plot_loss", "plot_perplexity", "plot_ranks", "write_plots",
+    "plot_delta_distribution", "plot_delta_norms", "plot_explained_variance", "plot_loss", "plot_perplexity", "plot_ranks",
+    "write_plots",
 ]  # fmt: skip
 
 #: Okabe-Ito: told apart with every common colour blindness.
@@ -84,20 +85,23 @@ def plot_loss(steps: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 @matplotlib.rc_context(_STYLE)
 def plot_explained_variance(
-    converted: Sequence[LayerFidelity], trained: Sequence[LayerFidelity] | None, path: Path
+    converted: Sequence[LayerFidelity],
+    trained: Sequence[LayerFidelity] | None,
+    path: Path,
+    name: str = "after conversion",
 ) -> Path:
     """1 − explained variance per layer on a log axis (what is missing is what differs), after conversion and training."""
     figure, panels = _figure()
     axes = panels[0, 0]
     floor = 1e-6
-    for entries, name, color, marker in (
-        (converted, "after conversion", _GREY, "o"), (trained, "after training", _BLUE, "s"),
+    for entries, label, color, marker in (
+        (converted, name, _GREY, "o"), (trained, "after training", _BLUE, "s"),
     ):  # fmt: skip
         if entries:
             missing = [100 * max(1 - entry.explained_variance, floor) for entry in entries]
             mean = sum(entry.explained_variance for entry in entries) / len(entries)
             axes.plot(
-                [e.index for e in entries], missing, color=color, marker=marker, label=f"{name} (mean EV {mean:.4f})"
+                [e.index for e in entries], missing, color=color, marker=marker, label=f"{label} (mean EV {mean:.4f})"
             )
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -128,11 +132,53 @@ def plot_delta_norms(layers: Sequence[LayerFidelity], path: Path) -> Path:
 
 
 @matplotlib.rc_context(_STYLE)
-def plot_perplexity(base: EvalResult, converted: EvalResult, trained: EvalResult | None, path: Path) -> Path:
+def plot_delta_distribution(layers: Sequence[LayerFidelity], path: Path) -> Path:
+    """‖ΔW_t‖_F ÷ ‖W‖_F over tokens, a panel per target: median, from there to the 95th percentile, maximum."""
+    targets = list(layers[0].delta_statistics)
+    figure, panels = _figure(1, len(targets), size=(max(8.0, 4.2 * len(targets)), 4.5))
+    index = [entry.index for entry in layers]
+    shares = {
+        target: {
+            name: [100 * entry.delta_statistics[target].relative[name] for entry in layers]
+            for name in ("p50", "p95", "max")
+        }
+        for target in targets
+    }
+    # A few tokens (attention sinks) can be far above all others; one such target puts every panel on a log axis.
+    medians = {target: min(values["p50"]) for target, values in shares.items()}
+    log = all(m > 0 for m in medians.values()) and any(max(shares[t]["max"]) > 30 * m for t, m in medians.items())
+    for axes, target in zip(panels[0], targets, strict=True):
+        color, marker = _TARGETS.get(target, (_PINK, "D"))
+        values = shares[target]
+        axes.fill_between(index, values["p50"], values["p95"], color=color, alpha=0.2, label="to the 95th percentile")
+        axes.plot(index, values["p50"], color=color, marker=marker, label="median token")
+        axes.plot(index, values["max"], color=_GREY, marker=".", linestyle="none", label="largest")
+        axes.set_title(target)
+        if log:
+            axes.set_yscale("log")
+            axes.set_ylim(medians[target] / 1.5, max(values["max"]) * 1.5)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(bottom=0)
+        _layer_axis(axes)
+    panels[0, 0].set_ylabel("‖ΔW‖$_F$ / ‖W‖$_F$ (%)")
+    tokens = layers[0].delta_statistics[targets[0]].tokens
+    figure.suptitle(f"Size of the per-token weight change, {tokens:,} tokens", x=0.01, ha="left", fontweight="bold")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return _save(figure, path)
+
+
+@matplotlib.rc_context(_STYLE)
+def plot_perplexity(
+    base: EvalResult, converted: EvalResult, trained: EvalResult | None, path: Path, name: str = "after\nconversion"
+) -> Path:
     """Perplexity and KL of the original, after conversion and after training, with standard errors."""
     figure, panels = _figure(1, 2, size=(9.5, 4.5))
     left, right = panels[0]
-    entries = [("original", base, _GREY), ("after\nconversion", converted, _ORANGE)]
+    entries = [("original", base, _GREY), (name, converted, _ORANGE)]
     if trained is not None:
         entries.append(("after\ntraining", trained, _BLUE))
     _bars(

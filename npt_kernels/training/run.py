@@ -277,7 +277,7 @@ class Run:
             )
         return (
             EvalResult(**before["converted"]),
-            [LayerFidelity(**entry) for entry in before["fidelity"]],
+            [LayerFidelity.from_dict(entry) for entry in before["fidelity"]],
             [Sample(**sample) for sample in before["samples"]],
         )
 
@@ -295,7 +295,7 @@ class Run:
             except KeyboardInterrupt:
                 self.recorder.say(f"interrupted after {self.steps} steps{self.rescue()}")
                 raise
-            except (TrainingError, OSError) as error:
+            except (TrainingError, ConfigError, OSError) as error:
                 raise TrainingError(f"{error}{self.rescue()}") from None
         self._save_adapter()
         self.recorder.record("save", step=self.steps, path=str(self.recorder.paths["adapter"]))

@@ -94,7 +94,12 @@ def test_out_of_memory_with_one_sequence_stops_with_advice_and_loses_nothing(tmp
         start(tmp_path, sections={"model": FAR})
     message = str(caught.value)
     kept = tmp_path / "checkpoints" / "end_to_end-000003"
-    for text in ("out of memory", "training.mode=local", "adapter of step 3 saved", f"checkpoint in {kept}"):
+    for text in (
+        "out of memory",
+        "By the plan's count these would fit: ",
+        "adapter of step 3 saved",
+        f"checkpoint in {kept}",
+    ):
         assert text in message
     assert message.endswith(f"Go on with: npt train --resume {tmp_path}")
     assert "\n" not in message
@@ -115,7 +120,9 @@ def test_out_of_memory_with_one_sequence_stops_with_advice_and_loses_nothing(tmp
 
 def test_no_second_try_where_it_is_switched_off(tmp_path, monkeypatch):
     sizes = limit_memory(monkeypatch, loop.KLObjective, 2, from_step=3)
-    with pytest.raises(TrainingError, match=r"training.batch_size=2 with gradient_accumulation_steps=2.*step 2 saved"):
+    with pytest.raises(
+        TrainingError, match=r"training.batch_size=2 training.gradient_accumulation_steps=2 .same result.*step 2 saved"
+    ):
         start(tmp_path, sections={"optimization": {"oom_retry": False}})
     assert sizes == [4, 4, 4]
 

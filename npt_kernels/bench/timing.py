@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["clocks", "compare", "compare_graphs", "rotation", "settle_power"]
+__all__ = ["Call", "clocks", "compare", "compare_graphs", "cpu_ceilings", "rotation", "settle_power"]
 
 Call = Callable[[int], object]
 
@@ -46,12 +46,40 @@ def rotation(bytes_per_set: int, device: torch.device, most: int = 16) -> int:
     return max(3, min(most, -(-3 * cache // max(bytes_per_set, 1))))
 
 
-def settle_power(device: torch.device, seconds: float) -> dict[str, float]:
+def cpu_ceilings(dtype: torch.dtype) -> dict[str, float]:
+    """The best that this CPU shows in about a second: TFLOP/s of the vendor's GEMM, TB/s of a copy in memory and in cache."""
+    n = 768
+    x, w = (torch.randn(n, n).to(dtype) for _ in range(2))
+    y = torch.empty(n, n, dtype=dtype)
+
+    def best(call: Callable[[], object]) -> float:
+        call()
+        least, stop = float("inf"), time.perf_counter() + 0.35
+        while time.perf_counter() < stop:
+            start = time.perf_counter()
+            call()
+            least = min(least, time.perf_counter() - start)
+        return least
+
+    def copy(size: int) -> float:
+        source = torch.zeros(size // 4)
+        target = torch.empty_like(source)
+        return 2 * size / best(lambda: target.copy_(source)) / 1e12
+
+    return {
+        "gemm_tflops": round(2 * n**3 / best(lambda: torch.mm(x, w, out=y)) / 1e12, 4),
+        "copy_tbs": round(copy(2**26), 5),
+        "cached_copy_tbs": round(copy(2**19), 5),
+        "cached_bytes": float(2**20),
+    }
+
+
+def settle_power(device: torch.device, seconds: float, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """Back-to-back GEMM of random numbers for ``seconds``; returns the ceilings of this run: TFLOP/s of it, TB/s of a copy."""
     if device.type != "cuda":
         return {}
     n = 8192
-    x, w = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    x, w = (torch.randn(n, n, device=device, dtype=torch.bfloat16).to(dtype) for _ in range(2))
     y = torch.empty_like(x)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     stop = time.perf_counter() + seconds
@@ -153,6 +181,7 @@ def compare_graphs(
     for entry in measured.values():
         if "us" in entry:
             entry["us"] = round(entry["us"] / repeat, 3)
+            entry["us_p10_p90"] = [round(value / repeat, 3) for value in entry["us_p10_p90"]]
     return failed | measured
 
 
@@ -184,10 +213,16 @@ def _summary(times: Mapping[str, list[float]], baseline: str) -> dict[str, dict[
     result: dict[str, dict[str, Any]] = {}
     for name, values in times.items():
         entry: dict[str, Any] = {"us": round(statistics.median(values), 3), "rounds": len(values)}
+        entry["us_p10_p90"] = [round(value, 3) for value in _spread(values)]
         if baseline in times:
-            ratios = sorted(v / b for v, b in zip(values, times[baseline], strict=True))
-            last = len(ratios) - 1
+            ratios = [v / b for v, b in zip(values, times[baseline], strict=True)]
             entry["ratio"] = round(statistics.median(ratios), 4)
-            entry["ratio_p10_p90"] = [round(ratios[round(last * q)], 4) for q in (0.1, 0.9)]
+            entry["ratio_p10_p90"] = [round(value, 4) for value in _spread(ratios)]
         result[name] = entry
     return result
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    """10th and 90th percentile."""
+    ordered, last = sorted(values), len(values) - 1
+    return ordered[round(last * 0.1)], ordered[round(last * 0.9)]

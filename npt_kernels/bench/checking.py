@@ -21,7 +21,7 @@ from torch import Tensor
 from .problems import Problem
 from .shapes import Case
 
-__all__ = ["check_case", "poisoned", "repeat_case", "sample_rows", "worst_ratio"]
+__all__ = ["CHUNK", "check_case", "poisoned", "repeat_case", "sample_rows", "worst_ratio"]
 
 BLOCK = 16
 #: Tokens of one chunk of the float64 truth: bounds its memory.
@@ -59,8 +59,11 @@ def sample_rows(tokens: int, widest: int, blocks: int = 6) -> Tensor:
     return torch.cat([rows, ragged])
 
 
-def worst_ratio(actual: Tensor, reference: Tensor, truth: Tensor) -> float:
-    """Largest error ÷ its bound over the whole tensor and every block of 16 rows; infinite if anything is not finite."""
+def worst_ratio(actual: Tensor, reference: Tensor, truth: Tensor, floor: float = 2.0) -> float:
+    """Largest error ÷ its bound over the whole tensor and every block of 16 rows; infinite if anything is not finite.
+
+    ``floor``: multiple of eps · max|truth| that is allowed on top; 2 is the plain rule.
+    """
     if actual.shape != truth.shape or actual.dtype != reference.dtype:
         return float("inf")
     if truth.numel() == 0:
@@ -77,7 +80,7 @@ def worst_ratio(actual: Tensor, reference: Tensor, truth: Tensor) -> float:
     )
 
     def ratio(e: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        bound = 2 * a + 2 * eps * s
+        bound = 2 * a + floor * eps * s
         return torch.where(e == 0, torch.zeros_like(e), e / bound).amax()
 
     return max(float(ratio(error, allowed, size)), float(ratio(error.amax(0), allowed.amax(0), size.amax(0))))

@@ -158,7 +158,8 @@ class Problem:
         )  # fmt: skip
         settings: dict[str, Any] = {"act": model.act, "key_scale": tensors.get("key_scale"), "backend": backend}
         weights = [tensors[f"{n}_weight"] for n in names]
-        return (npt_gated_mlp if model.gated else npt_mlp)(tensors["x"], tensors["a"], *weights, adapter, **settings)
+        op: Callable[..., Tensor] = npt_gated_mlp if model.gated else npt_mlp
+        return op(tensors["x"], tensors["a"], *weights, adapter, **settings)
 
     def _kernel(self, tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
         case = self.case

@@ -1,13 +1,18 @@
-"""The registry of shapes: which models, how many tokens, which ranks; real ones and a small set for machines without a GPU."""
+"""The registry of shapes: which models, and the numeric cases of ``benchmarks/gpu_check.py``; real sizes and small ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["MODELS", "SMALL_MODELS", "Case", "ModelShape", "numeric_cases", "repeat_cases"]
+from .results import unknown_name
+
+__all__ = ["MODELS", "SMALL_MODELS", "Case", "ModelShape", "find_shape", "numeric_cases", "repeat_cases"]
+
+#: Small shapes of ``npt bench`` are the real ones with every width divided by this.
+SMALL_DIVISOR = 16
 
 
 @dataclass(frozen=True)
@@ -20,14 +25,27 @@ class ModelShape:
     gated: bool = True
     act: str = "silu"
     norm: str = "rms"
+    #: The model's own name, where ``name`` is short for it.
+    title: str = ""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Slots of the op ``mlp`` that this MLP has."""
+        return ("gate", "up", "down") if self.gated else ("up", "down")
+
+    def small(self) -> ModelShape:
+        """The same proportions at a sixteenth of every width."""
+        n = SMALL_DIVISOR
+        return replace(self, name=f"{self.name} ÷{n}", title=f"{self.title} ÷{n}", d=self.d // n, f=self.f // n)
 
 
 MODELS = {
     shape.name: shape
     for shape in (
-        ModelShape("8B", 4096, 14336),
-        ModelShape("70B", 8192, 28672),
-        ModelShape("GPT-2", 768, 3072, gated=False, act="gelu_new", norm="layer"),
+        ModelShape("GPT-2", 768, 3072, gated=False, act="gelu_new", norm="layer", title="GPT-2"),
+        ModelShape("1B", 2048, 8192, title="Llama-3.2-1B"),
+        ModelShape("8B", 4096, 14336, title="Llama-3.1-8B"),
+        ModelShape("70B", 8192, 28672, title="Llama-3.1-70B"),
     )
 }
 SMALL_MODELS = {
@@ -35,6 +53,19 @@ SMALL_MODELS = {
     "70B": ModelShape("70B-small", 64, 96),
     "GPT-2": ModelShape("GPT-2-small", 32, 56, gated=False, act="gelu_new", norm="layer"),
 }
+
+
+def find_shape(name: str) -> ModelShape:
+    """The model of that name: ``8B``, ``llama-3.1-8b``, ``gpt2`` …, in any case. Raises :class:`BenchError`."""
+    known = {key: shape for shape in MODELS.values() for key in (_plain(shape.name), _plain(shape.title))}
+    if _plain(name) not in known:
+        titles = {form: shape.title for shape in MODELS.values() for form in (shape.name.lower(), shape.title.lower())}
+        raise unknown_name("--shape", name, list(dict.fromkeys(titles.values())), titles)
+    return known[_plain(name)]
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum() or c == ".")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,189 @@
+"""Everything the report shows, out of result files: rows by device, what is stale, the sentences of the summary."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ..results import load_results, newest_rows, repository
+
+__all__ = ["OURS", "Collected", "Source", "best_of_ours", "collect", "human_bytes"]
+
+#: Providers that are ours, in order of preference where several were measured.
+OURS = ("cuda", "triton", "eager")
+#: What a suite measures: a change there makes its figures stale.
+_MEASURED_PATHS = {
+    "kernels": ("npt_kernels/ops", "npt_kernels/rules", "npt_kernels/tuning", "npt_kernels/functional.py", "csrc"),
+    "memory": ("npt_kernels/ops", "npt_kernels/rules", "npt_kernels/functional.py", "csrc"),
+    "train": (
+        "npt_kernels/ops", "npt_kernels/rules", "npt_kernels/functional.py", "npt_kernels/models", "npt_kernels/nn.py",
+        "npt_kernels/norms.py", "npt_kernels/training", "npt_kernels/streaming", "csrc",
+    ),
+    "run": ("npt_kernels/calibration", "npt_kernels/models", "npt_kernels/training", "npt_kernels/rules", "npt_kernels/ops"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """One result file.
+
+    Attributes:
+        name: Path below the folder that was read.
+        suite: Its suite, or ``run`` for the record of a training run.
+        facts: Its environment.
+        size: ``full``, ``small`` or empty.
+        stale: Why its figures no longer describe the code, or ``None``.
+        note: Incomplete, part of several, uncommitted changes.
+    """
+
+    name: str
+    suite: str
+    facts: dict[str, Any]
+    size: str
+    stale: str | None
+    note: str
+
+
+@dataclass
+class Collected:
+    """What the page is made of."""
+
+    sources: list[Source]
+    rows: list[dict[str, Any]]
+    overhead: list[dict[str, Any]] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    made: str = ""
+
+    @property
+    def devices(self) -> list[str]:
+        """GPUs first, then by number of rows."""
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            counts[row["device"]] = counts.get(row["device"], 0) + 1
+        return sorted(counts, key=lambda name: (name.startswith("CPU"), -counts[name]))
+
+    def of(self, suite: str, device: str | None = None, **fields: Any) -> list[dict[str, Any]]:
+        """Rows of a suite with those values."""
+        return [
+            row
+            for row in self.rows
+            if row["suite"] == suite
+            and (device is None or row["device"] == device)
+            and all(row.get(name) == value for name, value in fields.items())
+        ]
+
+
+def collect(folder: Path) -> Collected:
+    """Read every result below ``folder``. Raises :class:`BenchError` if there is none."""
+    results = load_results(folder)
+    sources = [_source(result, folder) for result in results]
+    stale = {id(result): source.stale for result, source in zip(results, sources, strict=True)}
+    rows = []
+    for row in newest_rows(results):
+        origin = row.pop("source")
+        rows.append(
+            row | {"device": origin["environment"]["device"], "size": origin["size"], "stale": stale[id(origin)],
+                   "commit": origin["environment"].get("commit", ""), "ceilings": origin.get("ceilings", {})}
+        )  # fmt: skip
+    overhead = _newest_overhead(results)
+    runs = _training_runs(folder if folder.is_dir() else folder.parent)
+    sources += [run["source"] for run in runs]
+    return Collected(sources, rows, overhead, runs, f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC")
+
+
+def _source(result: dict[str, Any], folder: Path) -> Source:
+    notes = []
+    if not result.get("complete"):
+        notes.append(f"interrupted: {len(result.get('not_run', []))} groups not run")
+    if "part" in result:
+        notes.append(f"part {result['part']}")
+    if result["environment"].get("uncommitted_changes"):
+        notes.append("uncommitted changes")
+    if "note" in result:
+        notes.append(str(result["note"]))
+    path = result["path"]
+    name = str(path.relative_to(folder)) if folder.is_dir() and path.is_relative_to(folder) else path.name
+    return Source(
+        name, result["suite"], result["environment"], result.get("size", ""),
+        staleness(result["suite"], result["environment"].get("commit", "")), ", ".join(notes),
+    )  # fmt: skip
+
+
+def staleness(suite: str, commit: str) -> str | None:
+    """Why figures measured at ``commit`` no longer describe the code here; ``None`` if they do or nothing is known."""
+    root = repository()
+    if root is None:
+        return None
+    if not commit:
+        return "measured without a commit"
+    git = ["git", "-C", str(root)]
+    if subprocess.run([*git, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True).returncode:
+        return f"commit {commit[:9]} is not in this repository"
+    log = subprocess.run(
+        [*git, "log", "--format=%h", f"{commit}..HEAD", "--", *_MEASURED_PATHS[suite]], capture_output=True, text=True
+    )
+    newer = log.stdout.split()
+    if not newer:
+        return None
+    return f"measured at {commit[:9]}; what it measures changed in {newer[0]}" + (
+        f" and {len(newer) - 1} earlier commits" if len(newer) > 1 else ""
+    )
+
+
+def _newest_overhead(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    entries: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for result in results:
+        device = result["environment"]["device"]
+        for entry in result.get("host_overhead", []):
+            key = (device, entry["op"], entry["mode"], entry["gated"], entry["provider"])
+            entries[key] = entry | {"device": device}
+    return list(entries.values())
+
+
+def _training_runs(folder: Path) -> list[dict[str, Any]]:
+    """Records of ``npt train`` runs that lie beside the results: fidelity of real conversions."""
+    runs = []
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            result = data["result"]
+            base, converted = result["base"], result["converted"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        facts = {name: data.get(name, "") for name in ("device", "date", "commit")} | data.get("versions", {})
+        stale = staleness("run", _full_commit(str(facts["commit"])))
+        source = Source(str(path.relative_to(folder)), "run", facts, "", stale, str(data.get("note", "")))
+        runs.append(
+            {"name": path.stem, "command": data.get("command", ""), "source": source, "base": base,
+             "converted": converted, "trained": result.get("trained"), "stale": stale}
+        )  # fmt: skip
+    return runs
+
+
+def _full_commit(short: str) -> str:
+    root = repository()
+    if root is None or not short:
+        return short
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "--verify", "-q", f"{short}^{{commit}}"],
+                           capture_output=True, text=True)  # fmt: skip
+    return found.stdout.strip() or short
+
+
+def best_of_ours(rows: Sequence[dict[str, Any]], figure: str = "ratio") -> dict[str, Any] | None:
+    """Of rows of one setting, ours with the least ``figure``."""
+    candidates = [row for row in rows if row.get("provider") in OURS and row["status"] == "ok" and figure in row]
+    return min(candidates, key=lambda row: float(row[figure]), default=None)
+
+
+def human_bytes(count: float) -> str:
+    """``448 GiB``, ``117 MiB``, ``3.2 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:,.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    raise AssertionError

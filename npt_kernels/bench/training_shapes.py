@@ -1,0 +1,249 @@
+"""The registry of ``npt bench train``: models by their numbers, and the settings in which they are trained."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..configs.models import KNOWN_MODELS
+from .results import unknown_name
+
+if TYPE_CHECKING:
+    from .training import TrainRow
+
+__all__ = ["MODELS", "SETTINGS", "TrainSetting", "TrainShape", "availability", "find_model", "run_config"]
+
+#: Small models of ``npt bench train``: every width divided by this, this many layers, this vocabulary.
+SMALL_DIVISOR, SMALL_LAYERS, SMALL_VOCABULARY = 8, 6, 512
+
+_WIDTHS = {
+    "llama": ("hidden_size", "intermediate_size", "head_dim"),
+    "gpt2": ("n_embd",),
+}
+_LAYERS = {"llama": "num_hidden_layers", "gpt2": "n_layer"}
+
+
+@dataclass(frozen=True)
+class TrainShape:
+    """A model by its numbers, those of a config.json."""
+
+    title: str
+    numbers: Mapping[str, Any] = field(compare=False)
+
+    @property
+    def longest(self) -> int:
+        """Longest sequence."""
+        return int(self.numbers.get("max_position_embeddings") or self.numbers["n_positions"])
+
+    def small(self) -> TrainShape:
+        """The same proportions at an eighth of every width, few layers and a small vocabulary."""
+        kind, numbers = self.numbers["model_type"], dict(self.numbers)
+        numbers.setdefault("head_dim", numbers.get("hidden_size", 0) // numbers.get("num_attention_heads", 1))
+        for width in _WIDTHS[kind]:
+            numbers[width] //= SMALL_DIVISOR
+        if kind == "gpt2":
+            del numbers["head_dim"]
+        numbers[_LAYERS[kind]] = min(SMALL_LAYERS, numbers[_LAYERS[kind]])
+        numbers |= {"vocab_size": SMALL_VOCABULARY, "bos_token_id": None, "eos_token_id": None}
+        return TrainShape(f"{self.title} ÷{SMALL_DIVISOR}", numbers)
+
+    def build(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """A causal model with random weights, made on the device in its dtype."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        values = {key: value for key, value in self.numbers.items() if key != "model_type"}
+        config = AutoConfig.for_model(self.numbers["model_type"], **values)
+        with torch.device(device):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model.eval()
+
+
+_LLAMA_32_1B = dict(KNOWN_MODELS["meta-llama/Llama-3.1-8B"]) | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "rope_parameters": dict(KNOWN_MODELS["meta-llama/Llama-3.1-8B"]["rope_parameters"]) | {"factor": 32.0},
+    "tie_word_embeddings": True,
+}
+
+MODELS: dict[str, TrainShape] = {
+    shape.title: shape
+    for shape in (
+        TrainShape("GPT-2", KNOWN_MODELS["gpt2"]),
+        TrainShape("SmolLM2-135M", KNOWN_MODELS["demo"]),
+        TrainShape("Llama-3.2-1B", KNOWN_MODELS.get("meta-llama/Llama-3.2-1B", _LLAMA_32_1B)),
+        TrainShape("Llama-3.1-8B", KNOWN_MODELS["meta-llama/Llama-3.1-8B"]),
+    )
+}
+_ALIASES = {
+    "gpt2": "GPT-2",
+    "demo": "SmolLM2-135M",
+    "smollm2": "SmolLM2-135M",
+    "1b": "Llama-3.2-1B",
+    "8b": "Llama-3.1-8B",
+}
+
+
+def find_model(name: str) -> TrainShape:
+    """The model of that name, in any case. Raises :class:`BenchError` naming those that exist."""
+    forms = {title.lower(): title for title in MODELS} | _ALIASES
+    if name.lower() not in forms:
+        raise unknown_name("--shape", name, MODELS, forms)
+    return MODELS[forms[name.lower()]]
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _nothing(model: nn.Module) -> Iterator[None]:
+    yield
+
+
+@contextlib.contextmanager
+def _token_by_token(model: nn.Module) -> Iterator[None]:
+    """Inside the block converted layers compute their MLP the published way: a weight matrix per token, one at a time."""
+    from ..models.patching import converted_layers
+
+    layers = list(converted_layers(model).values())
+
+    def student(layer: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda h, a: _loop_student(layer, h, a)
+
+    for layer in layers:
+        layer.npt_student = student(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.npt_student
+
+
+def _loop_student(layer: Any, h: Tensor, a: Tensor) -> Tensor:
+    """``h + MLP_Δ(u; a)`` with every ``W + ΔW_t`` built (the explicit vectors of ``NPComponent.vectors``)."""
+    from ..activations import get_activation
+    from ..models.base import linear_bias, linear_weight
+
+    plan = layer.npt_plan
+    u, key_scale = layer.npt_mlp_input(h, a)
+    flat_a = a.reshape(-1, a.shape[-1])
+    act = get_activation(plan.act).forward
+    by_slot = {place.slot: target for target, place in plan.shape.targets.items()}
+
+    def project(slot: str, inputs: Tensor) -> Tensor:
+        linear = plan.shape.linear(layer, by_slot[slot])
+        weight, bias = linear_weight(linear), linear_bias(linear)
+        if by_slot[slot] not in layer.np_component.target_shapes:
+            return F.linear(inputs, weight, bias)
+        v_a, v_b = layer.np_component.vectors(flat_a, inputs, by_slot[slot])
+        if key_scale is not None and slot != "down":
+            v_b = v_b * key_scale.reshape(-1, 1, 1).to(v_b.dtype)
+        rows = [F.linear(x, weight + b.t() @ k, bias) for x, k, b in zip(inputs, v_a, v_b, strict=True)]
+        return torch.stack(rows)
+
+    dtype = linear_weight(plan.shape.linear(layer, by_slot["up"])).dtype
+    flat = u.reshape(-1, u.shape[-1]).to(dtype)
+    flat_a = flat_a.to(dtype)
+    inter = act(project("gate", flat)) * project("up", flat) if "gate" in by_slot else act(project("up", flat))
+    return plan.shape.output(layer, h, project("down", inter).reshape(h.shape).to(h.dtype))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class TrainSetting:
+    """How a row trains beside its mode.
+
+    Attributes:
+        summary: One line for ``--help`` and the report.
+        rule, targets: Of the conversion; ``()``: all targets.
+        optimization: Keys of the run configuration's section.
+        converted, modes: Which rows run unasked.
+        batch, sequence, rank: Per size; ``batch`` is sequences per optimizer step, in ``accumulation`` micro-batches.
+        applied: Context around the training of a converted model.
+        randomised: Whether the NP parameters start from large random numbers and what ``applied`` puts in place of the layers'
+            own MLP is compared with it.
+        counts_flops: Whether the FLOPs of the mode are those of the setting (the loop does far more, to no use).
+    """
+
+    summary: str
+    rule: str = "self_key"
+    targets: tuple[str, ...] = ()
+    optimization: Mapping[str, Any] = field(default_factory=dict)
+    converted: tuple[str, ...] = ("all", "4")
+    modes: tuple[str, ...] = ("local", "end_to_end")
+    batch: Mapping[str, int] = field(default_factory=lambda: {"full": 1, "small": 2})
+    sequence: Mapping[str, int] = field(default_factory=lambda: {"full": 2048, "small": 64})
+    rank: Mapping[str, int] = field(default_factory=lambda: {"full": 64, "small": 8})
+    accumulation: int = 1
+    applied: Callable[[nn.Module], contextlib.AbstractContextManager[None]] = _nothing
+    randomised: bool = False
+    counts_flops: bool = True
+
+
+#: The earlier training had 4 layers, rank 8, 256 tokens, batch 1; gate only, both vectors from attention.
+_PUBLISHED: dict[str, Any] = {
+    "rule": "rank1", "targets": ("gate",), "converted": ("4",), "modes": ("end_to_end",), "randomised": True,
+    "batch": {"full": 1, "small": 1}, "sequence": {"full": 256, "small": 16}, "rank": {"full": 8, "small": 4},
+}  # fmt: skip
+
+SETTINGS: dict[str, TrainSetting] = {
+    "resident": TrainSetting("the whole model on the device, in the base's dtype"),
+    "streamed": TrainSetting(
+        "frozen layers in host memory, brought in one ahead",
+        optimization={"stream_layers": "host", "micro_batches_per_layer": 4}, converted=("all",), modes=("local",),
+        batch={"full": 4, "small": 4}, accumulation=4,
+    ),
+    "8bit": TrainSetting("frozen linears in 8 bits", optimization={"use_8bit": True}, converted=("all",)),
+    "4bit": TrainSetting("frozen linears in 4 bits", optimization={"use_4bit": True}, converted=("all",)),
+    "published form": TrainSetting("the published form (rank1 on the gate, 4 layers) through our ops", **_PUBLISHED),
+    "published loop": TrainSetting(
+        "the published form the published way: a weight matrix per token, one at a time",
+        **_PUBLISHED, applied=_token_by_token, counts_flops=False,
+    ),
+}  # fmt: skip
+
+
+def availability(setting: str, mode: str, device: torch.device) -> str | None:
+    """Why this version, with what is installed, cannot run a setting; ``None`` if it can."""
+    if setting in ("8bit", "4bit") and importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed: pip install bitsandbytes"
+    return None
+
+
+def run_config(row: TrainRow) -> Any:
+    """The row as a :class:`~npt_kernels.configs.schema.RunConfig`, the one place where training is configured."""
+    from ..configs.schema import RunConfig
+
+    setting, numbers = SETTINGS[row.setting], row.model.numbers
+    total = int(numbers[_LAYERS[numbers["model_type"]]])
+    layers = "all" if row.converted == "all" else list(range(max(0, total - int(row.converted)), total))
+    gated = numbers["model_type"] != "gpt2"
+    targets = list(setting.targets or (("gate", "up", "down") if gated else ("c_fc", "c_proj")))
+    if not gated and setting.targets:
+        targets = ["c_fc"]  # a plain MLP has no gate; its first projection stands where the gate does
+    return RunConfig.from_mapping(
+        {
+            "model": {
+                "npt_layers": layers, "rule": setting.rule, "rank": row.rank, "targets": targets,
+                "init": "published" if setting.rule == "rank1" else "small",
+            },
+            "training": {
+                "mode": row.mode, "batch_size": max(1, row.batch // setting.accumulation),
+                "gradient_accumulation_steps": setting.accumulation, "learning_rate": 1e-4, "lr_scheduler": "constant",
+                "objective": "layer" if setting.rule == "rank1" else "kl",
+            },
+            "data": {"max_length": max(2, row.sequence)},
+            "optimization": {
+                "mixed_precision": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(row.dtype, "no"),
+                "gradient_checkpointing": False, **setting.optimization,
+            },
+        },
+        source="npt bench train",
+    )  # fmt: skip

@@ -1,0 +1,218 @@
+"""``npt bench train``: the package's own loop at tiny size, the published loop beside it, figures that add up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+from npt_kernels import NPTConfig, apply_npt, npt_parameters
+from npt_kernels.bench import training, training_shapes
+from npt_kernels.bench.results import BenchError, ResultFile, environment
+from npt_kernels.bench.training import TrainRow, measure_row, plan_rows, run_train
+from npt_kernels.bench.training_costs import step_flops
+from npt_kernels.bench.training_shapes import MODELS, SETTINGS, TrainShape, find_model
+
+CPU = torch.device("cpu")
+CEILINGS = {"gemm_tflops": 0.05, "copy_tbs": 0.01}
+TINY = {
+    "llama": TrainShape("Tiny Llama", {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": None,
+        "eos_token_id": None,
+    }),
+    "gpt2": TrainShape("Tiny GPT-2", {
+        "model_type": "gpt2", "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 64, "vocab_size": 64,
+        "bos_token_id": None, "eos_token_id": None,
+    }),
+}  # fmt: skip
+
+
+def row(setting="resident", mode="local", converted="all", model="llama", **changes):
+    values = {"rank": 4, "batch": 2, "sequence": 12, "dtype": torch.float32} | changes
+    return TrainRow(TINY[model], converted, mode, setting, **values)
+
+
+@pytest.mark.parametrize("mode", ["local", "end_to_end"])
+@pytest.mark.parametrize("model", TINY)
+def test_a_row(model, mode):
+    measured = measure_row(row(model=model, mode=mode), CPU, CEILINGS)
+    assert measured["status"] == "ok", measured
+    assert measured["steps"] == training.TIMED_STEPS
+    low, high = measured["tokens_per_s_p10_p90"]
+    assert 0 < low <= measured["tokens_per_s"] <= high
+    parts = measured["seconds_per_step"]
+    assert min(parts.values()) > 0
+    assert parts["forward"] + parts["backward"] + parts["optimizer"] == pytest.approx(parts["total"], abs=1e-5)
+    assert measured["mfu"] == pytest.approx(measured["tflops"] / 0.05, abs=0.01)
+    held = 4 * (measured["np_parameters"] + measured["frozen_parameters"])
+    adam = 2 * 4 * measured["np_parameters"]
+    assert measured["peak_bytes"] >= held + adam, "weights and moments are alive at the end of the second step"
+    assert measured["peak_bytes"] < 4 * held
+    json.dumps(measured)
+
+
+def test_four_layers():
+    measured = measure_row(row(converted="4"), CPU, CEILINGS)
+    every = measure_row(row(), CPU, CEILINGS)
+    assert measured["np_parameters"] * 5 == every["np_parameters"] * 4
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_the_published_loop_is_the_published_form(model):
+    loop = row("published loop", "end_to_end", "4", model, batch=1)
+    measured = measure_row(loop, CPU, CEILINGS)
+    assert measured["status"] == "ok", measured
+    assert "mfu" not in measured, "it does far more arithmetic than its mode needs"
+    form = measure_row(row("published form", "end_to_end", "4", model, batch=1), CPU, CEILINGS)
+    assert form["status"] == "ok" and form["np_parameters"] == measured["np_parameters"]
+
+
+@pytest.mark.parametrize("rule", ["self_key", "rank1", "anchored"])
+@pytest.mark.parametrize("model", TINY)
+def test_token_by_token_computes_what_the_layer_computes(model, rule):
+    made = TINY[model].build(torch.float32, CPU)
+    apply_npt(made, NPTConfig(rule=rule, rank=4, num_ranks=2))
+    training._randomise(made)
+    expected = training._student_outputs(made)
+    with training_shapes._token_by_token(made):
+        actual = training._student_outputs(made)
+        for parameter in npt_parameters(made):
+            parameter.data.zero_()
+        without = training._student_outputs(made)
+    for a, e, w in zip(actual, expected, without, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * float(e.abs().max()))
+        assert (a - w).abs().max() > 0.3 * e.abs().max(), "the weight change must matter for this to say anything"
+    assert all("npt_student" not in layer.__dict__ for layer in training.converted_layers(made).values())
+
+
+def test_streamed_layers_leave_the_device():
+    measured = measure_row(row("streamed", batch=4, sequence=8), CPU, CEILINGS)
+    assert measured["status"] == "ok", measured
+    resident = measure_row(row(batch=4, sequence=8), CPU, CEILINGS)
+    layers = 5 * 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    assert layers <= measured["home_bytes"] < 1.05 * layers
+    assert measured["peak_bytes"] < resident["peak_bytes"] - 0.4 * layers, "two layers of five are in the buffers"
+    assert "home_bytes" not in resident
+
+
+@pytest.mark.parametrize(("setting", "share"), [("8bit", 0.3), ("4bit", 0.2)])
+def test_quantised_bases(setting, share):
+    pytest.importorskip("bitsandbytes")
+    numbers = dict(TINY["llama"].numbers) | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    model = TrainShape("Wider", numbers)
+    dense, small = (
+        measure_row(TrainRow(model, "all", "local", s, 4, 2, 12, torch.float32), CPU, CEILINGS)
+        for s in ("resident", setting)
+    )
+    assert small["status"] == "ok", small
+    layers = 5 * 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert dense["peak_bytes"] - small["peak_bytes"] > (1 - share) * layers - 4 * 64 * 128 * 4
+    assert small["flops_per_token"] == dense["flops_per_token"], "what is stored does not change what is computed"
+
+
+def test_a_wrong_loop_is_not_reported(monkeypatch):
+    right = training_shapes._loop_student
+    monkeypatch.setattr(training_shapes, "_loop_student", lambda layer, h, a: right(layer, h, 1.01 * a))
+    measured = measure_row(row("published loop", "end_to_end", "4"), CPU, CEILINGS)
+    assert measured["status"] == "wrong" and "not timed" in measured["reason"]
+    assert not {"tokens_per_s", "peak_bytes", "mfu"} & set(measured)
+
+
+def test_what_this_version_cannot_run_says_so(monkeypatch):
+    monkeypatch.setattr(training, "availability", lambda *_: "no such thing here")
+    measured = measure_row(row("streamed"), CPU, CEILINGS)
+    assert measured["status"] == "unavailable" and measured["reason"] == "not available: no such thing here"
+
+
+def test_a_failing_row_does_not_end_the_run(monkeypatch, tmp_path):
+    def fails(*_):
+        raise RuntimeError("no luck\nat all")
+
+    monkeypatch.setattr(training, "_peak", fails)
+    result = ResultFile("train", environment(CPU), [], "small", tmp_path)
+    run_train([row()], CPU, result)
+    data = json.loads(result.path.read_text())
+    assert data["complete"] and data["rows"][0]["status"] == "failed"
+    assert data["rows"][0]["reason"] == "RuntimeError: no luck"
+
+
+def test_an_interrupted_run_keeps_what_is_finished(monkeypatch, tmp_path):
+    original = training.measure_row
+
+    def interrupted(one, *args):
+        if one.mode == "end_to_end":
+            raise KeyboardInterrupt
+        return original(one, *args)
+
+    monkeypatch.setattr(training, "measure_row", interrupted)
+    result = ResultFile("train", environment(CPU), [], "small", tmp_path)
+    rows = [row(), row(mode="end_to_end"), row(converted="4")]
+    with pytest.raises(KeyboardInterrupt):
+        run_train(rows, CPU, result)
+    data = json.loads(result.path.read_text())
+    assert len(data["rows"]) == 1 and data["not_run"] == [str(rows[1]), str(rows[2])] and not data["complete"]
+
+
+def test_flops():
+    """By hand: d 32, f 48, 5 layers, kv heads half, vocabulary 64, rank 4."""
+    model = TINY["llama"].build(torch.float32, CPU)
+    plain = TINY["llama"].build(torch.float32, torch.device("meta"))
+    apply_npt(model, NPTConfig(layers="all", rank=4))
+    attention, mlp = 2 * 32 * 32 + 2 * 32 * 16, 3 * 32 * 48
+    forward = 2 * (attention + mlp) + 2 * 12 * 32
+    low = 2 * 4 * (32 + 48 + 48 + 32)
+    tokens = 2 * 12
+    local = 5 * (forward + 2 * mlp + 2 * mlp // 3 + 3 * low)
+    assert step_flops(model, plain, "local", 2, 12) == tokens * local
+    student = 5 * (forward + 3 * low) + 2 * mlp // 3 + 4 * (forward + 2 * 12 * 32)
+    assert step_flops(model, plain, "layer", 2, 12) == tokens * (5 * forward + student)
+    assert step_flops(model, plain, "kl", 2, 12) == tokens * (5 * forward + student + 6 * 32 * 64)
+    upper = TINY["llama"].build(torch.float32, CPU)
+    apply_npt(upper, NPTConfig(layers=[1, 2], rank=4))
+    each = 2 * mlp + 2 * mlp // 3 + 3 * low
+    assert step_flops(upper, plain, "local", 2, 12) == tokens * (3 * forward + 2 * each), "nothing above the last one"
+    backward = 2 * mlp // 3 + forward + 2 * 12 * 32
+    assert step_flops(upper, plain, "layer", 2, 12) == tokens * (3 * forward + 3 * forward + 6 * low + backward)
+
+
+def test_plans():
+    rows = plan_rows("full", torch.bfloat16)
+    assert {r.model.title for r in rows} == {"GPT-2", "SmolLM2-135M", "Llama-3.2-1B", "Llama-3.1-8B"}
+    assert {r.setting for r in rows} == set(SETTINGS) and {r.converted for r in rows} == {"all", "4"}
+    assert {r.mode for r in rows} == {"local", "end_to_end"}
+    assert all(r.sequence <= r.model.longest for r in rows), "GPT-2 has 1024 positions"
+    small = plan_rows("small", torch.float32)
+    assert {r.model.title for r in small} == {"GPT-2 ÷8", "Llama-3.1-8B ÷8"}
+    (one,) = plan_rows("full", torch.bfloat16, shapes=["8b"], modes=["local"], settings=["resident"], converted=["all"],
+                       tokens=[512], ranks=[16])  # fmt: skip
+    assert str(one) == "Llama-3.1-8B all layers local resident 1x512 r=16"
+    assert find_model("smollm2").title == find_model("SMOLLM2-135m").title == "SmolLM2-135M"
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"shapes": ["llama-3.1-9b"]}, "--shape 'llama-3.1-9b' is not known; did you mean 'Llama-3.1-8B'"),
+        ({"modes": ["decode"]}, "--mode 'decode' is not known"),
+        ({"settings": ["steamed"]}, "--setting 'steamed' is not known; did you mean 'streamed'"),
+        ({"converted": ["5"]}, "--converted '5' is not known"),
+        ({"ranks": [0]}, "--rank 0 must be at least 1"),
+    ],
+)
+def test_what_does_not_exist(filters, message):
+    with pytest.raises(BenchError, match=message):
+        plan_rows("full", torch.float32, **filters)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_small_models_can_be_built(name):
+    small = MODELS[name].small()
+    model = small.build(torch.float32, torch.device("meta"))
+    assert sum(p.numel() for p in model.parameters()) < 4e7
+    real = MODELS[name].build(torch.bfloat16, torch.device("meta"))
+    sizes = {"GPT-2": 124e6, "SmolLM2-135M": 135e6, "Llama-3.2-1B": 1.236e9, "Llama-3.1-8B": 8.03e9}
+    assert sum(p.numel() for p in real.parameters()) == pytest.approx(sizes[name], rel=0.01)
