@@ -1,8 +1,8 @@
 """Bytes of one decoder layer at work: what autograd keeps of it, and what exists besides at its worst moments.
 
 Every line was read off :class:`npt_kernels.live_bytes.LiveBytes` on real steps and is checked against it
-(``tests/planning/test_byte_count.py``). Letters as in the literature: T tokens of a micro-batch, d hidden size, f MLP width, R
-the bottleneck's width; s bytes of a number of the residual stream, c of one in a product.
+(``test_byte_count.py``). Letters as in the literature: T tokens of a micro-batch, d hidden size, f MLP width, R the
+bottleneck's width; s bytes of a number of the residual stream, c of one in a product.
 """
 
 from __future__ import annotations
