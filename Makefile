@@ -7,10 +7,11 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CONFIG ?= demo
 ARGS   ?=
+OUT    ?= benchmarks/results
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format check-triton check-cuda gpu-check gpu-sanitize clean distclean
+.PHONY: help train test lint format bench bench-report check-triton check-cuda gpu-check gpu-sanitize clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -38,6 +39,15 @@ format: $(VENV)/.dev ## Rewrite files in the house style
 check-triton: $(VENV)/.dev ## Compile every Triton kernel for sm_80, sm_90, sm_100 (no GPU needed)
 	$(BIN)/python tools/check_triton.py
 
+bench: $(VENV)/.bench ## Benchmarks at small sizes and their report (ARGS=--full for real sizes; OUT=DIR)
+	$(BIN)/npt bench kernels --out $(OUT) $(or $(ARGS),--small)
+	$(BIN)/npt bench memory --out $(OUT) $(or $(ARGS),--small)
+	$(BIN)/npt bench train --out $(OUT) $(or $(ARGS),--small)
+	$(MAKE) --no-print-directory bench-report OUT=$(OUT)
+
+bench-report: $(VENV)/.bench ## The page, the documents' figures and the table of goals from OUT (default: benchmarks/results)
+	$(BIN)/npt bench report --in $(OUT) --png docs/images --table docs/benchmarks.md
+
 gpu-check: $(VENV)/.dev ## Numerics and timings of every backend on a GPU (ARGS="--device cpu --small": dry run)
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
@@ -64,6 +74,11 @@ $(VENV)/.train: pyproject.toml setup.py constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "installing npt_kernels[dev] into $(VENV) (first time: a few minutes)"
 	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.train
+
+$(VENV)/.bench: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo "installing npt_kernels[bench] into $(VENV) (first time: a few minutes)"
+	$(PIP) --editable '.[bench]'
 	@touch $@ $(VENV)/.train
 
 $(VENV)/.cuda: pyproject.toml constraints.txt | $(BIN)/python

@@ -187,6 +187,8 @@ def test_stale_figures_are_flagged_on_the_page_and_in_the_picture(checkout, tmp_
     assert figures > 3 and all(drawing.stale for drawing in draw_all(stale))
     assert render(stale).count("Stale: measured at") == figures
     assert "3 of 3 files are stale" in render(stale)
+    assert all(v.where.endswith(", stale") for v in verdicts(stale) if v.met is not None)
+    assert not any("stale" in v.where for v in verdicts(current))
     assert "Stale: measured at" not in render(current) and "files are stale" not in render(current)
 
 

@@ -80,7 +80,8 @@ class Collected:
 
 def collect(folder: Path) -> Collected:
     """Read every result below ``folder``. Raises :class:`BenchError` if there is none."""
-    results = load_results(folder)
+    runs = _training_runs(folder if folder.is_dir() else folder.parent)
+    results = load_results(folder, strict=not runs)
     sources = [_source(result, folder) for result in results]
     stale = {id(result): source.stale for result, source in zip(results, sources, strict=True)}
     rows = []
@@ -91,7 +92,6 @@ def collect(folder: Path) -> Collected:
                    "commit": origin["environment"].get("commit", ""), "ceilings": origin.get("ceilings", {})}
         )  # fmt: skip
     overhead = _newest_overhead(results)
-    runs = _training_runs(folder if folder.is_dir() else folder.parent)
     sources += [run["source"] for run in runs]
     return Collected(sources, rows, overhead, runs, f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC")
 

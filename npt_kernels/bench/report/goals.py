@@ -40,6 +40,8 @@ class Goal:
     at: str = ""
     #: Whether a CPU's figures may speak for it.
     on_cpu: bool = False
+    #: Which files it is read from, to tell whether they are stale.
+    suite: str = "kernels"
 
 
 def _group(c: Collected, device: str, **fields: Any) -> list[dict[str, Any]]:
@@ -189,16 +191,18 @@ GOALS: tuple[Goal, ...] = (
          _ratio(0.70, op="mlp", mode="local", **_8B), _AT_8B),
     Goal("against the strongest baseline (K-concatenation, torch.compile)", "faster in every row", _strongest, "every MLP row"),
     Goal("against the published per-token loop", "≥ 100×", _against_the_loop, "MLP, more than one token"),
-    Goal("peak memory of forward and backward beyond inputs, weights, gate and up", "≤ 5 % of one T×f tensor", _memory, _AT_8B),
+    Goal("peak memory of forward and backward beyond inputs, weights, gate and up", "≤ 5 % of one T×f tensor", _memory,
+         _AT_8B, suite="memory"),
     Goal("training Llama-3.1-8B, all 32 layers, local", "≥ 18,000 tokens/s and ≤ 20 GiB",
-         _train("resident", 18000, 20), "seq 2048, r = 64"),
-    Goal("the same, frozen layers streamed", "≥ 9,000 tokens/s and ≤ 8 GiB", _train("streamed", 9000, 8), "seq 2048, r = 64"),
+         _train("resident", 18000, 20), "seq 2048, r = 64", suite="train"),
+    Goal("the same, frozen layers streamed", "≥ 9,000 tokens/s and ≤ 8 GiB", _train("streamed", 9000, 8), "seq 2048, r = 64",
+         suite="train"),
     Goal("decode, T = 1, MLP with delta ÷ without (CUDA graph)", "≤ 1.02",
          _ratio(1.02, op="mlp", mode="decode", **{**_8B, "tokens": 1}), "Llama-3.1-8B, r = 64, bf16"),
     Goal("call overhead over F.linear", "≤ 10 µs", _overhead, "shapes with no arithmetic to speak of"),
-    Goal("perplexity NPT ÷ original, conversion alone, all layers", "1.000", _full_rank, "r = d", on_cpu=True),
+    Goal("perplexity NPT ÷ original, conversion alone, all layers", "1.000", _full_rank, "r = d", on_cpu=True, suite="run"),
     Goal("perplexity NPT ÷ original, and KL, held-out text, all layers", "≤ 1.01 and ≤ 0.05 nats", _fidelity,
-         "mean r ≈ d/4", on_cpu=True),
+         "mean r ≈ d/4", on_cpu=True, suite="run"),
 )  # fmt: skip
 
 
@@ -213,10 +217,16 @@ def verdicts(collected: Collected) -> list[Verdict]:
                 continue
             answer = goal.find(collected, device)
             if answer is not None:
-                verdict = Verdict(goal, answer[0], answer[1], device)
+                verdict = Verdict(
+                    goal, answer[0], answer[1], device + (", stale" if _stale(collected, goal, device) else "")
+                )
                 break
         found.append(verdict)
     return found
+
+
+def _stale(collected: Collected, goal: Goal, device: str) -> bool:
+    return any(s.stale for s in collected.sources if s.suite == goal.suite and s.facts.get("device") == device)
 
 
 def _is_cpu(device: str) -> bool:
