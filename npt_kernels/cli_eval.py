@@ -88,7 +88,7 @@ def evaluate(
     report = load_npt(model, path)
 
     def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     say(str(report))
     blocks = load_token_blocks(config, tokenizer)
@@ -219,22 +219,22 @@ def _layers_table(fidelity: Sequence[LayerFidelity]) -> Table:
     """Explained variance and ‖ΔW‖ ÷ ‖W‖ per layer."""
     targets = list(dict.fromkeys(target for entry in fidelity for target in entry.delta_statistics))
     tokens = next(iter(fidelity[0].delta_statistics.values())).tokens
-    title = f"layers; ‖ΔW‖/‖W‖ as median · 95th percentile · maximum of {tokens:,} tokens"
+    title = f"layers; ‖ΔW‖/‖W‖ of {tokens:,} tokens in %: median/p95/max"
     table = _plain_table(title, box=None, padding=(0, 1))
-    for name in ("layer", "rank", "explained variance", *targets):
+    for name in ("layer", "rank", "explained", *targets):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in fidelity:
         cells = []
         for target in targets:
             found = entry.delta_statistics.get(target)
             shares = [] if found is None else [found.relative[name] for name in ("p50", "p95", "max")]
-            cells.append(" · ".join(_percent(share) for share in shares))
+            cells.append("/".join(_percent(share) for share in shares))
         table.add_row(str(entry.index), str(entry.rank), f"{entry.explained_variance:.4f}", *cells)
     return table
 
 
 def _percent(share: float) -> str:
-    return f"{share:.1%}" if share < 10 else f"{share:.0%}"
+    return f"{100 * share:.1f}" if share < 1 else f"{100 * share:.0f}"
 
 
 def _samples_table(samples: Sequence[Sample]) -> Table:

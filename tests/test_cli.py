@@ -324,7 +324,7 @@ def test_eval(adapter: Path) -> None:
 
 def test_eval_shows_tables_and_writes_where_it_is_told(adapter: Path) -> None:
     table = npt("eval", "out", "evaluation.tokens=30", "--out", "there").stdout
-    for part in ("perplexity, converted", "top-1 agreement", "greedy continuations", "explained variance", "‖ΔW‖/‖W‖"):
+    for part in ("perplexity, converted", "top-1 agreement", "greedy continuations", "explained", "‖ΔW‖/‖W‖"):
         assert part in table
     assert "eval.json, perplexity.png, fidelity.png, delta_norms.png in there" in table
     assert sorted(file.name for file in Path("there").iterdir())[1] == "eval.json" and not Path("out/eval").exists()

@@ -73,7 +73,14 @@ class LayerFidelity:
     delta_statistics: dict[str, NormStatistics] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerFidelity:
+        """Of :meth:`to_dict`."""
+        statistics = {target: NormStatistics(**found) for target, found in values.get("delta_statistics", {}).items()}
+        return cls(**{**values, "delta_statistics": statistics})
 
 
 class _Sums:

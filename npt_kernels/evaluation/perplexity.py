@@ -241,6 +241,7 @@ def _token_metrics(head: OutputHead, ids: Tensor, base: Tensor, student: Tensor 
         agree = (log_t.argmax(1) == log_s.argmax(1)).to(nll.dtype)
         kl = torch.linalg.vecdot(log_t.exp(), log_t.sub_(log_s))
         columns.append(torch.stack([base_nll, nll, kl, agree]))
+        del log_t, log_s  # else they live beside those of the next chunk
     return torch.cat(columns, dim=1).unflatten(1, (ids.shape[0], -1))
 
 

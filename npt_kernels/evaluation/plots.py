@@ -137,21 +137,31 @@ def plot_delta_distribution(layers: Sequence[LayerFidelity], path: Path) -> Path
     targets = list(layers[0].delta_statistics)
     figure, panels = _figure(1, len(targets), size=(max(8.0, 4.2 * len(targets)), 4.5))
     index = [entry.index for entry in layers]
-    for axes, target in zip(panels[0], targets, strict=True):
-        color, marker = _TARGETS.get(target, (_PINK, "D"))
-        values = {
+    shares = {
+        target: {
             name: [100 * entry.delta_statistics[target].relative[name] for entry in layers]
             for name in ("p50", "p95", "max")
         }
+        for target in targets
+    }
+    # A few tokens (attention sinks) can be far above all others; one such target puts every panel on a log axis.
+    medians = {target: min(values["p50"]) for target, values in shares.items()}
+    log = all(m > 0 for m in medians.values()) and any(max(shares[t]["max"]) > 30 * m for t, m in medians.items())
+    for axes, target in zip(panels[0], targets, strict=True):
+        color, marker = _TARGETS.get(target, (_PINK, "D"))
+        values = shares[target]
         axes.fill_between(index, values["p50"], values["p95"], color=color, alpha=0.2, label="to the 95th percentile")
         axes.plot(index, values["p50"], color=color, marker=marker, label="median token")
         axes.plot(index, values["max"], color=_GREY, marker=".", linestyle="none", label="largest")
         axes.set_title(target)
-        axes.set_ylim(bottom=0)
-        if min(values["p50"]) > 0 and max(values["max"]) / min(values["p50"]) > 30:
+        if log:
             axes.set_yscale("log")
-            axes.set_ylim(bottom=min(values["p50"]) / 2)
+            axes.set_ylim(medians[target] / 1.5, max(values["max"]) * 1.5)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(bottom=0)
         _layer_axis(axes)
     panels[0, 0].set_ylabel("‖ΔW‖$_F$ / ‖W‖$_F$ (%)")
     tokens = layers[0].delta_statistics[targets[0]].tokens

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """Runs an iterator in a thread, at most ``capacity`` items ahead; the order is the iterator's own.
+    """Runs an iterator in a thread, from the first ``next`` on and at most ``capacity`` items ahead; the order is its own.
 
     A thread suffices: fast tokenizers and file reads release Python's lock. An error of the iterator is raised where the
     item would have come; nothing is left behind by :meth:`close`, which also runs when the iteration is left.
@@ -30,7 +30,6 @@ class Background(Generic[T]):
         self._stopped = self._done = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="npt-text", daemon=True)
-        self._thread.start()
 
     def _work(self) -> None:
         try:
@@ -52,12 +51,17 @@ class Background(Generic[T]):
         return self
 
     def __next__(self) -> T:
+        # Not in __init__: a Ctrl-C there would leave a thread that nobody can close.
+        if self._thread.ident is None and not self._stopped:
+            self._thread.start()
         with self._change:
-            self._change.wait_for(lambda: self._items or self._done)
+            self._change.wait_for(lambda: self._items or self._done or self._stopped)
             if self._items:
                 item = self._items.popleft()
                 self._change.notify_all()
                 return item
+        if self._stopped:
+            raise StopIteration
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -69,4 +73,5 @@ class Background(Generic[T]):
             self._stopped = True
             self._items.clear()
             self._change.notify_all()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()

@@ -8,6 +8,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from ..configs.models import KNOWN_MODELS
 from ..configs.schema import ConfigError, RunConfig
 from ..models import adopt_quantised, quantise_base
-from ..models.quantised import missing_library
+from ..models.quantised import import_library, missing_library
 from .assets import default_cache_dir, demo_model_cached, demo_model_dir
 
 __all__ = [
@@ -111,6 +112,10 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if importlib.util.find_spec("torchao") is not None:
+        # transformers imports it for any model, with a page of warnings about kernels of other hardware.
+        with suppress(ImportError):
+            import_library("torchao")
     try:
         model_config = AutoConfig.from_pretrained(source, **hub)
         check_length(config, model_config.to_dict())

@@ -149,7 +149,7 @@ class HubReader:
                 after = self._dataset.state_dict()
             except Exception as error:
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-                raise RuntimeError(f"{self.where}: reading stopped after {count:,} rows: {lines[0]}") from error
+                raise ConfigError(f"{self.where}: reading stopped after {count:,} rows: {lines[0]}") from error
             if row is None:
                 return
             count += 1

@@ -144,8 +144,9 @@ class PackedStream:
     def __iter__(self) -> Iterator[Tensor]:
         self.close()
         position = self._position
-        reading = self._reading = Background(lambda stopped: self._chunks(position, stopped))
+        reading = Background(lambda stopped: self._chunks(position, stopped))
         try:
+            self._reading = reading
             for chunk in reading:
                 self._position = chunk.before
                 for offset in range(self._offset, len(chunk.rows)):

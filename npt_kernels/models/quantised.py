@@ -223,13 +223,15 @@ _FILL: dict[str, Callable[[QuantisedLinear, Tensor], None]] = {
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
     """Both libraries log a warning for every optional kernel of other hardware that they do not find."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name), logging.getLogger("torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def import_library(name: str) -> Any:

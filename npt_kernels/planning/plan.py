@@ -220,7 +220,7 @@ def make_plan(
 def _notes(config: RunConfig, device: torch.device) -> list[str]:
     notes = []
     if config.optimization.mixed_precision == "fp16" and device.type == "cpu":
-        notes.append("optimization.mixed_precision=fp16 is slow or missing on a CPU; bf16 or no is what works there")
+        notes.append("optimization.mixed_precision=fp16 is slow on a CPU; bf16 or no is faster there")
     if config.optimization.mixed_precision == "bf16" and device.type == "cpu":
         notes.append(
             "optimization.mixed_precision=bf16 on a CPU is faster only where it has bf16 instructions (avx512_bf16, amx)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,7 +13,9 @@ from ..configs.schema import RunConfig
 from ..evaluation.perplexity import evaluate, evaluate_base
 from ..inputs.loading import resolve_dtype
 from ..live_bytes import LiveBytes
+from ..models import quantise_base
 from ..models.patching import apply_npt, npt_parameters
+from ..ops._deferred import release_scratch
 from ..planning.storage import quantization_of
 from ..streaming import streaming
 from .loop import make_objective, make_optimizer
@@ -40,12 +41,8 @@ def quantise(model: nn.Module, config: RunConfig) -> None:
     """Store the frozen linears as ``optimization.quantization`` says; nothing for ``none``. Scratch buffers start empty."""
     if quantization_of(config) == "none":
         return
-    # Named at run time: the planner counts quantised models without the module that makes them.
-    package = __package__.rpartition(".")[0]
-    importlib.import_module(f"{package}.ops._deferred").release_scratch()
-    importlib.import_module(f"{package}.models.quantised").quantise_base(
-        model, quantization_of(config), config.optimization.quantization_library
-    )
+    release_scratch()
+    quantise_base(model, quantization_of(config), config.optimization.quantization_library)
 
 
 def _ids(config: RunConfig, model: nn.Module, rows: int) -> Tensor:

@@ -289,7 +289,8 @@ def enable_checkpointing(model: nn.Module, enabled: bool = True) -> None:
     transformers does so only for layers in training mode; the mode is set on those modules alone, so no dropout wakes up.
     """
     if not enabled:
-        if getattr(model, "is_gradient_checkpointing", False):
+        # transformers' own property for this has another name in every major version, and warns under the old one.
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             model.gradient_checkpointing_disable()  # type: ignore[operator]
         return
     try:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,26 +12,18 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..configs.schema import ConfigError, RunConfig
-from ..evaluation.fidelity import LayerFidelity, layer_fidelity
-from ..evaluation.perplexity import (
-    EvalResult,
-    Sample,
-    TeacherStates,
-    evaluate,
-    evaluate_base,
-    generate,
-    generate_samples,
-)
+from ..evaluation.fidelity import LayerFidelity
+from ..evaluation.perplexity import EvalResult, Sample
 from ..models.checkpoints import load_npt, save_npt
 from ..models.patching import ApplyReport, apply_npt, converted_layers, npt_disabled, remove_npt
 from ..models.sharding import shard_base
-from ..progress import progress_bar
 from ..streaming import stream_mode
 from .accelerator import make_accelerator
 from .checkpoints import Checkpoint, list_checkpoints, save_checkpoint
-from .display import TrainingDisplay, describe
+from .display import TrainingDisplay
 from .distributed import OtherRankError, World
 from .loop import Phase, PhaseLoop, StepReport, StopRequest, TrainingError, make_objective, plan_phases
+from .measuring import Measurer, timed
 from .objectives import delta_variances, enable_checkpointing
 from .precision import autocast
 from .recording import Pace, Recorder, RunSummary, check_trackers, mean_report
@@ -44,8 +33,6 @@ from .utilisation import utilisation_of
 
 __all__ = ["Run"]
 
-#: The original's states of the evaluation text are kept if they fit in this many bytes, else it runs again every time.
-_TEACHER_BYTES = 2**29
 #: Tokens that measure Var(δ), the unit of the per-layer loss.
 _VARIANCE_TOKENS = 2048
 
@@ -85,8 +72,9 @@ class Run:
         self.trained_tokens: int = self.saved.get("trained_tokens", 0)
         self.trained_seconds: float = self.saved.get("trained_seconds", 0.0)
         self.steps = 0 if self.checkpoint is None else self.checkpoint.total_steps
-        self.teacher: TeacherStates | None = None
-        self.base_texts: list[str] = []
+        self.measure = Measurer(
+            config, model, self.tokenizer, blocks.heldout, self.world, self.recorder, self.seconds, console.is_terminal
+        )
         #: Results before training, for the checkpoints.
         self.before: dict[str, Any] = {}
         self.loop: PhaseLoop | None = None
@@ -153,20 +141,19 @@ class Run:
         if converted_layers(model):
             remove_npt(model)
         fingerprint = base_fingerprint(model)
-        heldout = self._heldout()
         # Sharded, the original is measured after the conversion: only then is the model where it computes.
-        base = None if self.world.sharded else self._measure_base(heldout)
-        with self._timed("conversion"):
+        base = None if self.world.sharded else self.measure.base(self.checkpoint is None)
+        with timed(self.seconds, "conversion"):
             report = self._convert()
         recorder.say(str(report))
         if base is None:
             self._shard()
             with npt_disabled(model):
-                base = self._measure_base(heldout)
+                base = self.measure.base(self.checkpoint is None)
         if self.checkpoint is None:
             self._save_adapter()
             start = "resumed adapter" if self.resume else "after conversion"
-            converted, fidelity, samples = self._measure(start, heldout)
+            converted, fidelity, samples = self.measure.converted(start, self.steps)
         else:
             converted, fidelity, samples = self._measured_before(base)
         self.before = {
@@ -177,8 +164,8 @@ class Run:
         }
         trained, fidelity_trained, samples_trained = None, None, None
         if self.phases:
-            self._train(heldout)
-            trained, fidelity_trained, samples_trained = self._measure("after training", heldout)
+            self._train()
+            trained, fidelity_trained, samples_trained = self.measure.converted("after training", self.steps)
         if base_fingerprint(model) != fingerprint:
             raise RuntimeError(
                 "the frozen base changed during training; this is a bug in npt_kernels, please report it"
@@ -187,7 +174,7 @@ class Run:
             base, converted, trained, fidelity, fidelity_trained, samples, samples_trained, report, self.seconds,
             self.steps, self.trained_tokens / max(self.trained_seconds, 1e-9), peak_memory(), recorder.paths,
         )  # fmt: skip
-        with self._timed("plots"):
+        with timed(self.seconds, "plots"):
             recorder.plots(summary)
         recorder.finish(summary)
         return summary
@@ -217,35 +204,13 @@ class Run:
             self.recorder.say(f"note: {note}")
 
     def _shard(self) -> None:
-        with self._timed("sharding"):
+        with timed(self.seconds, "sharding"):
             held = shard_base(self.model, self.accelerator.device)
         whole = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
         self.recorder.say(
             f"frozen base sharded over {self.world.size} processes: each holds {held / 2**20:,.1f} of "
             f"{whole / 2**20:,.1f} MiB"
         )
-
-    def _heldout(self) -> Tensor:
-        heldout: Tensor = self.blocks.heldout
-        # evaluation.tokens counts predicted positions: the first token of a sequence is not predicted.
-        rows = -(-self.config.evaluation.tokens // (heldout.shape[1] - 1))
-        return heldout[:rows]
-
-    def _measure_base(self, heldout: Tensor) -> EvalResult:
-        """The original on the held-out text; also after a checkpoint, as proof that model and text are the same."""
-        with self._timed("evaluate original"), self._bar("original", heldout.numel()) as advance:
-            base, teacher = evaluate_base(self.model, heldout, advance=advance, ranks=self.world)
-            # The same decision everywhere: without its states a process runs forwards that the others do not.
-            (size,) = self.world.agree(teacher.states.numel() * teacher.states.element_size())
-            self.teacher = teacher if size <= _TEACHER_BYTES else None
-        if self.checkpoint is None:
-            self.recorder.result("original", base, self.steps)
-        self.recorder.say(f"original: perplexity {base.base_perplexity:.3f} on {base.tokens:,} held-out tokens")
-        if self._generates():
-            e = self.config.evaluation
-            with self._timed("samples"):
-                self.base_texts = generate(self.model, self.tokenizer, e.prompts, e.max_new_tokens)
-        return base
 
     def _convert(self) -> ApplyReport:
         """On rank 0; the others get what it made."""
@@ -277,30 +242,32 @@ class Run:
             )
         return (
             EvalResult(**before["converted"]),
-            [LayerFidelity(**entry) for entry in before["fidelity"]],
+            [LayerFidelity.from_dict(entry) for entry in before["fidelity"]],
             [Sample(**sample) for sample in before["samples"]],
         )
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def _train(self, heldout: Tensor) -> None:
-        stop = StopRequest(self.world)
+    def _train(self) -> None:
+        stop, before = StopRequest(self.world), self.steps
         with stop.listen():
             try:
                 for phase in self.phases[self._start_index() :]:
-                    with self._timed(f"train {phase.name}"):
-                        finished = self._phase(phase, heldout, stop)
+                    with timed(self.seconds, f"train {phase.name}"):
+                        finished = self._phase(phase, stop)
                     if not finished:
                         raise KeyboardInterrupt
             except KeyboardInterrupt:
                 self.recorder.say(f"interrupted after {self.steps} steps{self.rescue()}")
                 raise
-            except (TrainingError, OSError) as error:
+            except (TrainingError, ConfigError, OSError) as error:
+                if isinstance(error, ConfigError) and self.steps == before:
+                    raise  # a setting or a checkpoint that does not fit; later it is streamed text that breaks
                 raise TrainingError(f"{error}{self.rescue()}") from None
         self._save_adapter()
         self.recorder.record("save", step=self.steps, path=str(self.recorder.paths["adapter"]))
 
-    def _phase(self, phase: Phase, heldout: Tensor, stop: StopRequest) -> bool:
+    def _phase(self, phase: Phase, stop: StopRequest) -> bool:
         config = self.config
         variances: dict[int, Tensor] = {}
         if phase.objective != "kl":
@@ -335,13 +302,13 @@ class Run:
         pace = Pace()
 
         def after_step(report: StepReport) -> None:
-            self._after_step(report, phase, heldout, stop, display, pace)
+            self._after_step(report, phase, stop, display, pace)
 
         enable_checkpointing(self.model, config.optimization.gradient_checkpointing and phase.objective != "local")
         try:
             with display.open(relative=config.training.loss == "relative_mse"):
                 if self.pending:
-                    self._periodic(phase, loop.progress.step, heldout, display)
+                    self._periodic(phase, loop.progress.step, display)
                 finished = loop.run(stop, after_step)
         finally:
             loop.close()
@@ -371,7 +338,6 @@ class Run:
         self,
         report: StepReport,
         phase: Phase,
-        heldout: Tensor,
         stop: StopRequest,
         display: TrainingDisplay,
         pace: Pace,
@@ -392,7 +358,7 @@ class Run:
         self.logged, self.pending = report.step, report.step < phase.steps
         if stop.agreed or not self.pending:
             return
-        self._periodic(phase, report.step, heldout, display)
+        self._periodic(phase, report.step, display)
         # Last, so that what it holds of the log is complete.
         if t.save_steps and report.step % t.save_steps == 0:
             try:
@@ -401,40 +367,14 @@ class Run:
                 # A full disk must not cost the training; the user may make room before the next one.
                 display.note(f"step {report.step}: no checkpoint, it could not be written: {error}")
 
-    def _periodic(self, phase: Phase, step: int, heldout: Tensor, display: TrainingDisplay) -> None:
+    def _periodic(self, phase: Phase, step: int, display: TrainingDisplay) -> None:
         """Evaluation and samples, where they are due after this step."""
         t = self.config.training
         if t.eval_steps and step % t.eval_steps == 0:
-            result = evaluate(self.model, heldout, teacher=self.teacher, ranks=self.world)
-            self.recorder.result("training", result, self.steps, phase=phase.name, step=step)
-            display.note(f"step {step}: {describe(result)}")
+            display.note(self.measure.in_between(phase.name, step, self.steps))
         if t.prediction_logging_steps and step % t.prediction_logging_steps == 0:
-            self._samples(f"{phase.name}, step {step}")
+            self.measure.samples(f"{phase.name}, step {step}", self.steps)
         self.pending = False
-
-    # ---- measuring ---------------------------------------------------------------------------------------------------
-
-    def _measure(self, stage: str, heldout: Tensor) -> tuple[EvalResult, list[LayerFidelity], list[Sample]]:
-        with self._timed(f"evaluate {stage}"), self._bar(stage, heldout.numel()) as advance:
-            result = evaluate(self.model, heldout, advance=advance, teacher=self.teacher, ranks=self.world)
-            fidelity = layer_fidelity(self.model, heldout)
-        self.recorder.result(stage, result, self.steps, step=self.steps)
-        self.recorder.record("fidelity", stage=stage, step=self.steps, layers=[entry.to_dict() for entry in fidelity])
-        self.recorder.say(f"{stage}: {describe(result)}")
-        return result, fidelity, self._samples(stage)
-
-    def _generates(self) -> bool:
-        # Sharded layers need all processes in every forward.
-        return self.tokenizer is not None and (self.world.is_main or self.world.sharded)
-
-    def _samples(self, title: str) -> list[Sample]:
-        if not self._generates():
-            return []
-        with self._timed("samples"):
-            e = self.config.evaluation
-            samples = generate_samples(self.model, self.tokenizer, e.prompts, e.max_new_tokens, base=self.base_texts)
-        self.recorder.samples(title, samples, self.steps)
-        return samples
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
@@ -505,18 +445,3 @@ class Run:
         if self.loop is not None:
             self.loop.close()
         self.recorder.close()
-
-    # ---- small things ------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-    @contextmanager
-    def _bar(self, title: str, tokens: int) -> Iterator[Any]:
-        with progress_bar(f"evaluating {title}", tokens, "tokens", enabled=self.console.is_terminal) as advance:
-            yield advance

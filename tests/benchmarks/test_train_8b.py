@@ -42,7 +42,6 @@ def test_dense_rows(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("row", ["8bit-local", "4bit-end_to_end"])
 def test_quantised_rows(row: str, tmp_path: Path) -> None:
-    pytest.importorskip("npt_kernels.models.quantised")
     (entry,) = run(tmp_path / "out.json", "--rows", row)["rows"]
     assert entry["status"] == "measured" and 0.9 < entry["predicted_over_measured"] < 1.1
 

@@ -54,6 +54,7 @@ def test_norms_of_every_token_of_every_batch(family):
             weight = fidelity._weight(converted_layers(model)[entry.index], target).norm()
             assert found.relative["max"] == pytest.approx(found.max / float(weight), rel=1e-5)
     text = json.dumps([entry.to_dict() for entry in entries])
+    assert [fidelity.LayerFidelity.from_dict(entry) for entry in json.loads(text)] == entries
     assert json.loads(text)[0]["delta_statistics"][next(iter(expected[0]))]["p95"] > 0
 
 

@@ -60,8 +60,21 @@ def test_closing_stops_work_that_is_under_way() -> None:
             pass
         yield 1
 
+    def take() -> None:
+        got.extend(work)
+
+    got: list[int] = []
     work = Background(items)
+    taker = threading.Thread(target=take)
+    taker.start()
     assert started.wait(10)
     work.close()
     work.close()
-    assert not work._thread.is_alive()
+    taker.join(10)
+    assert not taker.is_alive() and not work._thread.is_alive() and got == []
+
+
+def test_closed_before_it_began() -> None:
+    work = Background(lambda stopped: iter([1]))
+    work.close()
+    assert list(work) == []

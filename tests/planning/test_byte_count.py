@@ -103,6 +103,20 @@ def test_autocast_copies_the_output_head() -> None:
     check({**LLAMA, "vocab_size": 6000}, "end_to_end", 0.02, training__mode="end_to_end", **keys)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_logits_in_several_chunks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one chunk held is gone when the next one comes."""
+    from npt_kernels.evaluation import perplexity
+    from npt_kernels.planning import memory
+    from npt_kernels.training import losses
+
+    for module in (losses, memory, perplexity):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2**18)
+    keys = {**PRECISIONS[precision], "training__batch_size": 4, "training__mode": "end_to_end"}
+    check({**LLAMA, "vocab_size": 4000}, "end_to_end", **keys)
+    check({**LLAMA, "vocab_size": 4000}, "evaluation", evaluation__tokens=512, **keys)
+
+
 def test_eager_attention_keeps_its_scores() -> None:
     numbers = {**LLAMA, "attn_implementation": "eager", "vocab_size": 40}
     keys = {"data__max_length": 256, "evaluation__tokens": 256, "training__batch_size": 1}
@@ -156,12 +170,12 @@ def test_streamed(family: str, mode: str) -> None:
     check(FAMILIES[family], keys["training__mode"], **keys)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", FORMATS)
-def test_quantised(name: str, precision: str, mode: str, family: str) -> None:
-    pytest.importorskip("npt_kernels.models.quantised")
+@pytest.mark.parametrize(
+    ("name", "precision", "family"),
+    [(name, "bf16", "llama") for name in FORMATS] + [("int8", "bf16", "gpt2"), ("nf4", "fp32, autocast", "llama")],
+)
+def test_quantised(name: str, precision: str, family: str, mode: str) -> None:
     keys = {**MODES[mode], **PRECISIONS[precision], "optimization__quantization": name}
     check(FAMILIES[family], keys["training__mode"], **keys)
 
