@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,8 @@ def test_a_dry_run_runs_nothing(suite: str, tmp_path: Path, no_gpu: None) -> Non
     assert result.exit_code == 0, (result.output, result.exception)
     assert "about" in result.stdout and "GPT-2" in result.stdout
     assert not (tmp_path / "out").exists()
+    if suite == "memory":  # the one row at real size: 448 GiB by formula
+        assert re.search(r"linear +local +Llama-3.1-8B +2048 +64 ", result.stdout)
     if suite == "kernels":
         assert "80 groups" in result.stdout and "not cuda anywhere" in result.stdout
 

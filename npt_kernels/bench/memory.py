@@ -33,7 +33,8 @@ def plan_memory(filters: Filters, size: str, dtype: torch.dtype) -> list[Setting
     ops = list(filters.ops) or ["mlp", "linear"]
     narrowed = Filters(ops, filters.shapes, filters.providers, modes, filters.tokens, filters.ranks, filters.rule)
     settings = plan_settings(narrowed, size, dtype)
-    return settings if filters != Filters() else [*headline(), *settings]
+    asked = (filters.ops, filters.shapes, filters.providers, filters.modes, filters.tokens, filters.ranks)
+    return settings if any(asked) else [*headline(), *settings]
 
 
 def headline() -> list[Setting]:

@@ -160,7 +160,7 @@ class TrainSetting:
     converted: tuple[str, ...] = ("all", "4")
     modes: tuple[str, ...] = ("local", "end_to_end")
     batch: Mapping[str, int] = field(default_factory=lambda: {"full": 1, "small": 2})
-    sequence: Mapping[str, int] = field(default_factory=lambda: {"full": 2048, "small": 64})
+    sequence: Mapping[str, int] = field(default_factory=lambda: {"full": 2048, "small": 32})
     rank: Mapping[str, int] = field(default_factory=lambda: {"full": 64, "small": 8})
     accumulation: int = 1
     applied: Callable[[nn.Module], contextlib.AbstractContextManager[None]] = _nothing

@@ -211,7 +211,7 @@ def test_every_kind_of_figure_is_drawn(full):
     for provider in ("triton", "eager", "kconcat", "loop"):
         assert f">{provider}</text>" in ratio
     assert ">8,192</text>" in ratio and ">tokens</text>" in ratio and ">rank</text>" in memories
-    assert "20,000</text>" in training and "published loop, end to end, 4 layers</text>" in training
+    assert "20,000</text>" in training and "published loop, end to end, 4 layers, 1×256</text>" in training
 
 
 def test_ids_of_different_figures_do_not_meet(full):

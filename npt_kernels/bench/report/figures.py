@@ -51,6 +51,7 @@ class Drawing:
         caption: What is drawn, on what, at which commit.
         stale: Why it no longer describes the code, or ``None``.
         paint: Draws into new axes.
+        height: Inches, at a width of 5.6.
     """
 
     name: str
@@ -59,10 +60,11 @@ class Drawing:
     caption: str
     stale: str | None
     paint: Callable[[Axes], None]
+    height: float = 3.9
 
     def _figure(self) -> Figure:
         # No pyplot: its figures are global, and a program that plots for itself must not meet ours.
-        figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+        figure = Figure(figsize=(5.6, self.height), layout="constrained")
         FigureCanvasAgg(figure)
         self.paint(figure.subplots())
         return figure
@@ -88,8 +90,7 @@ class Drawing:
         path = folder / f"bench-{self.document}.png"
         with matplotlib.rc_context(_STYLE):
             figure = self._figure()
-            axes = figure.axes[0]
-            axes.set_title(self.title, pad=10)
+            figure.suptitle(self.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
             note = self.caption + (f"\nSTALE: {self.stale}" if self.stale else "")
             figure.supxlabel("\n".join(_wrapped(note, 96)), fontsize=7.5, x=0.01, ha="left")
             figure.savefig(path, dpi=150, facecolor="white")
@@ -302,7 +303,7 @@ def _training(collected: Collected, device: str) -> Iterator[Drawing]:
             what = "median training speed on random weights; line: 10–90 % of the steps"
             yield Drawing(
                 f"train-{slug}", "train" if _is_8b(model) else None, f"Training, {model}",
-                _caption(chosen, what), _stale(chosen), _paint_training(chosen),
+                _caption(chosen, what), _stale(chosen), _paint_training(chosen), max(2.2, 1.3 + 0.27 * len(chosen)),
             )  # fmt: skip
         if rows:
             return
@@ -311,6 +312,7 @@ def _training(collected: Collected, device: str) -> Iterator[Drawing]:
 def _paint_training(rows: Sequence[dict[str, Any]]) -> Callable[[Axes], None]:
     def paint(axes: Axes) -> None:
         labels = []
+        dtypes = len({row["dtype"] for row in rows}) > 1
         for place, row in enumerate(reversed(list(rows))):
             low, high = row["tokens_per_s_p10_p90"]
             colour = (
@@ -324,7 +326,9 @@ def _paint_training(rows: Sequence[dict[str, Any]]) -> Callable[[Axes], None]:
                 f" {row['tokens_per_s']:,.0f}", (max(high, row["tokens_per_s"]), place), va="center", fontsize=9
             )
             layers = "all layers" if row["converted"] == "all" else f"{row['converted']} layers"
-            labels.append(f"{row['setting']}, {row['mode'].replace('_', ' ')}, {layers}")
+            # Speeds at other batches and lengths stand side by side, so each names its own.
+            size = f"{row['batch']}×{row['sequence']}" + (f" {row['dtype']}" if dtypes else "")
+            labels.append(f"{row['setting']}, {row['mode'].replace('_', ' ')}, {layers}, {size}")
         axes.set_yticks(range(len(labels)), labels)
         axes.grid(False, axis="y")
         axes.margins(x=0.16)
