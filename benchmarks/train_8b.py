@@ -38,6 +38,7 @@ import torch
 from torch import nn
 
 from npt_kernels import apply_npt
+from npt_kernels.bench.results import environment
 from npt_kernels.configs.models import KNOWN_MODELS
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.live_bytes import LiveBytes
@@ -48,11 +49,6 @@ from npt_kernels.planning.printing import size_text
 from npt_kernels.planning.work import needed_flops, step_time
 from npt_kernels.streaming import streaming
 from npt_kernels.training.measure import build_model, quantise, training_steps
-
-try:
-    from npt_kernels.bench.results import environment
-except ImportError:
-    from benchmarks._harness.report import environment
 
 ROOT = Path(__file__).resolve().parent
 SHAPE = dict(KNOWN_MODELS["meta-llama/Llama-3.1-8B"])
