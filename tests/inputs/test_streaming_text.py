@@ -7,6 +7,7 @@ import itertools
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,7 @@ def test_ctrl_c_while_waiting_for_text() -> None:
     def interrupt() -> None:
         waiting.wait(10)
         signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.5)  # the end of the text must not come before the signal is handled
         release.set()
 
     killer = threading.Thread(target=interrupt)

@@ -67,9 +67,8 @@ def _activate(
             say_fallback("mlp", reason)
         return None
     assert activation is not None
-    empty = x.new_empty(0)
     inter = x.new_empty(rows, width)
-    up = x.new_empty(rows, width) if save else empty
+    up = x.new_empty(rows, width) if save else x.new_empty(0)
     c_gate, c_up = coefficients
     b_gate, b_up = values
     if gate_weight is None:
@@ -81,8 +80,8 @@ def _activate(
             Epilogue.ACT, segments, [inter, up] if save else [inter],
             bias=biases[1], activation=activation, store_pre=save, overlap=overlap,
         )  # fmt: skip
-        return inter, empty, up
-    gate = x.new_empty(rows, width) if save else empty
+        return inter, x.new_empty(0), up
+    gate = x.new_empty(rows, width) if save else x.new_empty(0)
     segments = [Segment(MAIN, x, gate_weight, up_weight)]
     if b_gate is not None and b_up is not None and c_gate is c_up:
         assert c_gate is not None
@@ -128,7 +127,6 @@ def forward(
     rule_ = get_rule(rule)
     if gate_weight is None:
         gate_key = gate_value = gate_bias = None
-    empty = x.new_empty(0)
     x = rows_ok(
         x
     )  # before the coefficients: what a decode kernel reads early may not be written by the kernel before it
@@ -140,9 +138,9 @@ def forward(
         """``(p, c)`` of a target that reads x and z̃; the first of them makes z along with its own."""
         nonlocal z, c_first, own
         if value is None:
-            return empty, None
+            return x.new_empty(0), None
         if z is not None and rule_.key == "none":  # c depends on z̃ alone: gate and up have the same, in one segment
-            return empty, c_first
+            return x.new_empty(0), c_first
         if z is None:
             low = coefficients(x, key, key_scale, rule, num_ranks, scale, a=a, w_down=w_down)
         else:
@@ -165,7 +163,7 @@ def forward(
         )  # fmt: skip
     inter, gate, up = fused
     if down_value is None:
-        return F.linear(inter, down_weight, down_bias), z, p_gate, p_up, empty, gate, up
+        return F.linear(inter, down_weight, down_bias), z, p_gate, p_up, x.new_empty(0), gate, up
     low = coefficients(inter, down_key, None, rule, num_ranks, scale, z=z)
     # Without a key of its own c is z, and the kernel before is the one that writes inter.
     before: Overlap = "low" if low.own else "all" if rule_.key == "none" else None
