@@ -58,12 +58,14 @@ def mlp_input(layer: nn.Module, plan: LayerPlan, h: Tensor, a: Tensor) -> tuple[
 
 def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor, a: Tensor) -> Tensor:
     """What the converted layer returns: ``h + MLP_Δ(u; a)``."""
-    offloaded = any(p.is_meta for p in (*plan.shape.norm(layer).parameters(), *plan.shape.mlp(layer).parameters()))
-    if offloaded and not h.is_meta:
-        raise RuntimeError(
-            f"the weights of layer {plan.index} are offloaded, and accelerate brings back only those of modules that are "
-            f"called; dispatch the model with preload_module_classes=['{type(layer).__name__}']"
-        )
+    if not h.is_meta:
+        # One weight of each of the two modules that the layer's own forward would have called; not all: this is a hot path.
+        linear = plan.shape.linear(layer, next(iter(plan.shape.targets)))
+        if any(getattr(module, "weight", h).is_meta for module in (plan.shape.norm(layer), linear)):
+            raise RuntimeError(
+                f"the weights of layer {plan.index} are offloaded, and accelerate brings back only those of modules that are "
+                f"called; dispatch the model with preload_module_classes=['{type(layer).__name__}']"
+            )
     u, key_scale = mlp_input(layer, plan, h, a)
     weights, biases = {}, {}
     for target, place in plan.shape.targets.items():

@@ -165,8 +165,13 @@ class LayerChoice:
     hidden_size: int
 
 
-def plan_layers(model: nn.Module, config: NPTConfig) -> tuple[list[LayerChoice], dict[int, str], int]:
-    """``(choices, skipped, number of layers)`` without touching the model. Raises ``ValueError``."""
+def plan_layers(
+    model: nn.Module, config: NPTConfig, *, weights: bool = True
+) -> tuple[list[LayerChoice], dict[int, str], int]:
+    """``(choices, skipped, number of layers)`` without touching the model. Raises ``ValueError``.
+
+    ``weights=False``: the model is on ``meta``, and which norm it has is not known, since that is found by running it.
+    """
     _, layers = find_layers(model)
     if is_sharded(model):
         raise ValueError("the model is sharded with fully_shard; convert it first, then shard it")
@@ -177,7 +182,7 @@ def plan_layers(model: nn.Module, config: NPTConfig) -> tuple[list[LayerChoice],
         layer = layers[index]
         shape, reason = _shape_of(layer)
         if shape is not None:
-            choice = _choose(layer, shape, index, config)
+            choice = _choose(layer, shape, index, config, weights)
             if isinstance(choice, LayerChoice):
                 choices.append(choice)
                 continue
@@ -191,10 +196,10 @@ def plan_layers(model: nn.Module, config: NPTConfig) -> tuple[list[LayerChoice],
     return choices, skipped, len(layers)
 
 
-def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig) -> LayerChoice | str:
+def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig, weights: bool) -> LayerChoice | str:
     if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook") and not own_forward(layer):
         return "another library has replaced forward on this instance; convert before that one patches"
-    if any(parameter.is_meta for parameter in layer.parameters()):
+    if weights and any(parameter.is_meta for parameter in layer.parameters()):
         return (
             "it has no weights yet (device 'meta'); load them before converting, or keep it out of the offloaded part"
         )
@@ -203,9 +208,9 @@ def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig) 
     act = identify_activation(shape.activation(layer))
     if act is None:
         return f"its activation {type(shape.activation(layer)).__name__} is not one of the supported ones"
-    norm_kind = identify_norm(shape.norm(layer), hidden_size)
+    norm_kind = identify_norm(shape.norm(layer), hidden_size) if weights else None
     if norm_kind is None:
-        if config.matches_norm:
+        if weights and config.matches_norm:
             return f"its norm {type(shape.norm(layer)).__name__} is neither RMSNorm nor LayerNorm; set norm_match=False"
         norm_kind = "rms"
     plan = LayerPlan(index, shape, act, norm_kind, config.matches_norm)

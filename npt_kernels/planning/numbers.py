@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..activations import identify_activation
-from ..config import NPTConfig, parse_rank, resolve_layers
+from ..config import NPTConfig, parse_rank
 from ..configs.schema import ConfigError
 from ..models import LAYER_SHAPES
-from ..models.base import LayerShape, linear_shape, unsupported_linear
-from ..models.layer import LayerPlan
-from ..models.patching import LayerChoice, find_layers, fixed_ranks
+from ..models.base import linear_shape, unsupported_linear
+from ..models.patching import LayerChoice, find_layers, fixed_ranks, plan_layers
 from ..nn import NPComponent
 
 __all__ = ["Adapter", "ModelNumbers", "count_adapter", "meta_model", "read_numbers"]
@@ -233,7 +231,7 @@ def _activation_copies(activation: Any, gated: bool) -> int:
 
 def count_adapter(model: nn.Module, config: NPTConfig) -> Adapter:
     """What ``apply_npt(model, config)`` would install. Raises ``ValueError`` for a setting that cannot work."""
-    choices, skipped = _choices(model, config)
+    choices, skipped, _ = plan_layers(model, config, weights=False)
     ranks = _ranks(config, choices)
     components = [
         NPComponent(
@@ -253,39 +251,6 @@ def count_adapter(model: nn.Module, config: NPTConfig) -> Adapter:
         norm_match=config.matches_norm,
         skipped=skipped,
     )
-
-
-def _choices(model: nn.Module, config: NPTConfig) -> tuple[list[LayerChoice], dict[int, str]]:
-    """As ``plan_layers``, which runs the norm to recognise it and so needs weights."""
-    _, layers = find_layers(model)
-    choices: list[LayerChoice] = []
-    skipped: dict[int, str] = {}
-    for index in resolve_layers(config.layers, len(layers)):
-        layer = layers[index]
-        shape = next((shape for shape in LAYER_SHAPES if shape.mismatch(layer) is None), None)
-        reason = "; ".join(filter(None, (s.mismatch(layer) for s in LAYER_SHAPES))) if shape is None else ""
-        if shape is not None:
-            choice = _choose(layer, shape, index, config)
-            if isinstance(choice, LayerChoice):
-                choices.append(choice)
-                continue
-            reason = choice
-        if not isinstance(config.layers, str):
-            raise ValueError(f"layer {index} cannot be converted: {reason}")
-        skipped[index] = reason
-    if not choices:
-        raise ValueError(f"no layer of {type(model).__name__} can be converted: {next(iter(skipped.values()))}")
-    return choices, skipped
-
-
-def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig) -> LayerChoice | str:
-    targets = {t: linear_shape(shape.linear(layer, t)) for t in shape.canonical_targets(tuple(config.targets))}
-    activation = shape.activation(layer)
-    act = identify_activation(activation)
-    if act is None:
-        return f"its activation {type(activation).__name__} is not one of the supported ones"
-    hidden_size = linear_shape(shape.linear(layer, next(iter(shape.targets))))[0]
-    return LayerChoice(layer, LayerPlan(index, shape, act, "rms", config.matches_norm), targets, hidden_size)
 
 
 def _ranks(config: NPTConfig, choices: Sequence[LayerChoice]) -> list[int]:

@@ -85,7 +85,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(config: RunConfig, error: BaseException) -> str:
-    """What ran out and which keys of this configuration would need less, most effective first."""
+    """What ran out, and what would need less: by the planner's count, or by rules of thumb where it does not know the model."""
+    where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the host"
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    try:
+        found = advise(config, error)
+    except ValueError:  # a model whose config.json is nowhere
+        found = []
+    if found:
+        lines = "; or ".join(f"{entry.line} ({entry.cost})" for entry in found)
+        return f"out of memory on {where} ({first}). By the plan's count these would fit: {lines}"
+    return f"out of memory on {where} ({first}). Try: " + "; ".join(_rules_of_thumb(config))
+
+
+def _rules_of_thumb(config: RunConfig) -> list[str]:
+    """Keys of this configuration that would need less, most effective first."""
     t, o = config.training, config.optimization
     advice = []
     if t.batch_size > 1:
@@ -102,13 +116,4 @@ def memory_advice(config: RunConfig, error: BaseException) -> str:
         advice.append(f"data.max_length={config.data.max_length // 2}")
     if config.model.dtype not in ("bfloat16", "float16"):
         advice.append("model.dtype=bfloat16")
-    where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the host"
-    first = (str(error) or type(error).__name__).splitlines()[0]
-    try:
-        found = advise(config, error)
-    except ValueError:  # a model whose config.json is nowhere: the rules of thumb above
-        found = []
-    if found:
-        lines = "; or ".join(f"{entry.line} ({entry.cost})" for entry in found)
-        return f"out of memory on {where} ({first}). By the plan's count these would fit: {lines}"
-    return f"out of memory on {where} ({first}). Try: " + "; ".join(advice)
+    return advice
