@@ -1,7 +1,7 @@
 """Fail if a document names a make target, an npt command, a file or a heading that does not exist, or shows Python that fails.
 
 Read are README.md, CONTRIBUTING.md and every Markdown file of ``docs/``. Of examples that begin with ``# with a model of your
-own`` only the imports are run.
+own`` only the imports are run. CONTRIBUTING.md must also name every ``NPT_`` environment variable that the code reads.
 """
 
 from __future__ import annotations
@@ -68,8 +68,16 @@ def problems(readme: Path) -> list[str]:
     return found
 
 
+def unlisted_variables() -> list[str]:
+    """Environment variables of our own that the code reads and CONTRIBUTING.md's table does not have."""
+    sources = [ROOT / "setup.py", *(ROOT / "npt_kernels").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    read = {name for source in sources for name in re.findall(r"[\"'](NPT_[A-Z_]+)[\"']", source.read_text())}
+    return sorted(read - set(re.findall(r"`(NPT_[A-Z_]+)`", (ROOT / "CONTRIBUTING.md").read_text())))
+
+
 if __name__ == "__main__":
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     failures = [f"{document.relative_to(ROOT)}: {line}" for document in documents for line in problems(document)]
+    failures += [f"CONTRIBUTING.md: no line about the environment variable {name}" for name in unlisted_variables()]
     print("\n".join(failures) or f"{len(documents)} documents: commands, links and examples exist and run")
     sys.exit(bool(failures))
