@@ -155,7 +155,8 @@ def test_compiled_equals_eager(use, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [1, 16, 200])
-def test_a_cuda_graph_replays_the_same_bits(use, backend: str, rows: int) -> None:
+def test_a_cuda_graph_computes_the_same_and_repeats_bit_for_bit(use, backend: str, rows: int) -> None:
+    """Outside of the graph torch may choose another attention kernel (seen at 200 tokens, on every backend): hence two checks."""
     use(backend)
     model = converted("llama", layers=1).to(torch.bfloat16).to(DEVICE)
     tokens = token_ids(1, rows).to(DEVICE)
@@ -169,10 +170,14 @@ def test_a_cuda_graph_replays_the_same_bits(use, backend: str, rows: int) -> Non
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = model(input_ids=tokens, use_cache=False).logits
+    replays = []
+    for _ in range(3):
         out.fill_(float("nan"))
         graph.replay()
+        replays.append(out.clone())
     torch.cuda.synchronize()
-    assert torch.equal(out, expected)
+    assert all(torch.equal(replays[0], again) for again in replays[1:])
+    assert error(replays[0], expected.double().cpu()) < 4 * torch.finfo(torch.bfloat16).eps
 
 
 def test_conversion_on_the_gpu_is_exact_at_full_rank() -> None:
