@@ -71,8 +71,6 @@ NO_LIBRARY = {
 EXCEPTIONS: set[tuple[str, str]] = {
     ("base_model.loading", "offload"),
     ("estimate.advice", "evaluation"),
-    ("measure.problems", ""),
-    ("measure.shapes", "bench.results"),
     ("model.patching", "conversion"),
     ("model.patching", "conversion.random_start"),
     ("offload.setup", "base_model.loading"),

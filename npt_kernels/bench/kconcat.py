@@ -1,6 +1,6 @@
 """The strongest baseline without a custom kernel: the low-rank part as further columns of K in the vendor's own GEMM.
 
-``y = [x | c] [W | B]ᵀ`` over padded buffers (row pitch a multiple of 64 elements, research/kernels.md §4b). Writing ``c`` into
+``y = [x | c] [W | B]ᵀ`` over padded buffers (row pitch a multiple of 64 elements). Writing ``c`` into
 its columns is part of its time; repacking the frozen weights, which a user does once, is not.
 """
 
