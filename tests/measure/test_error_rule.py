@@ -47,7 +47,6 @@ def test_a_small_block_is_held_to_its_own_size() -> None:
     found = worst_excess(actual, truth.float(), truth)
     assert found.ratio > 1 and found.where == "rows 16…"
     assert found.error == pytest.approx(1e-4, rel=1e-3) and found.bound < found.error
-    assert worst_excess(actual, truth.float(), truth, factor=1e6).ratio == pytest.approx(found.ratio)
     assert worst_excess(actual, truth.float(), truth, blocks=False).where == "all"
 
 
@@ -110,7 +109,7 @@ def test_planted_errors_fail_at_every_token_count() -> None:
             own = {"terms": terms} if name == "d key_scale" else {}
             assert ratio(value, reference[name], truth[name], **own) <= 1, name
             wrong = value.clone()
-            wrong[-1:] = (truth[name][-1:] + 0.02 * (terms[-1:] if own else truth[name][-1:].abs().amax())).half()
+            wrong[-1:] = (truth[name][-1:] + 0.02 * (terms[-1:] if own else truth[name].abs().amax())).half()
             assert ratio(wrong, reference[name], truth[name], **own) > 1, name
 
 
