@@ -112,7 +112,6 @@ NAMED_BACKENDS: set[tuple[str, str]] = {
 #: Groups of modules that import each other in a circle yet.
 CIRCLES: list[list[str]] = [
     ["base_model.loading", "offload", "offload.setup"],
-    ["bench.training", "bench.training_shapes"],
     [
         "conversion",
         "conversion.closed_form",

@@ -1,14 +1,21 @@
-"""What ``npt bench check`` runs: numeric cases, repeats, and timings of whole ops and single kernels; real sizes and small ones."""
+"""What ``npt bench check`` runs: numeric cases, repeats, and what it times; real sizes and small ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ..measure.shapes import MODELS, SMALL_MODELS, Case
+from ..measure.shapes import MODELS, SMALL_MODELS, Case, ModelShape
+from .kernels import measure_setting
+from .memory import measure_memory
+from .providers import PROVIDERS
+from .registry import Setting
+from .single_kernels import SingleKernel, against_products, cuda_kernels
 
-__all__ = ["numeric_cases", "repeat_cases"]
+__all__ = ["Timing", "numeric_cases", "repeat_cases", "timings"]
 
 
 def numeric_cases(small: bool) -> Iterator[Case]:
@@ -55,3 +62,73 @@ def repeat_cases(small: bool) -> Iterator[tuple[Case, int]]:
     yield Case("skinny", gpt2, 2048 if not small else 70, torch.bfloat16, rank=rank), times
     yield Case("matched_norm", eight, 515 if not small else 35, torch.bfloat16), times
     yield Case("mlp", eight, 2048 if not small else 40, torch.bfloat16, rank=rank), 3 if small else 200
+
+
+# ---- timings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One group of rows: ``rows(device, ceilings, rounds)``. Rows of whole ops are those of the suites kernels and memory."""
+
+    name: str
+    rows: Callable[[torch.device, dict[str, Any], int], list[dict[str, Any]]]
+
+
+def timings(small: bool, backends: Sequence[str], compiled: bool) -> list[Timing]:
+    """What is timed, most important first. ``compiled``: torch.compile among the contenders, some 20 s a setting."""
+    models = SMALL_MODELS if small else MODELS
+    many, few, rank, ranks = (40, (1, 5), 8, (16,)) if small else (8192, (1, 16, 64, 256), 64, (1024, 4096))
+    eight, seventy, gpt2 = models["8B"], models["70B"], models["GPT-2"]
+    ours = ["kconcat", *backends]
+    mainloops = [f"{name}-mainloop" for name in backends if f"{name}-mainloop" in PROVIDERS]
+    case = Case("skinny", eight, many, torch.bfloat16, rank=rank)
+    both = Case("coefficients", eight, many, torch.bfloat16, rule="rank1", rank=rank)
+
+    def op(
+        op: str, mode: str, model: ModelShape = eight, tokens: int = many, wide: int = rank, more: Sequence[str] = ()
+    ) -> Timing:
+        names = ["frozen", *(backends if op == "norm" else ours), *more]
+        asked = tuple(PROVIDERS[name] for name in dict.fromkeys(names))
+        return _whole_op(Setting(op, model, mode, tokens, wide, "self_key", torch.bfloat16, asked))
+
+    compile_too = ["compile"] if compiled else []
+    result = [
+        op("mlp", "forward", more=compile_too),
+        op("mlp", "forward", gpt2, more=compile_too),
+        op("linear", "forward", more=mainloops),
+        op("mlp", "local", more=compile_too),
+        op("mlp", "local", gpt2),
+        *(op("mlp", mode, tokens=tokens) for tokens in few for mode in ("decode", "forward")),
+        *(op("linear", "forward", wide=wide, more=mainloops) for wide in ranks),
+        _single(against_products(f"skinny pair 8B T={many} R={rank}", case, backends, ("two GEMMs", "one pass"))),
+        _single(
+            against_products(
+                f"coefficients rank1 8B T={many} R={rank}", both, backends, ("two GEMMs + rule", "one kernel")
+            )
+        ),
+        op("norm", "forward"),
+        op("mlp", "forward", seventy, tokens=many if small else 2048),
+    ]
+    if "cuda" in backends:
+        result += [_single(kernel) for kernel in cuda_kernels(small)]
+    asked = tuple(PROVIDERS[name] for name in ("frozen", *backends))
+    return [*result, _memory(Setting("mlp", eight, "local", many, rank, "self_key", torch.bfloat16, asked))]
+
+
+def _whole_op(setting: Setting) -> Timing:
+    def rows(device: torch.device, ceilings: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+        return [{"suite": "kernels", **row} for row in measure_setting(setting, device, ceilings, rounds=rounds)]
+
+    return Timing(str(setting), rows)
+
+
+def _single(kernel: SingleKernel) -> Timing:
+    return Timing(kernel.name, lambda device, ceilings, rounds: kernel.rows(device, rounds))
+
+
+def _memory(setting: Setting) -> Timing:
+    def rows(device: torch.device, ceilings: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+        return [{"suite": "memory", **row} for row in measure_memory(setting, device)]
+
+    return Timing(f"memory of {setting}", rows)

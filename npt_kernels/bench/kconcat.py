@@ -28,6 +28,8 @@ class _Concatenated(torch.autograd.Function):
         if buffer is None:
             buffer = torch.empty(len(x), stacked.stride(0), dtype=x.dtype, device=x.device)
             buffer[:, :d] = x
+            if x.device.type == "cpu":
+                buffer[:, d + rank :] = 0  # oneDNN's bfloat16 product reads on into the padding: NaN · 0 if that is NaN
         buffer[:, d : d + rank] = c
         ctx.save_for_backward(c, value, stacked)
         ctx.d = d

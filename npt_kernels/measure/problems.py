@@ -45,7 +45,9 @@ class Problem:
         # As of a loss that is a mean over tokens, so that sums over many of them stay in float16's range.
         self.upstream = {
             name: self._random(
-                case.tokens, *(() if name == "key_scale" else (widths.get(name, case.model.d),)), scale=case.tokens**-0.5
+                case.tokens,
+                *(() if name == "key_scale" else (widths.get(name, case.model.d),)),
+                scale=case.tokens**-0.5,
             )
             for name in self.outputs
         }

@@ -79,4 +79,6 @@ class Case:
         parts = [self.op, self.model.name, f"T={self.tokens}", str(self.dtype).removeprefix("torch.")]
         if self.op not in ("linear", "matched_norm"):
             parts.append(f"{self.rule} R={self.rank}" + (f" k={self.num_ranks}" if self.num_ranks > 1 else ""))
+        if not self.backward:
+            parts.append("forward")
         return " ".join(parts)

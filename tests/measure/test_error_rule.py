@@ -86,9 +86,10 @@ def test_luck_of_a_single_sum_passes_and_errors_do_not() -> None:
         # One of 64 terms missing: off by its size, which is an eighth of the root of all squares on average.
         dropped += ratio((truth - terms / 8).half(), reference, truth, terms=terms) > 1
         wrong_scale = (truth * 1.1).half()
-        assert ratio(torch.zeros_like(ours), reference, truth, terms=terms) > 1 or truth.abs() < 4 * eps * terms + 2 * (
-            reference - truth
-        ).abs()
+        assert (
+            ratio(torch.zeros_like(ours), reference, truth, terms=terms) > 1
+            or truth.abs() < 4 * eps * terms + 2 * (reference - truth).abs()
+        )
         if truth.abs() >= terms:  # where nothing cancels the floor is what it was without terms
             percent += 1
             assert ratio((truth * 1.01).half(), reference, truth, terms=terms) > 1
@@ -123,7 +124,9 @@ def test_a_wrong_key_scale_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         exact = tensors["x"].dtype == torch.float64
         reference = sum(1 for _ in calls) % 3 != 0
         calls.append(None)
-        return call(self, tensors if exact or reference else tensors | {"key_scale": tensors["key_scale"] * 1.01}, backend)
+        return call(
+            self, tensors if exact or reference else tensors | {"key_scale": tensors["key_scale"] * 1.01}, backend
+        )
 
     calls: list[None] = []
     monkeypatch.setattr(Problem, "call", wrong)

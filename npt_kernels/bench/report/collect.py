@@ -16,15 +16,15 @@ __all__ = ["OURS", "Collected", "Source", "best_of_ours", "collect", "human_byte
 
 #: Providers that are ours, in order of preference where several were measured.
 OURS = ("cuda", "triton", "eager")
+_OPS = ("npt_kernels/ops", "npt_kernels/kernels", "npt_kernels/rules", "npt_kernels/functional.py", "csrc")
+_MODEL = ("npt_kernels/model", "npt_kernels/component.py", "npt_kernels/training")
 #: What a suite measures: a change there makes its figures stale.
 _MEASURED_PATHS = {
-    "kernels": ("npt_kernels/ops", "npt_kernels/rules", "npt_kernels/tuning", "npt_kernels/functional.py", "csrc"),
-    "memory": ("npt_kernels/ops", "npt_kernels/rules", "npt_kernels/functional.py", "csrc"),
-    "train": (
-        "npt_kernels/ops", "npt_kernels/rules", "npt_kernels/functional.py", "npt_kernels/models", "npt_kernels/component.py",
-        "npt_kernels/model/norms.py", "npt_kernels/training", "npt_kernels/streaming", "csrc",
-    ),
-    "run": ("npt_kernels/calibration", "npt_kernels/models", "npt_kernels/training", "npt_kernels/rules", "npt_kernels/ops"),
+    "kernels": _OPS,
+    "memory": _OPS,
+    "check": _OPS,
+    "train": (*_OPS, *_MODEL, "npt_kernels/offload"),
+    "run": (*_OPS, *_MODEL, "npt_kernels/conversion"),
 }  # fmt: skip
 
 
