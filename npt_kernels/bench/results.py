@@ -32,6 +32,7 @@ __all__ = [
     "ResultFile",
     "device_folder",
     "environment",
+    "human_bytes",
     "load_results",
     "newest_rows",
     "repository",
@@ -268,3 +269,12 @@ def newest_rows(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             rows.pop(key, None)
             rows[key] = {**row, "suite": suite, "source": result}
     return list(rows.values())
+
+
+def human_bytes(count: float) -> str:
+    """``448 GiB``, ``117 MiB``, ``3.2 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:,.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -189,7 +189,8 @@ def cuda_kernels(small: bool) -> Iterator[SingleKernel]:
         big, eight, gpt2, smol, many, few, rank = 256, (64, 96), (32, 64), (24, 40), 72, (1, 16), 8
     else:
         big, eight, gpt2, smol, many, few, rank = 8192, (4096, 14336), (768, 3072), (576, 1536), 8192, (1, 16, 64), 64
-    (d, f), k = eight, SingleKernel
+    d, f = eight
+    k = SingleKernel
     yield k(f"1-3 cuda store {big}^3", "cuBLAS", big, _store(big, big, big))
     yield k(f"5 cuda dual 8B T={many}", "cuBLAS, N = 2f", many, _dual(many, f, d, rank))
     yield k(f"5c cuda dual SmolLM2 T={many}", "cuBLAS, N = 2f", many, _dual(many, smol[1], smol[0], rank))

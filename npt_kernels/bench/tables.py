@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .providers import PROVIDERS
-from .report.collect import human_bytes
+from .results import human_bytes
 
 if TYPE_CHECKING:
     import torch

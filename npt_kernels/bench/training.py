@@ -7,7 +7,9 @@ and the peak memory from steps of their own, since measuring either slows what i
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import RunConfig
+from ..estimate.byte_count import count_bytes
 from ..estimate.devices import local_gpu
 from ..estimate.flops import needed_flops, step_time
-from ..estimate.memory import count_bytes
-from ..estimate.model_sizes import count_adapter, meta_model, read_numbers
+from ..estimate.model_sizes import ModelNumbers, count_adapter, meta_model, read_numbers
 from ..measure.allocations import memory_meter
 from ..measure.live_bytes import storages_of
 from ..measure.random_model_step import build_model, quantise
 from ..measure.timing import clocks, cpu_ceilings, settle_power
 from ..model.patching import apply_npt, converted_layers
 from ..offload import LayerStreamer, stream_mode, streaming
+from ..ops.dense_on_use import release_scratch
 from ..run.accelerator import make_accelerator
 from ..training.loop import Phase, PhaseLoop, StopRequest, make_objective
 from ..training.objectives import delta_variances, enable_checkpointing
@@ -34,7 +37,7 @@ from ..training.precision import autocast
 from .kernels import short_reason
 from .peers import ROUNDED_WEIGHT
 from .results import BenchError, ResultFile, unknown_name
-from .training_shapes import MODELS, SETTINGS, TrainRow, availability, find_model, run_config
+from .training_shapes import MODELS, SETTINGS, TrainRow, TrainShape, availability, find_model, run_config
 
 __all__ = ["estimate_row", "measure_row", "plan_rows", "predict", "run_train"]
 
@@ -97,11 +100,22 @@ def plan_rows(
     return list(dict.fromkeys(rows))
 
 
+def _sizes(model: TrainShape) -> tuple[nn.Module, ModelNumbers]:
+    """The model without storage, and its numbers."""
+    return _skeleton(model.title, json.dumps(dict(model.numbers)))
+
+
+@functools.lru_cache(maxsize=8)
+def _skeleton(title: str, numbers: str) -> tuple[nn.Module, ModelNumbers]:
+    skeleton = meta_model(title, json.loads(numbers))
+    return skeleton, read_numbers(skeleton)
+
+
 def estimate_row(row: TrainRow, device: torch.device) -> float:
     """Seconds that a row will take, roughly: all its steps at 8 FLOPs a weight and token, building and measuring apart."""
     if availability(row.setting, row.mode, device) is not None:
         return 0.0
-    weights = read_numbers(meta_model(row.model.title, dict(row.model.numbers))).parameters
+    weights = _sizes(row.model)[1].parameters
     rate = 200e12 if device.type == "cuda" else 0.05e12
     steps = WARMUP_STEPS + TIMED_STEPS + 1 + WATCHED_STEPS + 2
     loop = 10 if not SETTINGS[row.setting].counts_flops else 1
@@ -137,8 +151,8 @@ def predict(row: TrainRow, device: torch.device) -> dict[str, Any]:
     if not SETTINGS[row.setting].counts_flops:
         return {}
     config = run_config(row)
-    skeleton = meta_model(row.model.title, dict(row.model.numbers))
-    numbers, adapter = read_numbers(skeleton), count_adapter(skeleton, config.npt_config())
+    skeleton, numbers = _sizes(row.model)
+    adapter = count_adapter(skeleton, config.npt_config())
     phase = next(phase for phase in count_bytes(numbers, adapter, config, device) if phase.name == row.mode)
     predicted: dict[str, Any] = {"predicted_bytes": phase.device_bytes}
     gpu = local_gpu() if device.type == "cuda" else None
@@ -171,9 +185,9 @@ def _measure(row: TrainRow, device: torch.device, ceilings: dict[str, Any]) -> d
     if streamer is not None:
         result["home_bytes"] = sum(streamer.layer_bytes)
     if SETTINGS[row.setting].counts_flops:
-        skeleton = meta_model(row.model.title, dict(row.model.numbers))
+        skeleton, sizes = _sizes(row.model)
         adapter = count_adapter(skeleton, config.npt_config())
-        flops = tokens * needed_flops(read_numbers(skeleton), adapter, row.sequence, row.mode)
+        flops = tokens * needed_flops(sizes, adapter, row.sequence, row.mode)
         achieved = flops / statistics.median(seconds)
         result |= {"flops_per_token": round(flops / tokens), "tflops": round(achieved / 1e12, 4)}
         if ceilings:
@@ -202,13 +216,13 @@ def _converted_model(row: TrainRow, config: Any, device: torch.device) -> Iterat
 def _random_model(row: TrainRow, config: RunConfig, device: torch.device, streamed: bool) -> nn.Module:
     """On the device; streamed ones in host memory, where they will live.
 
-    A GPU draws eight billion random numbers in a second, the host in minutes; so a streamed model is made on the GPU too if it fits.
+    A GPU draws eight billion random numbers in a second, the host in minutes; so a streamed model is made on it too if it fits.
     """
     numbers = dict(row.model.numbers)
     if not streamed:
         return build_model(numbers, row.dtype, device)
     if device.type == "cuda":
-        size = read_numbers(meta_model(row.model.title, numbers)).parameters * row.dtype.itemsize
+        size = _sizes(row.model)[1].parameters * row.dtype.itemsize
         if size < 0.9 * torch.cuda.mem_get_info(device)[0]:
             model = build_model(numbers, row.dtype, device).to("cpu")
             torch.cuda.empty_cache()
@@ -349,6 +363,7 @@ def _peak(
         steps()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device))
+    release_scratch()  # the buffers of dense weights outlive the steps before: they are part of the peak
     held = sum(tensor.untyped_storage().nbytes() for tensor in storages_of(model).values())
     if streamer is not None:
         held += streamer.device_bytes - sum(streamer.layer_bytes)

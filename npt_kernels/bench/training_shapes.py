@@ -248,7 +248,8 @@ def run_config(row: TrainRow) -> RunConfig:
                 "init": "published" if setting.rule == "rank1" else "small",
             },
             "training": {
-                "mode": row.mode, "batch_size": 1, "gradient_accumulation_steps": row.batch, "learning_rate": 1e-4, "lr_scheduler": "constant",
+                "mode": row.mode, "batch_size": 1, "gradient_accumulation_steps": row.batch,
+                "learning_rate": 1e-4, "lr_scheduler": "constant",
                 "objective": "layer" if setting.rule == "rank1" else "kl",
             },
             "data": {"max_length": max(2, row.sequence)},

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..results import load_results, newest_rows, repository
 
-__all__ = ["OURS", "Collected", "Source", "best_of_ours", "collect", "human_bytes"]
+__all__ = ["OURS", "Collected", "Source", "best_of_ours", "collect"]
 
 #: Providers that are ours, in order of preference where several were measured.
 OURS = ("cuda", "triton", "eager")
@@ -178,12 +178,3 @@ def best_of_ours(rows: Sequence[dict[str, Any]], figure: str = "ratio") -> dict[
     """Of rows of one setting, ours with the least ``figure``."""
     candidates = [row for row in rows if row.get("provider") in OURS and row["status"] == "ok" and figure in row]
     return min(candidates, key=lambda row: float(row[figure]), default=None)
-
-
-def human_bytes(count: float) -> str:
-    """``448 GiB``, ``117 MiB``, ``3.2 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:,.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
-    raise AssertionError

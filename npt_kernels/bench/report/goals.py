@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..results import BenchError
-from .collect import Collected, best_of_ours, human_bytes
+from ..results import BenchError, human_bytes
+from .collect import Collected, best_of_ours
 
 __all__ = ["GOALS", "Goal", "Verdict", "markdown_table", "replace_table", "verdicts"]
 

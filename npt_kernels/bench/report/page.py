@@ -8,8 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..results import BenchError
-from .collect import Collected, Source, human_bytes
+from ..results import BenchError, human_bytes
+from .collect import Collected, Source
 from .figures import Drawing, draw_all
 from .goals import count, verdicts
 from .summary import summarise
