@@ -254,7 +254,7 @@ def test_plans():
     assert {r.model.title for r in small} == {"GPT-2 ÷8", "Llama-3.1-8B ÷8"}
     (one,) = plan_rows("full", torch.bfloat16, shapes=["8b"], modes=["local"], settings=["resident"], converted=["all"],
                        tokens=[512], ranks=[16])  # fmt: skip
-    assert str(one) == "Llama-3.1-8B all layers local resident 1x512 r=16"
+    assert str(one) == "Llama-3.1-8B all layers local resident 8x512 r=16"
     assert find_model("smollm2").title == find_model("SMOLLM2-135m").title == "SmolLM2-135M"
 
 
