@@ -186,10 +186,10 @@ def _backward(tokens: int, width: int, depth: int) -> Make:
 def cuda_kernels(small: bool) -> Iterator[SingleKernel]:
     """The Hopper kernels, at real sizes or tiny ones."""
     if small:
-        big, eight, gpt2, smol, many, few, rank = 256, (64, 96), (32, 64), (24, 40), 72, (1, 16), 8
+        big, (d, f), gpt2, smol, many, rank = 256, (64, 96), (32, 64), (24, 40), 72, 8
     else:
-        big, eight, gpt2, smol, many, few, rank = 8192, (4096, 14336), (768, 3072), (576, 1536), 8192, (1, 16, 64), 64
-    d, f = eight
+        big, (d, f), gpt2, smol, many, rank = 8192, (4096, 14336), (768, 3072), (576, 1536), 8192, 64
+    few = [1, 16] if small else [1, 16, 64]
     k = SingleKernel
     yield k(f"1-3 cuda store {big}^3", "cuBLAS", big, _store(big, big, big))
     yield k(f"5 cuda dual 8B T={many}", "cuBLAS, N = 2f", many, _dual(many, f, d, rank))
