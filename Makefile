@@ -49,7 +49,7 @@ bench-report: $(VENV)/.bench ## The page, the documents' figures and the table o
 	$(BIN)/npt bench report --in $(OUT) --png docs/images --table docs/benchmarks.md
 
 gpu-check: $(VENV)/.dev ## Numerics and timings of every backend on a GPU (ARGS="--device cpu --small": dry run)
-	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+	$(BIN)/npt bench check --out $(OUT) $(ARGS)
 
 gpu-sanitize: $(VENV)/.dev ## Every CUDA kernel under compute-sanitizer (needs an H100 or H200)
 	$(BIN)/python tools/sanitize_cuda.py $(ARGS)

@@ -71,8 +71,6 @@ NO_LIBRARY = {
 EXCEPTIONS: set[tuple[str, str]] = {
     ("base_model.loading", "offload"),
     ("estimate.advice", "evaluation"),
-    ("measure.problems", ""),
-    ("measure.shapes", "bench.results"),
     ("model.patching", "conversion"),
     ("model.patching", "conversion.random_start"),
     ("offload.setup", "base_model.loading"),
@@ -114,7 +112,6 @@ NAMED_BACKENDS: set[tuple[str, str]] = {
 #: Groups of modules that import each other in a circle yet.
 CIRCLES: list[list[str]] = [
     ["base_model.loading", "offload", "offload.setup"],
-    ["bench.training", "bench.training_shapes"],
     [
         "conversion",
         "conversion.closed_form",

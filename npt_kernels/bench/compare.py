@@ -117,6 +117,14 @@ def _name(key: tuple[Any, ...]) -> str:
 def _changes(name: str, old: dict[str, Any], new: dict[str, Any], threshold: float) -> list[Change]:
     changes = []
     suite = old["suite"]
+    if (
+        suite == "check"
+        and old["kind"] == "kernel"
+        and old["status"] == new["status"] == "ok"
+        and "ratio" in old
+        and "ratio" in new
+    ):
+        changes.append(_judge(name, "ratio", old, new, threshold, lower_is_better=True))
     if suite == "kernels" and old["status"] == new["status"] == "ok":
         figure = "ratio" if "ratio" in old and "ratio" in new and old["provider"] != BASELINE else "us"
         changes.append(_judge(name, figure, old, new, threshold, lower_is_better=True))

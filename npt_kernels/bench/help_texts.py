@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BENCH", "COMPARE", "KERNELS", "MEMORY", "REPORT", "TRAIN", "TUNE"]
+__all__ = ["BENCH", "CHECK", "COMPARE", "KERNELS", "MEMORY", "REPORT", "TRAIN", "TUNE"]
 
 BENCH = """Measure this machine: speed, memory and training against everything one would use instead.
 
@@ -13,6 +13,7 @@ npt bench kernels --dry-run      what would run and for how long
 npt bench kernels --small        every op, shape, mode and provider at small sizes, a minute or two on any machine
 npt bench memory                 peak memory; 448 GiB by formula against what is used
 npt bench train                  training steps on random weights, no download
+npt bench check                  are all kernels right at real sizes on this GPU, the same every run, and how fast
 npt bench report                 one HTML page of all results
 npt bench compare old.json new.json
 npt bench tune                   the fastest tiles for this machine's GPU
@@ -72,6 +73,25 @@ shape      gpt2, smollm2-135m, llama-3.2-1b, llama-3.1-8b
 mode       local, end_to_end
 setting    resident, streamed, 8bit, 4bit, published form, published loop
 converted  all, 4 (the last four layers)
+"""
+
+CHECK = """Is every backend right at real sizes on this GPU, the same bit for bit on every run, and how fast.
+
+Every output and gradient against float64: at most twice PyTorch's own error in the same dtype. Then repeats that must be
+bitwise equal, then timings of whole ops and of single kernels. Most important first, within --budget seconds; the file is
+written after every case. Exit code: 0 all passed, 1 some failed, 2 what ran passed but time ran out before the last
+(or the command was wrong). Timings never change it.
+
+A kernel that breaks the device (illegal instruction or address) ends the run after its case, with a line that says so;
+with --isolate cases run in another process and the rest goes on, also after a kernel that hangs.
+
+[bold]Examples[/bold]
+
+\b
+npt bench check                                    (at most 8 minutes)
+npt bench check --backends triton --no-timings --budget 270
+npt bench check --only "mlp 70B" --isolate
+npt bench check --device cpu --small               (a dry run anywhere; TRITON_INTERPRET=1: Triton too)
 """
 
 REPORT = """One self-contained HTML page of all results: summary, plots, tables that sort. It needs no network.

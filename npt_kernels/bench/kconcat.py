@@ -1,6 +1,6 @@
 """The strongest baseline without a custom kernel: the low-rank part as further columns of K in the vendor's own GEMM.
 
-``y = [x | c] [W | B]ᵀ`` over padded buffers (row pitch a multiple of 64 elements, research/kernels.md §4b). Writing ``c`` into
+``y = [x | c] [W | B]ᵀ`` over padded buffers (row pitch a multiple of 64 elements). Writing ``c`` into
 its columns is part of its time; repacking the frozen weights, which a user does once, is not.
 """
 
@@ -28,6 +28,8 @@ class _Concatenated(torch.autograd.Function):
         if buffer is None:
             buffer = torch.empty(len(x), stacked.stride(0), dtype=x.dtype, device=x.device)
             buffer[:, :d] = x
+            if x.device.type == "cpu":
+                buffer[:, d + rank :] = 0  # oneDNN's bfloat16 product reads on into the padding: NaN · 0 if that is NaN
         buffer[:, d : d + rank] = c
         ctx.save_for_backward(c, value, stacked)
         ctx.d = d

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measure.check import CHUNK, poisoned, sample_rows, worst_ratio
+from ..measure.check import CHUNK, poisoned, sample_rows
+from ..measure.error_rule import worst_excess
 from ..measure.problems import Problem
-from ..measure.reference import reference_results
+from ..measure.reference import reference_results, term_sizes
 from ..measure.shapes import ModelShape
 from ..measure.timing import Call, clocks, compare, compare_graphs, cpu_ceilings, rotation, settle_power
 from .costs import minimum_flops, roofline_us
@@ -50,6 +51,8 @@ def check_provider(
         rows = sample_rows(case.tokens, max(case.model.f, case.model.d)).to(problem.device)
         known[provider.function] = (rows, *reference_results(problem, provider.function, mode, rows, CHUNK))
     rows, reference, truth = known[provider.function]
+    if provider.function == "npt" and "d key_scale" in truth and "terms" not in known:
+        known["terms"] = term_sizes(problem, rows)
     floor = allowed_floor(provider, problem)
     ratios: dict[str, float] = {}
     for name, expected in truth.items():
@@ -62,7 +65,8 @@ def check_provider(
                 ratios[name] = float("inf")
                 continue
             result = result[rows]
-        ratios[name] = worst_ratio(result, reference[name], expected, floor)
+        terms = known.get("terms", {}).get(name)
+        ratios[name] = worst_excess(result, reference[name], expected, floor=floor, terms=terms).ratio
     return ratios
 
 

@@ -13,13 +13,15 @@ from typing import TypeVar
 import torch
 
 from ..measure.reference import MODES
-from ..measure.shapes import MODELS, Case, ModelShape, find_shape
+from ..measure.shapes import MODELS, Case, ModelShape
 from ..rules import RULES
 from .costs import minimum_bytes, minimum_flops
 from .providers import BASELINE, PROVIDERS, Provider, find_provider
 from .results import BenchError, unknown_name
 
-__all__ = ["DTYPES", "OPS", "Filters", "Setting", "default_dtype", "estimate", "plan_settings", "settings_of_part"]
+__all__ = [
+    "DTYPES", "OPS", "Filters", "Setting", "default_dtype", "estimate", "find_shape", "plan_settings", "settings_of_part",
+]  # fmt: skip
 
 _Group = TypeVar("_Group")
 
@@ -102,6 +104,19 @@ class Filters:
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU; float32 on a CPU, where it runs everywhere at the speed people get."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def find_shape(name: str) -> ModelShape:
+    """The model of that name: ``8B``, ``llama-3.1-8b``, ``gpt2`` …, in any case. Raises :class:`BenchError`."""
+    known = {key: shape for shape in MODELS.values() for key in (_plain(shape.name), _plain(shape.title))}
+    if _plain(name) not in known:
+        titles = {form: shape.title for shape in MODELS.values() for form in (shape.name.lower(), shape.title.lower())}
+        raise unknown_name("--shape", name, list(dict.fromkeys(titles.values())), titles)
+    return known[_plain(name)]
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum() or c == ".")
 
 
 def plan_settings(filters: Filters, size: str, dtype: torch.dtype) -> list[Setting]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from .gpu_check_files import from_gpu_check, is_gpu_check
 
 __all__ = [
     "KEY_FIELDS",
@@ -31,6 +32,7 @@ __all__ = [
     "ResultFile",
     "device_folder",
     "environment",
+    "human_bytes",
     "load_results",
     "newest_rows",
     "repository",
@@ -40,12 +42,13 @@ __all__ = [
 ]
 
 SCHEMA = 1
-SUITES = ("kernels", "memory", "train")
+SUITES = ("kernels", "memory", "train", "check")
 #: What tells rows apart, per suite.
 KEY_FIELDS = {
     "kernels": ("op", "shape", "mode", "tokens", "rank", "rule", "dtype", "launch", "provider"),
     "memory": ("op", "shape", "mode", "tokens", "rank", "rule", "dtype", "provider"),
     "train": ("model", "converted", "mode", "setting", "rule", "rank", "batch", "sequence", "dtype"),
+    "check": ("kind", "case", "provider", "launch"),
 }
 
 
@@ -164,7 +167,7 @@ class ResultFile:
     """One run of one suite. ``save`` is called after every group of rows, so that an interrupted run keeps what it has.
 
     Attributes:
-        suite: ``kernels``, ``memory`` or ``train``.
+        suite: ``kernels``, ``memory``, ``train`` or ``check``.
         facts: Of :func:`environment`.
         command: What was typed.
         size: ``full`` or ``small``: small shapes show that everything runs, not how fast a real model is.
@@ -240,8 +243,8 @@ def _read(path: Path, *, strict: bool) -> dict[str, Any] | None:
         if strict:
             raise BenchError(f"{path} is not JSON: {error}") from None
         return None
-    if isinstance(data, dict) and data.get("what") == "benchmarks/train_8b.py":
-        data = _from_train_8b(data)
+    if is_gpu_check(data):
+        data = from_gpu_check(data)
     if not isinstance(data, dict) or data.get("suite") not in SUITES or "schema" not in data:
         if strict:
             raise BenchError(f"{path} is no result of `npt bench` (it has no suite {', '.join(SUITES)})")
@@ -251,42 +254,27 @@ def _read(path: Path, *, strict: bool) -> dict[str, Any] | None:
     return {**data, "path": path}
 
 
-def _from_train_8b(data: dict[str, Any]) -> dict[str, Any]:
-    """A file of ``benchmarks/train_8b.py`` as one of the suite ``train``: its rows are the same thing with other names."""
-    settings = data["settings"]
-    rows = []
-    for entry in data["rows"]:
-        setting, _, mode = entry["row"].partition("-")
-        row: dict[str, Any] = {
-            "model": "Llama-3.1-8B" + (", tiny" if data["small"] else ""), "converted": "all", "mode": mode, "setting": setting,
-            "rule": "self_key", "rank": settings["rank"], "batch": settings["batch"] * settings["accumulation"],
-            "sequence": settings["sequence"], "dtype": "bfloat16",
-        }  # fmt: skip
-        if entry["status"] != "measured":
-            rows.append(row | {"status": "failed", "reason": entry.get("reason", "")})
-            continue
-        rates = sorted(entry["tokens_per_step"] / seconds for seconds in entry["seconds"])
-        row |= {
-            "status": "ok", "tokens_per_s": entry["tokens_per_second"], "steps": len(rates),
-            "tokens_per_s_p10_p90": [rates[0], rates[-1]], "peak_bytes": entry["peak"]["allocated_bytes"],
-            "frozen_parameters": 8_030_261_248 if not data["small"] else 0,
-            **({} if entry["mfu"] is None else {"mfu": entry["mfu"]}),
-        }  # fmt: skip
-        rows.append(row)
-    return {
-        "schema": SCHEMA, "suite": "train", "size": "small" if data["small"] else "full", "complete": not data["not_run"],
-        "environment": data["environment"], "command": ["benchmarks/train_8b.py"], "rows": rows, "not_run": data["not_run"],
-    }  # fmt: skip
-
-
 def newest_rows(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of all files, of each key the newest one per device; every row gets ``"source"``, its file's dictionary."""
+    """Rows of all files, of each key the newest one per device; every row gets ``"source"``, its file's dictionary.
+
+    Rows of a check that time whole ops say themselves that they are of the suite ``kernels`` or ``memory``.
+    """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
         for row in result["rows"]:
-            key = (result["environment"].get("device"), *row_key(result["suite"], row))
+            suite = row.get("suite", result["suite"])
+            key = (result["environment"].get("device"), *row_key(suite, row))
             if row["status"] == "skipped" and key in rows:
                 continue  # a provider missing in a later run takes nothing away from what was measured
             rows.pop(key, None)
-            rows[key] = {**row, "suite": result["suite"], "source": result}
+            rows[key] = {**row, "suite": suite, "source": result}
     return list(rows.values())
+
+
+def human_bytes(count: float) -> str:
+    """``448 GiB``, ``117 MiB``, ``3.2 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:,.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    raise AssertionError

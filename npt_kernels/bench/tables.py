@@ -10,16 +10,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from .providers import PROVIDERS
-from .report.collect import human_bytes
+from .results import human_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from .compare import Comparison
     from .registry import Setting
-    from .training import TrainRow
+    from .training_shapes import TrainRow
 
-__all__ = ["line", "print_comparison", "print_plan", "print_rows", "print_train", "print_train_plan", "train_line"]
+__all__ = [
+    "line",
+    "print_check",
+    "print_comparison",
+    "print_plan",
+    "print_rows",
+    "print_train",
+    "print_train_plan",
+    "train_line",
+]
 
 
 def _table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
@@ -83,24 +92,33 @@ def _print_missing(console: Console, settings: Sequence[Setting], device: torch.
 
 
 def print_train_plan(rows: Sequence[TrainRow], seconds: Sequence[float], device: torch.device, size: str) -> None:
+    from .training import predict
     from .training_shapes import availability
 
     console = Console(highlight=False)
     table = _table(f"would run on {device} ({size} sizes)", "model", "layers", "mode", "setting", "batch", "rank", "about",
-                   right=("batch", "rank", "about"))  # fmt: skip
+                   "predicted", "s/step", right=("batch", "rank", "about", "predicted", "s/step"))  # fmt: skip
     missing = {}
     for row, cost in zip(rows, seconds, strict=True):
         reason = availability(row.setting, row.mode, device)
         if reason is not None:
             missing[row.setting] = reason
         about = "–" if reason else duration(cost)
+        size_and_time = predict(row, device)
         table.add_row(
-            row.model.title, row.converted, row.mode, row.setting, f"{row.batch} × {row.sequence}", str(row.rank), about
-        )
+            row.model.title, row.converted, row.mode, row.setting, f"{row.batch} × {row.sequence}", str(row.rank), about,
+            *_predicted(size_and_time),
+        )  # fmt: skip
     console.print(table)
     for setting, reason in missing.items():
         console.print(f"– {setting}: not available: {reason}", markup=False, soft_wrap=True)
     console.print(f"{len(rows)} rows, about {duration(sum(seconds))}", style="bold")
+
+
+def _predicted(row: dict[str, Any]) -> tuple[str, str]:
+    """Bytes and seconds of a step as ``npt plan`` has them; empty where it does not count the setting."""
+    size, seconds = row.get("predicted_bytes"), row.get("predicted_seconds")
+    return "" if size is None else human_bytes(size), "" if seconds is None else f"{seconds:.2f}"
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -166,19 +184,55 @@ def _coloured(cell: str) -> str:
 
 def print_train(rows: Sequence[dict[str, Any]]) -> None:
     console = Console(highlight=False)
-    table = _table("\ntraining on random weights", "model", "layers", "mode", "setting", "tokens/s", "MFU", "peak",
-                   right=("tokens/s", "MFU", "peak"))  # fmt: skip
+    table = _table("\ntraining on random weights", "model", "layers", "mode", "setting", "tokens/s", "s/step",
+                   "predicted", "MFU", "peak", "predicted", right=("tokens/s", "s/step", "predicted", "MFU", "peak"))  # fmt: skip
     for row in rows:
         if row["status"] != "ok":
             table.add_row(row["model"], row["converted"], row["mode"], row["setting"], _coloured(row["status"].upper())
                           if row["status"] != "unavailable" else "–")  # fmt: skip
             continue
         mfu = f"{100 * row['mfu']:.0f} %" if "mfu" in row else ""
-        table.add_row(row["model"], row["converted"], row["mode"], row["setting"], f"{row['tokens_per_s']:,.0f}", mfu,
-                      human_bytes(row["peak_bytes"]))  # fmt: skip
+        size, seconds = _predicted(row)
+        step = f"{row['batch'] * row['sequence'] / row['tokens_per_s']:.2f}"
+        table.add_row(row["model"], row["converted"], row["mode"], row["setting"], f"{row['tokens_per_s']:,.0f}", step, seconds,
+                      mfu, human_bytes(row["peak_bytes"]), size)  # fmt: skip
     console.print(table)
     for setting, reason in dict.fromkeys((r["setting"], r["reason"]) for r in rows if r["status"] == "unavailable"):
         console.print(f"– {setting}: {reason}", markup=False, soft_wrap=True)
+
+
+def print_check(rows: Sequence[dict[str, Any]], extra: dict[str, Any], not_run: Sequence[str]) -> None:
+    """What passed, what failed and why, what did not run; then the timings."""
+    console = Console(highlight=False)
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, markup=False, soft_wrap=True)
+
+    for title, kind in (("numerics", "numerics"), ("repeats", "repeat")):
+        own = [row for row in rows if row.get("kind") == kind]
+        bad = [row for row in own if row["status"] != "ok"]
+        say(f"{title}: {len(own) - len(bad)} of {len(own)} passed", "bold")
+        for row in bad:
+            say(f"  {row['status'].upper()} {row['provider']} {row['case']}: {row['reason']}", "red")
+    for name in not_run:
+        say(f"  not run: {name}")
+    for suite in ("kernels", "memory"):
+        own = [row for row in rows if row.get("suite") == suite]
+        if own:
+            print_rows(suite, own)
+    kernels = [row for row in rows if row.get("kind") == "kernel"]
+    if kernels:
+        table = _table(
+            "\nsingle kernels", "kernel", "launch", "by", "µs", "÷ baseline", "10–90 %", right=("µs", "÷ baseline")
+        )
+        for row in kernels:
+            spread = " – ".join(f"{value:.3f}" for value in row.get("ratio_p10_p90", ()))
+            cells = (f"{row['us']:,.1f}", f"{row.get('ratio', float('nan')):.3f}", spread) if "us" in row else (
+                _coloured("FAILED"), "", escape(str(row.get("reason", ""))))  # fmt: skip
+            table.add_row(escape(row["case"]), row["launch"], escape(row["provider"]), *cells)
+        console.print(table)
+    if "stopped" in extra:
+        say(str(extra["stopped"]), "bold red")
 
 
 def print_comparison(found: Comparison) -> None:

@@ -7,23 +7,29 @@ and the peak memory from steps of their own, since measuring either slows what i
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..estimate.flops import needed_flops
-from ..estimate.model_sizes import count_adapter, meta_model, read_numbers
+from ..configs.schema import RunConfig
+from ..estimate.byte_count import count_bytes
+from ..estimate.devices import local_gpu
+from ..estimate.flops import needed_flops, step_time
+from ..estimate.model_sizes import ModelNumbers, count_adapter, meta_model, read_numbers
 from ..measure.allocations import memory_meter
 from ..measure.live_bytes import storages_of
 from ..measure.random_model_step import build_model, quantise
 from ..measure.timing import clocks, cpu_ceilings, settle_power
 from ..model.patching import apply_npt, converted_layers
 from ..offload import LayerStreamer, stream_mode, streaming
+from ..ops.dense_on_use import release_scratch
 from ..run.accelerator import make_accelerator
 from ..training.loop import Phase, PhaseLoop, StopRequest, make_objective
 from ..training.objectives import delta_variances, enable_checkpointing
@@ -31,9 +37,9 @@ from ..training.precision import autocast
 from .kernels import short_reason
 from .peers import ROUNDED_WEIGHT
 from .results import BenchError, ResultFile, unknown_name
-from .training_shapes import MODELS, SETTINGS, TrainShape, availability, find_model, run_config
+from .training_shapes import MODELS, SETTINGS, TrainRow, TrainShape, availability, find_model, run_config
 
-__all__ = ["TrainRow", "estimate_row", "measure_row", "plan_rows", "run_train"]
+__all__ = ["estimate_row", "measure_row", "plan_rows", "predict", "run_train"]
 
 MODES = ("local", "end_to_end")
 CONVERTED = ("all", "4")
@@ -43,40 +49,6 @@ WARMUP_STEPS, TIMED_STEPS, WATCHED_STEPS = 1, 5, 2
 
 class WrongNumbersError(RuntimeError):
     """A setting whose layers return something else than they should."""
-
-
-@dataclass(frozen=True)
-class TrainRow:
-    """One row of the suite.
-
-    Attributes:
-        model: Name and numbers of the model.
-        converted: ``all`` or ``4``: the last four layers, as the earlier recipe had.
-        mode: ``local`` or ``end_to_end``.
-        setting: A key of ``training_shapes.SETTINGS``.
-        rank, batch, sequence: R, sequences per step, tokens per sequence.
-        dtype: Of the frozen base.
-    """
-
-    model: TrainShape
-    converted: str
-    mode: str
-    setting: str
-    rank: int
-    batch: int
-    sequence: int
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        layers = "all layers" if self.converted == "all" else f"{self.converted} layers"
-        return f"{self.model.title} {layers} {self.mode} {self.setting} {self.batch}x{self.sequence} r={self.rank}"
-
-    def row(self) -> dict[str, Any]:
-        return {
-            "model": self.model.title, "converted": self.converted, "mode": self.mode, "setting": self.setting,
-            "rule": SETTINGS[self.setting].rule, "rank": self.rank, "batch": self.batch, "sequence": self.sequence,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }  # fmt: skip
 
 
 def plan_rows(
@@ -128,11 +100,22 @@ def plan_rows(
     return list(dict.fromkeys(rows))
 
 
+def _sizes(model: TrainShape) -> tuple[nn.Module, ModelNumbers]:
+    """The model without storage, and its numbers."""
+    return _skeleton(model.title, json.dumps(dict(model.numbers)))
+
+
+@functools.lru_cache(maxsize=8)
+def _skeleton(title: str, numbers: str) -> tuple[nn.Module, ModelNumbers]:
+    skeleton = meta_model(title, json.loads(numbers))
+    return skeleton, read_numbers(skeleton)
+
+
 def estimate_row(row: TrainRow, device: torch.device) -> float:
     """Seconds that a row will take, roughly: all its steps at 8 FLOPs a weight and token, building and measuring apart."""
     if availability(row.setting, row.mode, device) is not None:
         return 0.0
-    weights = read_numbers(meta_model(row.model.title, dict(row.model.numbers))).parameters
+    weights = _sizes(row.model)[1].parameters
     rate = 200e12 if device.type == "cuda" else 0.05e12
     steps = WARMUP_STEPS + TIMED_STEPS + 1 + WATCHED_STEPS + 2
     loop = 10 if not SETTINGS[row.setting].counts_flops else 1
@@ -145,17 +128,37 @@ def estimate_row(row: TrainRow, device: torch.device) -> float:
 def measure_row(row: TrainRow, device: torch.device, ceilings: dict[str, Any]) -> dict[str, Any]:
     """The finished row: ``ok`` with figures, ``unavailable`` or ``failed`` with the reason."""
     reason = availability(row.setting, row.mode, device)
+    known = {**row.row(), **predict(row, device)}  # stays beside a failure
     if reason is not None:
-        return {**row.row(), "status": "unavailable", "reason": f"not available: {reason}"}
+        return {**known, "status": "unavailable", "reason": f"not available: {reason}"}
     try:
-        return {**row.row(), "status": "ok", **_measure(row, device, ceilings)}
+        return {**known, "status": "ok", **_measure(row, device, ceilings)}
     except WrongNumbersError as error:
-        return {**row.row(), "status": "wrong", "reason": str(error)}
+        return {**known, "status": "wrong", "reason": str(error)}
     except Exception as error:
-        return {**row.row(), "status": "failed", "reason": short_reason(error)}
+        return {**known, "status": "failed", "reason": short_reason(error)}
     finally:
+        gc.collect()  # what a failed row held would be the next one's memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def predict(row: TrainRow, device: torch.device) -> dict[str, Any]:
+    """What ``npt plan`` says of the row: ``predicted_bytes`` at the peak and, for a known GPU, ``predicted_seconds`` a step.
+
+    Nothing for settings that it does not count.
+    """
+    if not SETTINGS[row.setting].counts_flops:
+        return {}
+    config = run_config(row)
+    skeleton, numbers = _sizes(row.model)
+    adapter = count_adapter(skeleton, config.npt_config())
+    phase = next(phase for phase in count_bytes(numbers, adapter, config, device) if phase.name == row.mode)
+    predicted: dict[str, Any] = {"predicted_bytes": phase.device_bytes}
+    gpu = local_gpu() if device.type == "cuda" else None
+    if gpu is not None:
+        predicted["predicted_seconds"] = round(step_time(numbers, adapter, config, gpu)[0].seconds, 4)
+    return predicted
 
 
 def _measure(row: TrainRow, device: torch.device, ceilings: dict[str, Any]) -> dict[str, Any]:
@@ -182,9 +185,9 @@ def _measure(row: TrainRow, device: torch.device, ceilings: dict[str, Any]) -> d
     if streamer is not None:
         result["home_bytes"] = sum(streamer.layer_bytes)
     if SETTINGS[row.setting].counts_flops:
-        skeleton = meta_model(row.model.title, dict(row.model.numbers))
+        skeleton, sizes = _sizes(row.model)
         adapter = count_adapter(skeleton, config.npt_config())
-        flops = tokens * needed_flops(read_numbers(skeleton), adapter, row.sequence, row.mode)
+        flops = tokens * needed_flops(sizes, adapter, row.sequence, row.mode)
         achieved = flops / statistics.median(seconds)
         result |= {"flops_per_token": round(flops / tokens), "tflops": round(achieved / 1e12, 4)}
         if ceilings:
@@ -197,7 +200,7 @@ def _converted_model(row: TrainRow, config: Any, device: torch.device) -> Iterat
     """``(converted model, its streamer or None)`` in the row's setting, put together as ``npt train`` does."""
     torch.manual_seed(0)
     streamed = stream_mode(config, device) != "off"
-    model = build_model(dict(row.model.numbers), row.dtype, "cpu" if streamed else device)
+    model = _random_model(row, config, device, streamed)
     quantise(model, config)
     apply_npt(model, config.npt_config())
     if SETTINGS[row.setting].randomised:
@@ -208,6 +211,23 @@ def _converted_model(row: TrainRow, config: Any, device: torch.device) -> Iterat
         enable_checkpointing(model, config.optimization.gradient_checkpointing)
         with streaming(config, model, device) as streamer:
             yield model, streamer
+
+
+def _random_model(row: TrainRow, config: RunConfig, device: torch.device, streamed: bool) -> nn.Module:
+    """On the device; streamed ones in host memory, where they will live.
+
+    A GPU draws eight billion random numbers in a second, the host in minutes; so a streamed model is made on it too if it fits.
+    """
+    numbers = dict(row.model.numbers)
+    if not streamed:
+        return build_model(numbers, row.dtype, device)
+    if device.type == "cuda":
+        size = _sizes(row.model)[1].parameters * row.dtype.itemsize
+        if size < 0.9 * torch.cuda.mem_get_info(device)[0]:
+            model = build_model(numbers, row.dtype, device).to("cpu")
+            torch.cuda.empty_cache()
+            return model
+    return build_model(numbers, row.dtype, "cpu")
 
 
 def _randomise(model: nn.Module) -> None:
@@ -343,6 +363,7 @@ def _peak(
         steps()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device))
+    release_scratch()  # the buffers of dense weights outlive the steps before: they are part of the peak
     held = sum(tensor.untyped_storage().nbytes() for tensor in storages_of(model).values())
     if streamer is not None:
         held += streamer.device_bytes - sum(streamer.layer_bytes)

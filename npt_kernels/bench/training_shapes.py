@@ -6,19 +6,17 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configs.models import KNOWN_MODELS
+from ..configs.schema import RunConfig
 from .results import unknown_name
 
-if TYPE_CHECKING:
-    from .training import TrainRow
-
-__all__ = ["MODELS", "SETTINGS", "TrainSetting", "TrainShape", "availability", "find_model", "run_config"]
+__all__ = ["MODELS", "SETTINGS", "TrainRow", "TrainSetting", "TrainShape", "availability", "find_model", "run_config"]
 
 #: Small models of ``npt bench train``: every width divided by this, this many layers, this vocabulary.
 SMALL_DIVISOR, SMALL_LAYERS, SMALL_VOCABULARY = 8, 6, 512
@@ -146,7 +144,7 @@ class TrainSetting:
         rule, targets: Of the conversion; ``()``: all targets.
         optimization: Keys of the run configuration's section.
         converted, modes: Which rows run unasked.
-        batch, sequence, rank: Per size; ``batch`` is sequences per optimizer step, in ``accumulation`` micro-batches.
+        batch, sequence, rank: Per size; ``batch`` is sequences per optimizer step, in micro-batches of one.
         applied: Context around the training of a converted model.
         randomised: Whether the NP parameters start from large random numbers and what ``applied`` puts in place of the layers'
             own MLP is compared with it.
@@ -159,10 +157,9 @@ class TrainSetting:
     optimization: Mapping[str, Any] = field(default_factory=dict)
     converted: tuple[str, ...] = ("all", "4")
     modes: tuple[str, ...] = ("local", "end_to_end")
-    batch: Mapping[str, int] = field(default_factory=lambda: {"full": 1, "small": 2})
+    batch: Mapping[str, int] = field(default_factory=lambda: {"full": 8, "small": 2})
     sequence: Mapping[str, int] = field(default_factory=lambda: {"full": 2048, "small": 32})
     rank: Mapping[str, int] = field(default_factory=lambda: {"full": 64, "small": 8})
-    accumulation: int = 1
     applied: Callable[[nn.Module], contextlib.AbstractContextManager[None]] = _nothing
     randomised: bool = False
     counts_flops: bool = True
@@ -179,8 +176,7 @@ SETTINGS: dict[str, TrainSetting] = {
     "resident": TrainSetting("the whole model on the device, in the base's dtype"),
     "streamed": TrainSetting(
         "frozen layers in host memory, brought in one ahead",
-        optimization={"stream_layers": "host", "micro_batches_per_layer": 4}, converted=("all",), modes=("local",),
-        batch={"full": 4, "small": 4}, accumulation=4,
+        optimization={"stream_layers": "host"}, converted=("all",), modes=("local",), batch={"full": 8, "small": 4},
     ),
     "8bit": TrainSetting("frozen linears in 8 bits", optimization={"use_8bit": True}, converted=("all",)),
     "4bit": TrainSetting("frozen linears in 4 bits", optimization={"use_4bit": True}, converted=("all",)),
@@ -192,6 +188,40 @@ SETTINGS: dict[str, TrainSetting] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class TrainRow:
+    """One row of the suite.
+
+    Attributes:
+        model: Name and numbers of the model.
+        converted: ``all`` or ``4``: the last four layers, as the earlier recipe had.
+        mode: ``local`` or ``end_to_end``.
+        setting: A key of ``training_shapes.SETTINGS``.
+        rank, batch, sequence: R, sequences per step, tokens per sequence.
+        dtype: Of the frozen base.
+    """
+
+    model: TrainShape
+    converted: str
+    mode: str
+    setting: str
+    rank: int
+    batch: int
+    sequence: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        layers = "all layers" if self.converted == "all" else f"{self.converted} layers"
+        return f"{self.model.title} {layers} {self.mode} {self.setting} {self.batch}x{self.sequence} r={self.rank}"
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "model": self.model.title, "converted": self.converted, "mode": self.mode, "setting": self.setting,
+            "rule": SETTINGS[self.setting].rule, "rank": self.rank, "batch": self.batch, "sequence": self.sequence,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }  # fmt: skip
+
+
 def availability(setting: str, mode: str, device: torch.device) -> str | None:
     """Why this version, with what is installed, cannot run a setting; ``None`` if it can."""
     if setting in ("8bit", "4bit") and importlib.util.find_spec("bitsandbytes") is None:
@@ -199,10 +229,8 @@ def availability(setting: str, mode: str, device: torch.device) -> str | None:
     return None
 
 
-def run_config(row: TrainRow) -> Any:
+def run_config(row: TrainRow) -> RunConfig:
     """The row as a :class:`~npt_kernels.configs.schema.RunConfig`, the one place where training is configured."""
-    from ..configs.schema import RunConfig
-
     setting, numbers = SETTINGS[row.setting], row.model.numbers
     total = int(numbers[_LAYERS[numbers["model_type"]]])
     layers = "all" if row.converted == "all" else list(range(max(0, total - int(row.converted)), total))
@@ -210,6 +238,9 @@ def run_config(row: TrainRow) -> Any:
     targets = list(setting.targets or (("gate", "up", "down") if gated else ("c_fc", "c_proj")))
     if not gated and setting.targets:
         targets = ["c_fc"]  # a plain MLP has no gate; its first projection stands where the gate does
+    # A streamed layer comes in once for all micro-batches of a local step.
+    once = "stream_layers" in setting.optimization and row.mode == "local"
+    visits = {"micro_batches_per_layer": row.batch} if once else {}
     return RunConfig.from_mapping(
         {
             "model": {
@@ -217,14 +248,14 @@ def run_config(row: TrainRow) -> Any:
                 "init": "published" if setting.rule == "rank1" else "small",
             },
             "training": {
-                "mode": row.mode, "batch_size": max(1, row.batch // setting.accumulation),
-                "gradient_accumulation_steps": setting.accumulation, "learning_rate": 1e-4, "lr_scheduler": "constant",
+                "mode": row.mode, "batch_size": 1, "gradient_accumulation_steps": row.batch,
+                "learning_rate": 1e-4, "lr_scheduler": "constant",
                 "objective": "layer" if setting.rule == "rank1" else "kl",
             },
             "data": {"max_length": max(2, row.sequence)},
             "optimization": {
                 "mixed_precision": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(row.dtype, "no"),
-                "gradient_checkpointing": row.mode == "end_to_end", **setting.optimization,
+                "gradient_checkpointing": row.mode == "end_to_end", **setting.optimization, **visits,
             },
         },
         source="npt bench train",

@@ -222,6 +222,50 @@ def train(
     _finish(result)
 
 
+# ---- check -----------------------------------------------------------------------------------------------------------
+
+
+@bench.command(help=help_texts.CHECK)
+@reports_errors
+def check(
+    backends: Annotated[
+        _Names, typer.Option("--backends", metavar="NAME,…", help="Default: all that run here.", show_default=False)
+    ] = None,
+    only: Annotated[str, typer.Option("--only", metavar="TEXT", help="Cases whose text contains this.")] = "",
+    device: Annotated[str | None, typer.Option("--device", metavar="NAME", help="Default: the GPU.")] = None,
+    small: _Small = None,
+    budget: Annotated[float, typer.Option("--budget", metavar="SECONDS", help="Start nothing new after that.")] = 470.0,
+    timings: Annotated[bool, typer.Option("--timings/--no-timings", help="Time kernels after the checks.")] = True,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile too.")] = True,
+    isolate: Annotated[bool, typer.Option("--isolate", help="Run cases in another process.")] = False,
+    out: _Out = _RESULTS,
+) -> None:
+    _quiet_torch()
+    import torch
+
+    from ..bench import device_check, tables
+
+    if device is None and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA GPU here; --device cpu --small runs the same code at tiny shapes")
+    where, size = _where(device or "cuda", small)
+    if where.type == "cpu" and size == "full":
+        raise ValueError("real sizes need a GPU; on a CPU add --small")
+    usable, unusable = device_check.usable_backends(where, _words(backends))
+    result = _result("check", where, size, None, out)
+    result.extra["unusable_backends"] = unusable
+    typer.echo(f"{result.facts['device']}: backends {', '.join(usable)}")
+    for name, why in unusable.items():
+        typer.echo(f"  not {name}: {why}")
+    options = device_check.CheckOptions(
+        usable, size == "small", only, budget, timings, compiled and where.type == "cuda", isolate
+    )
+    with _kept(result):
+        device_check.run_check(options, where, result, typer.echo)
+    tables.print_check(result.rows, result.extra, result.not_run)
+    typer.echo(f"written: {result.path}")
+    raise typer.Exit(device_check.exit_code(result))
+
+
 # ---- report and compare ----------------------------------------------------------------------------------------------
 
 

@@ -299,7 +299,7 @@ def advise(
     failed = [name for name in _phases_of(error) if name in need.phases]
     failed = failed or [max(need.phases, key=lambda name: need.phases[name])]
     limits = {name: need.phases[name] * 4 // 5 for name in failed}
-    budget = Budget(None, limit, limits) if device.type == "cpu" else Budget(limit, host_memory(), limits)
+    budget = Budget(None, limit, limits) if device.type == "cpu" else Budget(limit, machine_memory(), limits)
     return suggest(config, sizes, budget)
 
 
@@ -324,11 +324,11 @@ def _phases_of(error: BaseException) -> tuple[str, ...]:
 def _memory_of(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return host_memory() or 2**62
+    return machine_memory() or 2**62
 
 
-def host_memory() -> int | None:
-    """Bytes of this machine's memory; ``None`` where the system does not say."""
+def machine_memory() -> int | None:
+    """All memory of this machine (``offload.setup.host_memory``: what is free now); ``None`` where the system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

@@ -10,9 +10,9 @@ from torch import nn
 
 from ..base_model.loading import check_length, load_model_config, resolve_cache_dir
 from ..configs.schema import ConfigError, RunConfig
+from .byte_count import Phase, count_bytes, peak, reserve
 from .devices import GPUS_PER_MACHINE, Gpu
 from .flops import StepTime, step_time
-from .memory import Phase, count_bytes, peak, reserve
 from .model_sizes import Adapter, ModelNumbers, count_adapter, meta_model, read_numbers
 from .parallel import Parallel
 
@@ -109,7 +109,7 @@ class Sizes:
         """Degrees under ``config``: several processes replicate the frozen base or shard it."""
         p = self.parallel
         shard = p.shard or config.optimization.distributed == "fsdp"
-        return Parallel(p.data, shard, p.shard_adapter, p.tensor, p.pipeline)
+        return Parallel(p.data, shard)
 
     def steps(self, config: RunConfig) -> list[StepTime]:
         """Predicted times; empty without rates."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..configs.schema import RunConfig
+from .byte_count import runs_end_to_end, streams
 from .devices import COMPUTE_EFFICIENCY, TRANSFER_EFFICIENCY, Gpu
-from .memory import runs_end_to_end, streams
 from .model_sizes import Adapter, ModelNumbers
 from .parallel import Parallel
 from .storage import Precision
@@ -179,8 +179,7 @@ def _step(
     recompute = phase == "end_to_end" and optimization.gradient_checkpointing
     micro = training.batch_size * length
     batches = training.gradient_accumulation_steps
-    share = parallel.tensor * parallel.pipeline
-    flops_micro = needed_flops(model, adapter, length, phase, recompute=recompute) * micro / share
+    flops_micro = needed_flops(model, adapter, length, phase, recompute=recompute) * micro
     peak = gpu.tflops * 1e12 * COMPUTE_EFFICIENCY * (1.0 if precision.width == 2 else 0.5)
     memory = gpu.memory_gbs * 1e9 * TRANSFER_EFFICIENCY
     # Passes over the layers of one micro-batch: local meets each once; end to end twice forward and once or twice backward.
@@ -194,11 +193,11 @@ def _step(
     if precision.format is not None:
         read += stored + model.layer_linear * precision.width  # read what is stored, write the dequantised copy
     elements = 24 * model.hidden_size + 12 * model.intermediate_size  # reads and writes of a pass, about
-    traffic = model.num_layers * (passes * read + passes * micro * elements * precision.width) / share
+    traffic = model.num_layers * (passes * read + passes * micro * elements * precision.width)
     compute = batches * max(flops_micro / peak, traffic / memory)
     transfer = _transfer(phase, model, adapter, config, gpu, parallel, precision, batches)
     exposed = max(0.0, transfer - compute)
-    parameters = adapter.total / share
+    parameters = adapter.total
     optimizer = 7 * 4 * parameters / memory  # reads parameter, gradient, two moments; writes parameter and moments
     if parallel.data > 1:
         ring = 2 * (parallel.data - 1) / parallel.data

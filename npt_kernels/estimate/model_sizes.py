@@ -137,15 +137,6 @@ class Adapter:
         """The largest R."""
         return max(self.ranks)
 
-    def tensor_share(self, degree: int) -> float:
-        """NP parameters of one device of a tensor-parallel group, as a share of all: gate's and up's ``w_b_up`` and down's
-        ``w_a_up`` are divided by their columns, the rest is on every device."""
-        values = sum(size[1] for target, size in self.targets.items() if self.slots[target] != "down")
-        keys = sum(size[0] for target, size in self.targets.items() if self.slots[target] == "down")
-        divided = values * sum(self.ranks)
-        divided += {"matrix": keys * sum(self.ranks), "vector": keys * len(self.ranks), "none": 0}[self.key]
-        return 1 - divided * (1 - 1 / degree) / self.total
-
 
 def meta_model(name: str, numbers: dict[str, Any]) -> nn.Module:
     """The model of a ``config.json`` without storage. Raises :class:`ConfigError` if transformers cannot build it."""

@@ -12,12 +12,12 @@ import torch
 
 from ..base_model.loading import choose_device, optimization_notes, resolve_dtype
 from ..configs.schema import RunConfig
-from .advice import Suggestion, host_memory, largest_batch, suggest
+from .advice import Suggestion, largest_batch, machine_memory, suggest
 from .budget import Budget, Sizes
+from .byte_count import MemoryTerm, Phase, peak, reserve, uses_closed_form
 from .count_steps import count_steps
 from .devices import GPUS_PER_MACHINE, Gpu, gpu_with, local_gpu
 from .flops import StepTime
-from .memory import MemoryTerm, Phase, peak, reserve, uses_closed_form
 from .model_sizes import Adapter, ModelNumbers
 from .parallel import Parallel
 
@@ -186,10 +186,10 @@ def make_plan(
             gpu = local_gpu() if here else gpu_with(gpu_memory) if gpu_memory is not None else None
         if gpu_memory is None:
             gpu_memory = torch.cuda.get_device_properties(0).total_memory if here else gpu.memory_bytes if gpu else None
-        budget = Budget(gpu_memory, host_memory_bytes if host_memory_bytes or not here else host_memory())
+        budget = Budget(gpu_memory, host_memory_bytes if host_memory_bytes or not here else machine_memory())
     else:
         gpu = None
-        budget = Budget(None, host_memory_bytes or host_memory())
+        budget = Budget(None, host_memory_bytes or machine_memory())
     sizes = Sizes.of(config, device, parallel, gpu)
     adapter = sizes.adapter(config)
     layout = sizes.layout(config)

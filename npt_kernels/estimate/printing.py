@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from .memory import Phase
+    from .byte_count import Phase
 
 __all__ = ["print_configuration", "print_plan", "size_text"]
 

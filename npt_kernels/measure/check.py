@@ -1,6 +1,4 @@
-"""Numerics on real sizes: error against float64, at most twice torch's own, over the whole and in every block of 16 rows.
-
-    max|actual − truth| ≤ 2 · max|reference − truth| + 2 · eps · max|truth|
+"""Numerics on real sizes: every result of a case on a backend against float64, by the 2× rule (``error_rule.py``).
 
 Truth and reference of per-token results are computed on sampled blocks of rows (first, last, those around every 2^31 elements,
 some at random), because a row depends on its own token only. Sums over tokens are accumulated in float64 chunk by chunk.
@@ -18,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .error_rule import BLOCK, worst_excess
 from .problems import Problem
+from .reference import term_sizes
 from .shapes import Case
 
-__all__ = ["CHUNK", "check_case", "poisoned", "repeat_case", "sample_rows", "worst_ratio"]
+__all__ = ["CHUNK", "OutOfRangeError", "check_case", "poisoned", "repeat_case", "sample_rows"]
 
-BLOCK = 16
 #: Tokens of one chunk of the float64 truth: bounds its memory.
 CHUNK = 1024
 
@@ -59,50 +58,38 @@ def sample_rows(tokens: int, widest: int, blocks: int = 6) -> Tensor:
     return torch.cat([rows, ragged])
 
 
-def worst_ratio(actual: Tensor, reference: Tensor, truth: Tensor, floor: float = 2.0) -> float:
-    """Largest error ÷ its bound over the whole tensor and every block of 16 rows; infinite if anything is not finite.
-
-    ``floor``: multiple of eps · max|truth| that is allowed on top; 2 is the plain rule.
-    """
-    if actual.shape != truth.shape or actual.dtype != reference.dtype:
-        return float("inf")
-    if truth.numel() == 0:
-        return 0.0
-    if not bool(actual.isfinite().all()):
-        return float("inf")
-    eps = torch.finfo(actual.dtype).eps
-    flat = [t.reshape(t.shape[0], -1) if t.dim() > 1 else t.reshape(-1, 1) for t in (actual, reference, truth)]
-    error, allowed = ((t.double() - flat[2]).abs().amax(1) for t in flat[:2])
-    size = flat[2].abs().amax(1)
-    pad = -len(error) % BLOCK
-    error, allowed, size = (
-        torch.nn.functional.pad(t, (0, pad)).reshape(-1, BLOCK).amax(1) for t in (error, allowed, size)
-    )
-
-    def ratio(e: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        bound = 2 * a + floor * eps * s
-        return torch.where(e == 0, torch.zeros_like(e), e / bound).amax()
-
-    return max(float(ratio(error, allowed, size)), float(ratio(error.amax(0), allowed.amax(0), size.amax(0))))
+class OutOfRangeError(ValueError):
+    """A case whose true results its dtype cannot hold: the case is at fault, whatever a backend returns."""
 
 
 def check_case(case: Case, backend: str, device: torch.device) -> dict[str, Any]:
-    """Run a case on a backend and compare everything it returns. ``passed`` is what counts; a raised error is a failure."""
+    """Run a case on a backend and compare everything it returns.
+
+    The record's ``status``: ``ok``; ``wrong``, with the ``ratios`` (error ÷ bound) by result; ``failed``, with the ``reason``.
+    """
     started = time.perf_counter()
-    record: dict[str, Any] = {"case": str(case), "op": case.op, "backend": backend, "passed": False}
+    record: dict[str, Any] = {"case": str(case), "op": case.op, "provider": backend, "status": "failed"}
     try:
         problem = Problem(case, device)
         with poisoned():
             actual = problem.run(backend, sums=case.sums)
         ratios = _compare(problem, actual)
-        record |= {"ratios": ratios, "passed": all(r <= 1 for r in ratios.values())}
+        worst = max(ratios, key=lambda name: ratios[name])
+        record |= {"ratios": {name: _finite(ratio) for name, ratio in ratios.items()}, "status": "ok"}
+        if not ratios[worst] <= 1:
+            record |= {"status": "wrong", "reason": f"{worst} is off by {ratios[worst]:.3g} times what it may be"}
     except Exception as error:
-        record["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        record["reason"] = _first_line(error)
     record["seconds"] = round(time.perf_counter() - started, 2)
-    if device.type == "cuda":
-        problem = actual = None  # type: ignore[assignment]
-        torch.cuda.empty_cache()
     return record
+
+
+def _finite(ratio: float) -> float | str:
+    return round(ratio, 4) if abs(ratio) < float("inf") else str(ratio)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _compare(problem: Problem, actual: dict[str, Tensor]) -> dict[str, float]:
@@ -111,8 +98,10 @@ def _compare(problem: Problem, actual: dict[str, Tensor]) -> dict[str, float]:
     rows = sample_rows(case.tokens, max(widest, case.model.f)).to(problem.device)
     reference = problem.run("eager", rows, sums=False)
     truth = problem.run("eager", rows, torch.float64, sums=False)
+    _in_range(truth, case.dtype)
+    terms = term_sizes(problem, rows) if any(name == "d key_scale" for name in actual) else {}
     ratios = {
-        name: worst_ratio(actual[name][rows], reference[name], truth[name])
+        name: worst_excess(actual[name][rows], reference[name], truth[name], terms=terms.get(name)).ratio
         for name in actual
         if not name.startswith("sum ")
     }
@@ -124,14 +113,29 @@ def _compare(problem: Problem, actual: dict[str, Tensor]) -> dict[str, float]:
             part = problem.run("eager", slice(start, start + CHUNK), torch.float64)
             for name in sums:
                 total[name] = total[name] + part[name] if name in total else part[name]
+        _in_range(total, case.dtype)
         for name in sums:
-            ratios[name] = worst_ratio(actual[name], full[name], total[name])
+            ratios[name] = worst_excess(actual[name], full[name], total[name]).ratio
     return ratios
 
 
-def repeat_case(case: Case, times: int, backend: str, device: torch.device, deadline: float) -> dict[str, Any]:
-    """Run a case ``times`` over the same inputs; every result must be bitwise the first one. Stops at ``deadline``."""
-    record: dict[str, Any] = {"case": str(case), "backend": backend, "times": 0, "passed": False}
+def _in_range(truth: dict[str, Tensor], dtype: torch.dtype) -> None:
+    for name, tensor in truth.items():
+        largest = float(tensor.abs().amax()) if tensor.numel() else 0.0
+        if not largest <= torch.finfo(dtype).max:
+            limit = f"{dtype}".removeprefix("torch.")
+            raise OutOfRangeError(
+                f"{name} truly reaches {largest:.3g}, {limit} ends at {torch.finfo(dtype).max:g}: mend the case"
+            )
+
+
+def repeat_case(case: Case, times: int, backend: str, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Run a case ``times`` over the same inputs; every result must be bitwise the first one. Stops after ``seconds``.
+
+    The record's ``status``: ``ok``, ``wrong`` (some runs differ), ``incomplete`` (out of time, none differed) or ``failed``.
+    """
+    deadline = time.perf_counter() + seconds
+    record: dict[str, Any] = {"case": str(case), "provider": backend, "times": 0, "status": "failed"}
     try:
         problem = Problem(case, device)
         first = problem.run(backend)
@@ -145,7 +149,12 @@ def repeat_case(case: Case, times: int, backend: str, device: torch.device, dead
                 done += 1
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        record |= {"times": done, "different": int(different), "passed": int(different) == 0, "complete": done >= times}
+        count = int(different)
+        record |= {"times": done, "different": count, "status": "ok" if done >= times else "incomplete"}
+        if count:
+            record |= {"status": "wrong", "reason": f"{count} of {done} runs differ from the first"}
+        elif done < times:
+            record["reason"] = f"out of time after {done} of {times} runs; none differed"
     except Exception as error:
-        record["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        record["reason"] = _first_line(error)
     return record

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npt_kernels import AdapterTensors, npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
-from npt_kernels.ops.matched_norm import matched_norm
-from npt_kernels.rules import get_rule
-
+from ..component import AdapterTensors
+from ..functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
+from ..ops.matched_norm import matched_norm
+from ..rules import get_rule
 from .shapes import Case
 
 __all__ = ["FROZEN", "Problem"]
@@ -42,8 +42,13 @@ class Problem:
         self.outputs: tuple[str, ...]
         getattr(self, f"_make_{case.op}")()
         widths = {"y": self._out_width()}
+        # As of a loss that is a mean over tokens, so that sums over many of them stay in float16's range.
         self.upstream = {
-            name: self._random(case.tokens, *(() if name == "key_scale" else (widths.get(name, case.model.d),)))
+            name: self._random(
+                case.tokens,
+                *(() if name == "key_scale" else (widths.get(name, case.model.d),)),
+                scale=case.tokens**-0.5,
+            )
             for name in self.outputs
         }
 
@@ -60,6 +65,12 @@ class Problem:
 
     def _out_width(self) -> int:
         return self.case.model.f if self.case.op in ("linear", "factored_linear") else self.case.model.d
+
+    @property
+    def _bottleneck(self) -> float:
+        """Size of z's entries. rank1's c = z⟨z, p⟩ grows with z² √r; with z ≈ r^-1/4 it is of unit size as with other rules. At
+        r = 1024 unit entries made c ≈ 50 and sums over 512 tokens 4.7e5, far beyond float16."""
+        return (self.case.rank / self.case.num_ranks) ** -0.25 if self.case.rule == "rank1" else 1.0
 
     def _key(self, name: str, width: int) -> None:
         key = get_rule(self.case.rule).key
@@ -79,9 +90,10 @@ class Problem:
         model, rank = self.case.model, self.case.rank
         self._add_rows("x", model.d)
         self._add_rows("z", rank)
+        self.tensors["z"] *= self._bottleneck
         self._add("weight", model.f, model.d, scale=model.d**-0.5)
         self._key("w_a_up", model.d)
-        self._add("w_b_up", rank, model.f, scale=rank**-1.0 if self.case.rule == "rank1" else rank**-0.5)
+        self._add("w_b_up", rank, model.f, scale=rank**-0.5)
         self.outputs = ("y",)
 
     def _make_mlp(self) -> None:
@@ -96,8 +108,8 @@ class Problem:
             out, fan_in = (model.d, model.f) if target == "down" else (model.f, model.d)
             self._add(f"{target}_weight", out, fan_in, scale=fan_in**-0.5)
             self._key(f"{target}_key", fan_in)
-            self._add(f"{target}_value", rank, out, scale=rank**-1.0 if self.case.rule == "rank1" else rank**-0.5)
-        self._add("w_down", model.d, rank, scale=model.d**-0.5)
+            self._add(f"{target}_value", rank, out, scale=rank**-0.5)
+        self._add("w_down", model.d, rank, scale=model.d**-0.5 * self._bottleneck)
         self.outputs = ("y",)
 
     def _make_matched_norm(self) -> None:
@@ -113,7 +125,7 @@ class Problem:
         model, rank = self.case.model, self.case.rank
         self._add_rows("u", model.d)
         self._add_rows("a", model.d)
-        self._add("w_down", model.d, rank, scale=model.d**-0.5)
+        self._add("w_down", model.d, rank, scale=model.d**-0.5 * self._bottleneck)
         self._key("w_a_up", model.d)
         self.outputs = ()
 
@@ -166,12 +178,12 @@ class Problem:
         if case.op == "skinny":
             dy, b, c = (tensors[n] for n in ("dy", "w_b_up", "c"))
             if backend == "triton":
-                from npt_kernels.kernels.triton.value_grads import skinny_pair
+                from ..kernels.triton.value_grads import skinny_pair
 
                 dc, db = skinny_pair(dy, b, c, method="fused")
                 assert dc is not None and db is not None
             elif backend == "cuda":
-                from npt_kernels.kernels.cuda import skinny
+                from ..kernels.cuda import skinny
 
                 dc, db = skinny.skinny_pair(dy, b, c)
             else:
@@ -179,13 +191,13 @@ class Problem:
             return {"dc": dc, "sum d_w_b_up": db}
         u, a, w_down, key = tensors["u"], tensors["a"], tensors["w_down"], tensors.get("w_a_up")
         if backend == "triton":
-            from npt_kernels.kernels.triton.coefficients import coefficients_forward
+            from ..kernels.triton.coefficients import coefficients_forward
 
             z, p, coefficients = coefficients_forward(
                 None if key is None else u, a, w_down, key, None, case.rule, case.num_ranks
             )
         elif backend == "cuda":
-            from npt_kernels.kernels.cuda.skinny import coefficients as coefficients_cuda
+            from ..kernels.cuda.skinny import coefficients as coefficients_cuda
 
             made = coefficients_cuda(u, key, None, case.rule, case.num_ranks, a=a, w_down=w_down, method="fused")
             z, p, coefficients = made.z, made.p, made.c

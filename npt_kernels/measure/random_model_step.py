@@ -55,7 +55,7 @@ def _ids(config: RunConfig, model: nn.Module, rows: int) -> Tensor:
 def measure_phases(
     numbers: dict[str, Any], config: RunConfig, device: torch.device | str = "cpu", *, steps: int = 2
 ) -> tuple[dict[str, int], LiveBytes]:
-    """Phase (as :func:`npt_kernels.estimate.memory.count_bytes` calls them) → peak of live tensors, of one run.
+    """Phase (as :func:`npt_kernels.estimate.byte_count.count_bytes` calls them) → peak of live tensors, of one run.
 
     The model is random, of the numbers of a ``config.json``; conversion, evaluation and ``steps`` optimizer steps are the
     package's own. The second result can say what was alive at the highest peak.

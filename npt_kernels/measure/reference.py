@@ -19,7 +19,7 @@ from ..activations import get_activation
 from ..rules import get_rule
 from .problems import Problem
 
-__all__ = ["FUNCTIONS", "MODES", "lora_tensors", "plain", "reference_results", "wanted_gradients"]
+__all__ = ["FUNCTIONS", "MODES", "lora_tensors", "plain", "reference_results", "term_sizes", "wanted_gradients"]
 
 FUNCTIONS = ("npt", "frozen", "lora")
 #: Mode → what it stands for.
@@ -73,13 +73,18 @@ def _project(problem: Problem, t: dict[str, Tensor], function: str, target: str,
 
 
 def plain(problem: Problem, function: str, t: dict[str, Tensor]) -> Tensor:
-    """The op's output in ordinary operations on the tensors ``t`` (named as in ``problem.tensors``)."""
+    """The op's output in ordinary operations on the tensors ``t`` (named as in ``problem.tensors``).
+
+    ``key_scale`` may also be ``[T, R]``, a scale for every column of the bottleneck (:func:`term_sizes`).
+    """
     case, model = problem.case, problem.case.model
     if case.op == "mlp":
         z = scaled = None
         if function == "npt":
             z = t["a"] @ t["w_down"]
-            scaled = z * t["key_scale"].unsqueeze(-1) if "key_scale" in t else z
+            scaled = z
+            if "key_scale" in t:
+                scaled = z * (t["key_scale"] if t["key_scale"].dim() == 2 else t["key_scale"].unsqueeze(-1))
         act = get_activation(model.act).forward
         up = _project(problem, t, function, "up", t["x"], scaled)
         inter = act(_project(problem, t, function, "gate", t["x"], scaled)) * up if model.gated else act(up)
@@ -163,3 +168,23 @@ def reference_results(
             for name in sums:
                 truth[name] = truth[name] + part[name] if name in truth else part[name]
     return reference, truth
+
+
+def term_sizes(problem: Problem, rows: Tensor | slice | None = None) -> dict[str, Tensor]:
+    """``√(Σ terms²)`` in float64 of the results that are one number per token, for ``error_rule.worst_excess``; by name.
+
+    Only the gradient of the MLP's key scale is. Its terms are the gradient of a scale that may differ per column of the
+    bottleneck: ``d key_scale_t = Σ_r (dz_scaled ⊙ z)_tr``.
+    """
+    if problem.case.op != "mlp" or "key_scale" not in problem.tensors:
+        return {}
+
+    def prepare(tensor: Tensor, per_token: bool) -> Tensor:
+        return (tensor[rows] if per_token and rows is not None else tensor).double()
+
+    tensors = {name: prepare(tensor, name in problem.per_token) for name, tensor in problem.tensors.items()}
+    columns = tensors["key_scale"].unsqueeze(-1).repeat(1, problem.case.rank).requires_grad_()
+    with torch.enable_grad():
+        y = plain(problem, "npt", tensors | {"key_scale": columns})
+    (terms,) = torch.autograd.grad(y, columns, prepare(problem.upstream["y"], True))
+    return {"d key_scale": terms.square().sum(-1).sqrt()}

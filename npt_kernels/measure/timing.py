@@ -1,6 +1,6 @@
-"""Timing by the protocol of research/kernels.md §7.
+"""Timing of contenders against each other.
 
-Contenders are interleaved A B C C B A at single-launch granularity, so that a clock that drifts favours none; medians and the
+They are interleaved A B C C B A at single-launch granularity, so that a clock that drifts favours none; medians and the
 spread of paired ratios are reported, never a best. The card is brought to its settled power first; inputs rotate through sets
 that together exceed the L2 cache three times; calls of at most 256 tokens are also replayed from a CUDA graph, because
 there the launches, not the kernels, are what an eager call takes.

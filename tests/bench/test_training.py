@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +15,13 @@ pytest.importorskip("accelerate")
 from npt_kernels import NPTConfig, apply_npt, npt_parameters
 from npt_kernels.bench import training, training_shapes
 from npt_kernels.bench.results import BenchError, ResultFile, environment
-from npt_kernels.bench.training import TrainRow, measure_row, plan_rows, run_train
-from npt_kernels.bench.training_shapes import MODELS, SETTINGS, TrainShape, find_model
+from npt_kernels.bench.training import measure_row, plan_rows, predict, run_train
+from npt_kernels.bench.training_shapes import MODELS, SETTINGS, TrainRow, TrainShape, find_model, run_config
 from npt_kernels.estimate.model_sizes import meta_model
 from npt_kernels.measure.random_model_step import build_model
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 CEILINGS = {"gemm_tflops": 0.05, "copy_tbs": 0.01}
 TINY = {
     "llama": TrainShape("Tiny Llama", {
@@ -115,6 +119,88 @@ def test_quantised_bases(setting, share):
     assert small["flops_per_token"] == dense["flops_per_token"], "what is stored does not change what is computed"
 
 
+#: Large enough that the scratch memory inside operators, which the meter sees and the plan does not count, is nothing.
+WIDER = TrainShape("Wider", dict(TINY["llama"].numbers) | {
+    "hidden_size": 256, "intermediate_size": 704, "head_dim": 64, "num_hidden_layers": 4,
+})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "mode"),
+    [
+        ("resident", "local"),
+        ("resident", "end_to_end"),
+        ("streamed", "local"),
+        ("8bit", "local"),
+        ("4bit", "end_to_end"),
+    ],
+)
+def test_the_prediction_is_near_what_is_measured(setting, mode):
+    if "bit" in setting:
+        pytest.importorskip("bitsandbytes")
+    measured = measure_row(TrainRow(WIDER, "all", mode, setting, 8, 2, 48, torch.float32), CPU, CEILINGS)
+    assert measured["status"] == "ok", measured
+    # On a CPU the plan counts the home of streamed layers, the measurement leaves it out.
+    whole = measured["peak_bytes"] + measured.get("home_bytes", 0)
+    assert 0.9 < measured["predicted_bytes"] / whole < 1.1
+    assert "predicted_seconds" not in measured, "rates are known of GPUs only"
+
+
+def test_predictions_of_the_goals():
+    """At real size on an H200: what a person reads in the dry run, and the goals as far as a prediction can tell."""
+    from npt_kernels.estimate.devices import GPUS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "local_gpu", lambda: GPUS["H200"])
+        rows = plan_rows("full", torch.bfloat16, shapes=["8b"], modes=["local"], settings=["resident", "streamed"])
+        found = {row.setting: predict(row, torch.device("cuda")) for row in rows if row.converted == "all"}
+    assert found["resident"]["predicted_bytes"] < 20 * 2**30 and found["streamed"]["predicted_bytes"] < 8 * 2**30
+    assert all(0.5 < entry["predicted_seconds"] < 4 for entry in found.values())
+    assert predict(row("published loop", "end_to_end", "4", batch=1), CPU) == {}
+
+
+def test_the_goals_rows_train_as_the_goals_say():
+    rows = plan_rows(
+        "full", torch.bfloat16, shapes=["llama-3.1-8b"], modes=["local"], settings=["resident", "streamed"]
+    )
+    for entry in (entry for entry in rows if entry.converted == "all"):
+        config = run_config(entry)
+        assert (entry.sequence, entry.rank, entry.batch) == (2048, 64, 8)
+        assert config.training.batch_size == 1 and config.training.gradient_accumulation_steps == 8
+        assert config.optimization.micro_batches_per_layer == (8 if entry.setting == "streamed" else 1)
+        assert config.optimization.mixed_precision == "bf16" and not config.optimization.gradient_checkpointing
+
+
+def test_what_was_predicted_stays_beside_a_failure(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    monkeypatch.setattr(training, "quantise", full)
+    measured = measure_row(row(), CPU, CEILINGS)
+    assert (measured["status"], measured["reason"]) == ("failed", "out of memory")
+    assert measured["predicted_bytes"] > 0
+
+
+def test_training_needs_no_library_that_a_plain_gpu_machine_lacks(tmp_path):
+    """bitsandbytes, torchao, datasets and gguf are not there: dense settings run, 8bit says what is missing."""
+    code = """
+import importlib.machinery, sys
+gone = ("bitsandbytes", "torchao", "datasets", "gguf", "matplotlib", "liger_kernel", "wandb")
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = staticmethod(
+    lambda name, path=None, target=None: None if name.split(".")[0] in gone else find(name, path, target)
+)
+from npt_kernels.cli.main import app
+app(["bench", "train", "--small", "--device", "cpu", "--shape", "gpt2", "--mode", "local", "--converted", "all", "--tokens", "8",
+     "--rank", "2", "--setting", "resident,streamed,8bit", "--out", sys.argv[1]])
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(next(tmp_path.rglob("*.json")).read_text())["rows"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "unavailable"]
+    assert "bitsandbytes is not installed" in rows[2]["reason"]
+
+
 def test_a_wrong_loop_is_not_reported(monkeypatch):
     right = training_shapes._loop_student
     monkeypatch.setattr(training_shapes, "_loop_student", lambda layer, h, a: right(layer, h, 1.01 * a))
@@ -168,7 +254,7 @@ def test_plans():
     assert {r.model.title for r in small} == {"GPT-2 ÷8", "Llama-3.1-8B ÷8"}
     (one,) = plan_rows("full", torch.bfloat16, shapes=["8b"], modes=["local"], settings=["resident"], converted=["all"],
                        tokens=[512], ranks=[16])  # fmt: skip
-    assert str(one) == "Llama-3.1-8B all layers local resident 1x512 r=16"
+    assert str(one) == "Llama-3.1-8B all layers local resident 8x512 r=16"
     assert find_model("smollm2").title == find_model("SMOLLM2-135m").title == "SmolLM2-135M"
 
 

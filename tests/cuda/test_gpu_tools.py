@@ -1,5 +1,5 @@
-"""The GPU machine's commands without a GPU: gpu_check's cuda rows and gpu-sanitize's shapes run with the launches replaced by
-their definition; both say what is missing."""
+"""The GPU machine's commands without a GPU: the cuda rows of `npt bench check` and gpu-sanitize's shapes run with the launches
+replaced by their definition; both say what is missing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from tests.support.fake_launch import CALLS, LAUNCHES, install
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import sanitize_cuda
+from typer.testing import CliRunner
 
-from benchmarks import gpu_check
-from benchmarks._harness.cuda_kernels import cuda_rows
+from npt_kernels.bench.single_kernels import cuda_kernels
+from npt_kernels.cli import main as cli
 from npt_kernels.kernels import cuda as _cuda
 from npt_kernels.kernels.cuda.choose import Epilogue
 
@@ -29,26 +30,30 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "unavailable", lambda device, dtype: None)
 
 
-def test_gpu_check_runs_cuda(on_cpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_check_runs_cuda(on_cpu: None, tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--small", "--backends", "eager,cuda", "--out", str(tmp_path)]
-    code = gpu_check.main(arguments)
+    outcome = CliRunner().invoke(cli.app, ["bench", "check", *arguments])
     result: dict[str, Any] = json.loads(next(tmp_path.rglob("*.json")).read_text())
-    assert code == 0, [r for r in result["numerics"] + result["repeats"] if not r["passed"]]
-    ran = {r["op"] for r in result["numerics"] if r["backend"] == "cuda"}
+    rows: list[dict[str, Any]] = result["rows"]
+    assert outcome.exit_code == 0, [row for row in rows if row["status"] not in ("ok", "checked", "skipped")]
+    ran = {row["op"] for row in rows if row.get("kind") == "numerics" and row["provider"] == "cuda"}
     assert ran == {"mlp", "factored_linear", "coefficients", "skinny"}, "matched_norm and linear are not its"
-    names = [group["name"] for group in result["timings"]]
-    for row in ("1-3 ", "5 ", "5c ", "6 ", "6b ", "7 ", "7b ", "8 "):
-        assert any(name.startswith(row) for name in names), row
-    for group in result["timings"]:
-        assert not any("error" in entry for entry in group["contenders"].values()), group
-    assert "FAILED" not in capsys.readouterr().out
+    names = [row["case"] for row in rows if row.get("kind") == "kernel"]
+    for start in ("1-3 ", "5 ", "5c ", "6 ", "6b ", "7 ", "7b ", "8 "):
+        assert any(name.startswith(start) for name in names), start
+    timed = [row for row in rows if "kind" not in row or row["kind"] == "kernel"]
+    assert {row["status"] for row in timed} <= {"ok", "checked", "skipped"}
+    assert any(
+        row["provider"] == "cuda" and row["status"] == "checked" for row in timed if row.get("suite") == "kernels"
+    )
+    assert "FAILED" not in outcome.output
     assert {"shrink", "pair", "reduce", "launch"} <= set(LAUNCHES)
 
 
 def test_rows_compute_what_they_are_compared_with(on_cpu: None) -> None:
-    for name, baseline, _, make in cuda_rows(small=True):
-        contenders, _ = make(torch.device("cpu"))
-        want = contenders["cuBLAS + elementwise" if "cuBLAS + elementwise" in contenders else baseline](0)
+    for kernel in cuda_kernels(small=True):
+        name, (contenders, _) = kernel.name, kernel.make(torch.device("cpu"))
+        want = contenders["cuBLAS + elementwise" if "cuBLAS + elementwise" in contenders else kernel.baseline](0)
         for label, call in contenders.items():
             if label not in ("cuda", "cuda dual", "cuda dual, cooperative", "cuda, no cluster", "cuda, not split"):
                 continue

@@ -177,10 +177,10 @@ def test_advice_without_a_known_model_falls_back(monkeypatch: pytest.MonkeyPatch
 
 
 def test_host_memory_is_read_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert advice.host_memory() is None or advice.host_memory() > 2**28
+    assert advice.machine_memory() is None or advice.machine_memory() > 2**28
 
     def refuse(name: str) -> int:
         raise ValueError(name)
 
     monkeypatch.setattr(advice.os, "sysconf", refuse)
-    assert advice.host_memory() is None
+    assert advice.machine_memory() is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from npt_kernels.estimate.memory import count_bytes, peak
+from npt_kernels.estimate.byte_count import count_bytes, peak
 from npt_kernels.measure.live_bytes import LiveBytes
 from npt_kernels.measure.random_model_step import build_model
 from npt_kernels.run.engine import run_training

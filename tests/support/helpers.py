@@ -1,16 +1,8 @@
 """What the tests share: the 2× rule, problems (argument sets) of every op, memory and GEMM meters, tiny models.
 
-The 2× rule
------------
-``truth`` is the definition (``naive.py``: every ΔW_t built) in float64 on the very same (rounded) inputs. ``reference`` is
-what a user would write in plain PyTorch in the dtype under test, with ordinary autograd. An implementation passes if its
-largest error is at most twice the reference's,
-
-    max|actual − truth| ≤ 2 · max|reference − truth| + floor        floor = 2 · eps(dtype) · max|truth|
-
-over the whole tensor **and** in every block of ``ROWS`` rows, where floor uses the block's own maximum. The floor
-is what rounding the result twice costs; it only matters where the reference was lucky. There is no tolerance to tune, and
-a zeroed block fails: its error is max|truth|, while the floor is at most 1.6 % of that (bf16).
+The 2× rule is ``npt_kernels/measure/error_rule.py``; the benchmarks use the same one. ``truth`` is the definition (``naive.py``:
+every ΔW_t built) in float64 on the very same (rounded) inputs, ``reference`` what a user would write in plain PyTorch in the
+dtype under test, with ordinary autograd. There is no tolerance to tune.
 """
 
 from __future__ import annotations
@@ -27,25 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from npt_kernels.activations import get_activation
 from npt_kernels.measure.allocations import MemoryTrace, memory_meter  # noqa: F401  (tests take them from here)
+from npt_kernels.measure.error_rule import BLOCK, worst_excess
 from npt_kernels.ops.factored_linear import naive as naive_factored
 from npt_kernels.ops.linear import naive as naive_linear
 from npt_kernels.ops.mlp import naive as naive_mlp
 from npt_kernels.rules import RULES, get_rule
 
-ROWS = 16
+ROWS = BLOCK
 
 # ---------------------------------------------------------------------------------------------------- the 2x rule
-
-
-def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
-    yield from rows.split(ROWS)
 
 
 def assert_within_twice(
     actual: Tensor, reference: Tensor, truth: Tensor, what: str = "", *, blocks: bool = True, factor: float = 2.0
 ) -> None:
-    """The 2× rule (module docstring), global and (``blocks``) per block of rows. Dtype and shape must be the reference's.
+    """The 2× rule, global and (``blocks``) per block of rows. Dtype and shape must be the reference's.
 
     A larger ``factor`` is for tiny shapes drawn at random by the hundred: there torch's largest error is a matter of luck
     (met: a fifth of ours over one token's outer product). Shapes that are fixed hold the 2.
@@ -57,15 +45,8 @@ def assert_within_twice(
         return
     assert bool(truth.isfinite().all()), f"{what}: the truth is not finite"
     assert bool(actual.isfinite().all()), f"{what}: not finite"
-    eps = torch.finfo(actual.dtype).eps
-    wide = [t.detach().double() for t in (actual, reference, truth)]
-    pieces = [("all", *wide)]
-    if blocks:
-        pieces += [(f"rows {i * ROWS}…", *b) for i, b in enumerate(zip(*map(_blocks, wide), strict=True))]
-    for where, act, ref, true in pieces:
-        error, allowed = (act - true).abs().max(), (ref - true).abs().max()
-        bound = factor * allowed + 2 * eps * true.abs().max()
-        assert error <= bound, f"{what} ({where}): error {error:.3e} > {bound:.3e}, reference {allowed:.3e}"
+    found = worst_excess(actual, reference, truth, factor=factor, blocks=blocks)
+    assert found.ratio <= 1, f"{what} {found}"
 
 
 # ------------------------------------------------------------------------------------------ problems of every op

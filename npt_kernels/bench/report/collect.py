@@ -12,19 +12,19 @@ from typing import Any
 
 from ..results import load_results, newest_rows, repository
 
-__all__ = ["OURS", "Collected", "Source", "best_of_ours", "collect", "human_bytes"]
+__all__ = ["OURS", "Collected", "Source", "best_of_ours", "collect"]
 
 #: Providers that are ours, in order of preference where several were measured.
 OURS = ("cuda", "triton", "eager")
+_OPS = ("npt_kernels/ops", "npt_kernels/kernels", "npt_kernels/rules", "npt_kernels/functional.py", "csrc")
+_MODEL = ("npt_kernels/model", "npt_kernels/component.py", "npt_kernels/training")
 #: What a suite measures: a change there makes its figures stale.
 _MEASURED_PATHS = {
-    "kernels": ("npt_kernels/ops", "npt_kernels/rules", "npt_kernels/tuning", "npt_kernels/functional.py", "csrc"),
-    "memory": ("npt_kernels/ops", "npt_kernels/rules", "npt_kernels/functional.py", "csrc"),
-    "train": (
-        "npt_kernels/ops", "npt_kernels/rules", "npt_kernels/functional.py", "npt_kernels/models", "npt_kernels/component.py",
-        "npt_kernels/model/norms.py", "npt_kernels/training", "npt_kernels/streaming", "csrc",
-    ),
-    "run": ("npt_kernels/calibration", "npt_kernels/models", "npt_kernels/training", "npt_kernels/rules", "npt_kernels/ops"),
+    "kernels": _OPS,
+    "memory": _OPS,
+    "check": _OPS,
+    "train": (*_OPS, *_MODEL, "npt_kernels/offload"),
+    "run": (*_OPS, *_MODEL, "npt_kernels/conversion"),
 }  # fmt: skip
 
 
@@ -178,12 +178,3 @@ def best_of_ours(rows: Sequence[dict[str, Any]], figure: str = "ratio") -> dict[
     """Of rows of one setting, ours with the least ``figure``."""
     candidates = [row for row in rows if row.get("provider") in OURS and row["status"] == "ok" and figure in row]
     return min(candidates, key=lambda row: float(row[figure]), default=None)
-
-
-def human_bytes(count: float) -> str:
-    """``448 GiB``, ``117 MiB``, ``3.2 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:,.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
-    raise AssertionError

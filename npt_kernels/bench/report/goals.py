@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..results import BenchError
-from .collect import Collected, best_of_ours, human_bytes
+from ..results import BenchError, human_bytes
+from .collect import Collected, best_of_ours
 
 __all__ = ["GOALS", "Goal", "Verdict", "markdown_table", "replace_table", "verdicts"]
 
@@ -103,7 +103,11 @@ def _strongest(c: Collected, device: str) -> tuple[str, bool] | None:
         if ours is not None and theirs:
             factor = ours["us"] / min(theirs)
             worst = max(worst or (0.0, ""), (factor, f"{key[0]} {key[1]} T={key[2]} r={key[3]}"))
-    return None if worst is None else (f"slowest row {worst[0]:.3f} of it ({worst[1]})", worst[0] < 1)
+    if worst is None:
+        return None
+    compiled = any(row["provider"] == "compile" for rows in settings.values() for row in rows)
+    without = "" if compiled else ", torch.compile not measured"
+    return f"slowest row {worst[0]:.3f} of it ({worst[1]}){without}", worst[0] < 1
 
 
 def _against_the_loop(c: Collected, device: str) -> tuple[str, bool] | None:
@@ -226,7 +230,9 @@ def verdicts(collected: Collected) -> list[Verdict]:
 
 
 def _stale(collected: Collected, goal: Goal, device: str) -> bool:
-    return any(s.stale for s in collected.sources if s.suite == goal.suite and s.facts.get("device") == device)
+    if goal.suite == "run":
+        return any(s.stale for s in collected.sources if s.suite == "run" and s.facts.get("device") == device)
+    return any(row["stale"] for row in collected.of(goal.suite, device))  # also rows that a check measured
 
 
 def _is_cpu(device: str) -> bool:

@@ -8,8 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..results import BenchError
-from .collect import Collected, Source, human_bytes
+from ..results import BenchError, human_bytes
+from .collect import Collected, Source
 from .figures import Drawing, draw_all
 from .goals import count, verdicts
 from .summary import summarise
@@ -46,6 +46,8 @@ def render(collected: Collected) -> str:
         _figures(draw_all(collected)),
         _goals(collected),
         _kernels(collected),
+        _single_kernels(collected),
+        _checks(collected),
         _overhead(collected),
         _memory(collected),
         _train(collected),
@@ -207,6 +209,32 @@ def _kernels(collected: Collected) -> str:
     return _table("kernels", "Kernels", intro, columns, rows)
 
 
+def _single_kernels(collected: Collected) -> str:
+    rows = []
+    for row in collected.of("check", kind="kernel"):
+        rows.append([
+            _escape(row["case"]), _escape(row["provider"]), _escape(str(row.get("baseline", ""))), _number(row.get("us"), ",.1f"),
+            _number(row.get("ratio"), ".3f"), _spread(row, "ratio", ".3f"), str(row["launch"]), _status(row), _device(row),
+        ])  # fmt: skip
+    columns = ("kernel", "by", "baseline", "µs", "÷ baseline", "10–90 %", "launch", "status", "device")
+    intro = "From <code>npt bench check</code>: kernels that are no op of their own, beside the vendor's products."
+    return _table("single-kernels", "Single kernels", intro, columns, rows)
+
+
+def _checks(collected: Collected) -> str:
+    rows = []
+    for row in (r for r in collected.of("check") if r["kind"] != "kernel"):
+        ratios = {name: float(value) for name, value in row.get("ratios", {}).items()}
+        worst = max(ratios, key=lambda name: ratios[name], default="")
+        repeats = _number(row.get("times"), ",d")
+        rows.append([_escape(row["case"]), _escape(row["provider"]), row["kind"], _escape(worst),
+                     _number(ratios.get(worst), ".3f"), repeats, _status(row), _device(row)])  # fmt: skip
+    columns = ("case", "backend", "what", "worst result", "error ÷ bound", "runs", "status", "device")
+    intro = ("Numerics at real sizes against float64 (at most 1 is right: twice PyTorch's own error), and repeats that must be "
+             "bitwise equal.")  # fmt: skip
+    return _table("checks", "Checks", intro, columns, rows)
+
+
 def _overhead(collected: Collected) -> str:
     rows = [
         [_escape(e["op"]), e["mode"], "gated" if e["gated"] else "plain", _escape(e["provider"]), _number(e["host_us"], ",.1f"),
@@ -242,12 +270,14 @@ def _train(collected: Collected) -> str:
             f"{r['batch']} × {r['sequence']}", r["dtype"], _number(r.get("tokens_per_s"), ",.1f"),
             _spread(r, "tokens_per_s", ",.1f"),
             _percent(r.get("mfu")), (human_bytes(r["peak_bytes"]), float(r["peak_bytes"])) if "peak_bytes" in r else ("", None),
+            _number(r.get("predicted_seconds"), ".3f"),
+            (human_bytes(r["predicted_bytes"]), float(r["predicted_bytes"])) if "predicted_bytes" in r else ("", None),
             shares, _status(r), _device(r),
         ])  # fmt: skip
     intro = ("The package's own loop on random weights. MFU: the FLOPs that the mode needs ÷ time ÷ the GEMM rate measured in "
-             "the same run.")  # fmt: skip
+             "the same run. Predicted: what <code>npt plan</code> says, from data sheets.")  # fmt: skip
     columns = ("model", "layers", "mode", "setting", "rule", "rank", "batch", "dtype", "tokens/s", "10–90 %", "MFU", "peak",
-               "time", "status", "device")  # fmt: skip
+               "predicted s/step", "predicted peak", "time", "status", "device")  # fmt: skip
     return _table("train", "Training", intro, columns, rows)
 
 

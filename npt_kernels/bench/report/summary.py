@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..registry import GRIDS
-from .collect import OURS, Collected, best_of_ours, human_bytes
+from ..results import human_bytes
+from .collect import OURS, Collected, best_of_ours
 from .goals import count, verdicts
 
 __all__ = ["summarise"]

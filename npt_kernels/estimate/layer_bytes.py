@@ -24,7 +24,6 @@ class LayerBytes:
     Attributes:
         model, adapter, precision: The run.
         sequences, length: Of the micro-batch.
-        tensor: Degree of tensor parallelism: heads and f are divided by it, d-wide tensors are not.
     """
 
     model: ModelNumbers
@@ -32,7 +31,6 @@ class LayerBytes:
     precision: Precision
     sequences: int
     length: int
-    tensor: int = 1
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
 
@@ -58,7 +56,7 @@ class LayerBytes:
     @property
     def inner(self) -> int:
         """``[T, f]`` in a product's dtype: gate, up, what the activation returns."""
-        return self.tokens * self.model.intermediate_size // self.tensor * self.precision.width
+        return self.tokens * self.model.intermediate_size * self.precision.width
 
     @property
     def bottleneck(self) -> int:
@@ -83,7 +81,7 @@ class LayerBytes:
         """Low-precision copies of frozen weights under autocast; a quantised weight is made dense anew instead."""
         if not self.precision.casts or self.precision.format is not None:
             return 0
-        return sum(a * b for a, b in shapes) // self.tensor * self.precision.width
+        return sum(a * b for a, b in shapes) * self.precision.width
 
     @property
     def largest_cast(self) -> int:
@@ -103,11 +101,11 @@ class LayerBytes:
     def attention_kept(self) -> int:
         """q, k, v and what attention returns, the log-sum-exp of every row; the norm's float32 input and its scale."""
         m, width = self.model, self.precision.width
-        rows = self.tokens * (2 * m.heads_width + 2 * m.kv_width) * width // self.tensor
+        rows = self.tokens * (2 * m.heads_width + 2 * m.kv_width) * width
         if m.eager_attention:
             rows += self._scores * (_WIDE + (width if width != _WIDE else 0))
             rows += 2 * self.tokens * (m.heads_width - m.kv_width) * width  # k and v repeated for every head
-        return rows + self.tokens * m.num_heads * _WIDE // self.tensor + self.norm_copy + self.tokens * _WIDE
+        return rows + self.tokens * m.num_heads * _WIDE + self.norm_copy + self.tokens * _WIDE
 
     @property
     def penalty(self) -> int:
@@ -118,7 +116,7 @@ class LayerBytes:
 
     @property
     def _scores(self) -> int:
-        return self.tokens * self.length * self.model.num_heads // self.tensor
+        return self.tokens * self.length * self.model.num_heads
 
     @property
     def _slots(self) -> set[str]:
@@ -171,10 +169,10 @@ class LayerBytes:
         normed = self.stream + (self.narrow if self.precision.casts else 0)
         mlp = self.stream + normed + self.model.activation_copies * self.inner
         m, width = self.model, self.precision.width
-        attention = normed + self.tokens * (3 * m.heads_width + 2 * m.kv_width) * width // self.tensor
+        attention = normed + self.tokens * (3 * m.heads_width + 2 * m.kv_width) * width
         if m.eager_attention:
             # scores and their softmax; k and v repeated for every head
-            attention += self._scores * 2 * _WIDE + 2 * self.tokens * m.heads_width * width // self.tensor
+            attention += self._scores * 2 * _WIDE + 2 * self.tokens * m.heads_width * width
         return max(mlp, attention) + self.largest_cast
 
     @property
@@ -217,7 +215,7 @@ class LayerBytes:
         """Beside what the layer kept, the MLP's part of which is free by now: gradients of q, k, v and, written out, of the
         scores (of the softmax's result, of its input)."""
         m, width = self.model, self.precision.width
-        rows = self.tokens * (2 * m.heads_width + 2 * m.kv_width) * width // self.tensor
+        rows = self.tokens * (2 * m.heads_width + 2 * m.kv_width) * width
         return rows + (self._scores * (_WIDE + width) if m.eager_attention else 0)
 
     @property

@@ -1,24 +1,75 @@
-"""The rows of benchmarks/notes.md that are about single Hopper kernels, each beside the vendor's GEMM of the same flops: what is
-the main loop's quality, and what is the fusion's gain. Names begin with the row's number there."""
+"""Timings of single kernels: kernels that are no op beside the vendor's products, and the Hopper kernels each beside the vendor's
+GEMM of the same FLOPs, which tells the main loop's quality from the fusion's gain. Numbers in names are rows of
+``benchmarks/notes.md``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npt_kernels.kernels.cuda import launch
-from npt_kernels.kernels.cuda.choose import Config, Epilogue, choose
-from npt_kernels.kernels.cuda.launch import LOW, LOW_FIRST, MAIN, Segment, low_rank
-from npt_kernels.measure.timing import Call, rotation
+from ..kernels.cuda import launch
+from ..kernels.cuda.choose import Config, Epilogue, choose
+from ..kernels.cuda.launch import LOW, LOW_FIRST, MAIN, Segment, low_rank
+from ..measure.problems import Problem
+from ..measure.shapes import Case
+from ..measure.timing import Call, compare, compare_graphs, rotation
 
-__all__ = ["cuda_rows"]
+__all__ = ["SingleKernel", "against_products", "cuda_kernels"]
 
+#: ``make(device) -> (contenders, number of input sets)``.
 Make = Callable[[torch.device], tuple[dict[str, Call], int]]
 DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class SingleKernel:
+    """Contenders on the same tensors; ``baseline`` is whose time the others are divided by."""
+
+    name: str
+    baseline: str
+    tokens: int
+    make: Make
+
+    def rows(self, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+        """A row per contender and launch: eagerly and, for at most 256 tokens on a GPU, from a CUDA graph."""
+        contenders, sets = self.make(device)
+        rows = []
+        for launched in ("graph", "eager") if device.type == "cuda" and self.tokens <= 256 else ("eager",):
+            function = compare_graphs if launched == "graph" else compare
+            for provider, times in function(contenders, self.baseline, device, rounds=rounds, sets=sets).items():
+                row = {
+                    "kind": "kernel",
+                    "case": self.name,
+                    "launch": launched,
+                    "provider": provider,
+                    "baseline": self.baseline,
+                }
+                failed = {"status": "failed", "reason": times.get("error")}
+                rows.append(row | (failed if "error" in times else {"status": "ok", "sets": sets, **times}))
+        return rows
+
+
+def against_products(name: str, case: Case, backends: Sequence[str], names: tuple[str, str]) -> SingleKernel:
+    """``coefficients`` or ``skinny`` of every backend against the vendor's products. ``names``: (the vendor's, ours)."""
+
+    def make(device: torch.device) -> tuple[dict[str, Call], int]:
+        first = Problem(case, device)
+        size = sum(t.numel() * t.element_size() for t in first.tensors.values())
+        problems = [first, *(Problem(case, device, seed) for seed in range(1, rotation(size, device)))]
+
+        def run(backend: str) -> Call:
+            return lambda index: problems[index].run(backend)
+
+        ours = {f"{backend}, {names[1]}": run(backend) for backend in backends if backend != "eager"}
+        return {names[0]: run("eager"), **ours}, len(problems)
+
+    return SingleKernel(name, names[0], case.tokens, make)
 
 
 def _sets(device: torch.device, shapes: dict[str, tuple[int, ...]]) -> list[dict[str, Tensor]]:
@@ -132,19 +183,20 @@ def _backward(tokens: int, width: int, depth: int) -> Make:
     return make
 
 
-def cuda_rows(small: bool) -> Iterator[tuple[str, str, int, Make]]:
-    """(name, baseline, tokens, make) of every row."""
+def cuda_kernels(small: bool) -> Iterator[SingleKernel]:
+    """The Hopper kernels, at real sizes or tiny ones."""
     if small:
-        big, eight, gpt2, smol, many, few, rank = 256, (64, 96), (32, 64), (24, 40), 72, (1, 16), 8
+        big, (d, f), gpt2, smol, many, rank = 256, (64, 96), (32, 64), (24, 40), 72, 8
     else:
-        big, eight, gpt2, smol, many, few, rank = 8192, (4096, 14336), (768, 3072), (576, 1536), 8192, (1, 16, 64), 64
-    d, f = eight
-    yield f"1-3 cuda store {big}^3", "cuBLAS", big, _store(big, big, big)
-    yield f"5 cuda dual 8B T={many}", "cuBLAS, N = 2f", many, _dual(many, f, d, rank)
-    yield f"5c cuda dual SmolLM2 T={many}", "cuBLAS, N = 2f", many, _dual(many, smol[1], smol[0], rank)
-    yield f"6 cuda backward 8B T={many}", "cuBLAS, GEMM alone", many, _backward(many, f, d)
-    yield f"6b cuda backward GPT-2 T={many}", "cuBLAS, GEMM alone", many, _backward(many, gpt2[1], gpt2[0])
-    yield f"8 cuda store GPT-2 T={many}", "cuBLAS", many, _store(many, gpt2[1], gpt2[0])
+        big, (d, f), gpt2, smol, many, rank = 8192, (4096, 14336), (768, 3072), (576, 1536), 8192, 64
+    few = [1, 16] if small else [1, 16, 64]
+    k = SingleKernel
+    yield k(f"1-3 cuda store {big}^3", "cuBLAS", big, _store(big, big, big))
+    yield k(f"5 cuda dual 8B T={many}", "cuBLAS, N = 2f", many, _dual(many, f, d, rank))
+    yield k(f"5c cuda dual SmolLM2 T={many}", "cuBLAS, N = 2f", many, _dual(many, smol[1], smol[0], rank))
+    yield k(f"6 cuda backward 8B T={many}", "cuBLAS, GEMM alone", many, _backward(many, f, d))
+    yield k(f"6b cuda backward GPT-2 T={many}", "cuBLAS, GEMM alone", many, _backward(many, gpt2[1], gpt2[0]))
+    yield k(f"8 cuda store GPT-2 T={many}", "cuBLAS", many, _store(many, gpt2[1], gpt2[0]))
     for tokens in few:
-        yield f"7 cuda decode dual 8B T={tokens}", "cuBLAS, N = 2f", tokens, _dual(tokens, f, d, rank)
-        yield f"7b cuda decode store 8B T={tokens}", "cuBLAS", tokens, _store(tokens, d, f)
+        yield k(f"7 cuda decode dual 8B T={tokens}", "cuBLAS, N = 2f", tokens, _dual(tokens, f, d, rank))
+        yield k(f"7b cuda decode store 8B T={tokens}", "cuBLAS", tokens, _store(tokens, d, f))

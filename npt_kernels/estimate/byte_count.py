@@ -1,7 +1,14 @@
 """The byte count of a run: every phase as a list of terms, from numbers alone.
 
 One function, :func:`count_bytes`, is behind ``npt plan``, ``npt train --dry-run``, the advice after an out-of-memory error
-and the tables of ``docs/scaling.md``. It counts tensors; what an allocator adds is in :func:`reserve`.
+and the predictions of ``npt bench train``. It counts tensors; what an allocator adds is in :func:`reserve`.
+
+Why a count and not the real step on fake tensors (tried 2026-11-26, torch of this project's lock, CPU): the advice after
+"does not fit" counts many configurations: 695 for Llama-3.1-8B with 8 GiB, 0.39 ms each, so a plan in seconds leaves a
+step of 32 layers some 10 ms. And it does not run as it is: under ``FakeTensorMode`` the conversion cannot tell
+activations apart, which it does by their values (18 of 36 training cases of ``test_byte_count.py``, the Llamas), and with
+a model converted before, ``LiveBytes`` inside the mode ends in "Multiple dispatch failed" (36 of 36). What a fake step
+would count was therefore not measured.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ import torch
 
 from ..configs.schema import RunConfig
 from ..model.visits import CHUNK_ELEMENTS
-from .activations import LayerBytes
+from .layer_bytes import LayerBytes
 from .model_sizes import Adapter, ModelNumbers
 from .parallel import Parallel
 from .storage import Precision
@@ -142,25 +149,9 @@ class _Count:
         """Of conversion and evaluation, which do not."""
         return replace(self.trained, compute=self.trained.base)
 
-    @cached_property
-    def layers_here(self) -> int:
-        """Decoder layers of the fullest pipeline stage."""
-        return -(-self.model.num_layers // self.parallel.pipeline)
-
-    @cached_property
-    def adapter_share(self) -> float:
-        """NP parameters on one device, as a share of all."""
-        share = self.adapter.tensor_share(self.parallel.tensor) / self.parallel.pipeline
-        return share / (self.parallel.data if self.parallel.shard_adapter else 1)
-
-    @cached_property
-    def np_parameters(self) -> int:
-        """On one device."""
-        return round(self.adapter.total * self.adapter_share)
-
     def layer_bytes(self) -> int:
-        """Frozen bytes of one layer as stored, on one device of a tensor-parallel group."""
-        return self.precision_linears // self.parallel.tensor + self.model.layer_other * self.trained.stream
+        """Frozen bytes of one layer as stored."""
+        return self.precision_linears + self.model.layer_other * self.trained.stream
 
     @cached_property
     def frozen(self) -> list[MemoryTerm]:
@@ -169,12 +160,12 @@ class _Count:
 
     def _frozen(self) -> Iterator[MemoryTerm]:
         model, precision, parallel = self.model, self.trained, self.parallel
-        layer, count = self.layer_bytes(), self.layers_here
+        layer, count = self.layer_bytes(), self.model.num_layers
         outside = (model.embedding + model.head + model.other) * precision.stream + model.buffers
         what = f"{model.parameters:,} parameters, {precision.storage}"
         if self.streamed:
             # Norms and biases stay; the buffers hold the rest.
-            moved = self.precision_linears // parallel.tensor
+            moved = self.precision_linears
             small = count * model.layer_other * precision.stream
             yield MemoryTerm("frozen layers: two buffers", 2 * moved, f"of {moved / 2**20:,.0f} MiB, filled in turn")
             if self.config.optimization.stream_layers != "disk":
@@ -192,18 +183,15 @@ class _Count:
         else:
             small = 0
             yield MemoryTerm("frozen layers", count * layer, f"{count} layers of {what}")
-        # A pipeline's first stage holds the embedding, its last one the head; the larger counts.
-        if parallel.pipeline > 1 and model.head:
-            outside = max(model.embedding, model.head + model.other) * precision.stream + model.buffers
         name = "embedding, head" + (", norms" if small else "")
-        yield MemoryTerm(name, outside // parallel.tensor + small, f"{precision.base}".removeprefix("torch."))
+        yield MemoryTerm(name, outside + small, f"{precision.base}".removeprefix("torch."))
         if precision.format is not None:
             # The fused kernels take plain weights: one buffer for each of the MLP's; attention's use the first, one by one.
             first = max(a * b for a, b in model.linears)
             scratch = (first + model.mlp - model.mlp_linears[0][0] * model.mlp_linears[0][1]) * precision.width
             if precision.casts:
                 scratch += first * precision.stream
-            yield MemoryTerm("dequantised weights", scratch // parallel.tensor, "scratch buffers that all layers share")
+            yield MemoryTerm("dequantised weights", scratch, "scratch buffers that all layers share")
 
     @cached_property
     def streamed(self) -> bool:
@@ -225,13 +213,13 @@ class _Count:
         return self.trained.linears(self.model.linears)
 
     def adapters(self, *, optimizer: bool) -> Iterator[MemoryTerm]:
-        count = self.np_parameters
+        count = self.adapter.total
         yield MemoryTerm("NP parameters", count * _WIDE, f"{count:,} × float32")
         if optimizer:
             yield MemoryTerm("Adam moments", count * 2 * _WIDE, "NP parameters × 2 × float32")
 
     def layer(self, precision: Precision, sequences: int, length: int) -> LayerBytes:
-        return LayerBytes(self.model, self.adapter, precision, sequences, length, self.parallel.tensor)
+        return LayerBytes(self.model, self.adapter, precision, sequences, length)
 
     def worst(self, name: str, terms: list[MemoryTerm], moments: dict[str, list[MemoryTerm]]) -> Phase:
         """The phase with the common ``terms`` at the largest of its ``moments``."""
@@ -306,7 +294,7 @@ class _Count:
         new = _PROMPT_TOKENS + self.config.evaluation.max_new_tokens
         layer = self.layer(self.plain, 1, _PROMPT_TOKENS)
         # A cache grows by concatenation: the old one and the new one exist side by side in one layer.
-        per_layer = 2 * new * self.model.kv_width * self.plain.width // self.parallel.tensor
+        per_layer = 2 * new * self.model.kv_width * self.plain.width
         during = bool(self.config.training.prediction_logging_steps) and self.config.training.mode != "none"
         return self.worst(
             "generation",
@@ -314,7 +302,7 @@ class _Count:
             {
                 "a token": [
                     MemoryTerm(
-                        "key-value cache", (self.layers_here + 1) * per_layer, f"about {new} tokens, one prompt"
+                        "key-value cache", (self.model.num_layers + 1) * per_layer, f"about {new} tokens, one prompt"
                     ),
                     MemoryTerm("one layer", layer.forward_inference + 2 * layer.stream, f"{_PROMPT_TOKENS} tokens"),
                     MemoryTerm("logits", 2 * self.model.vocab_size * _WIDE, "of one token"),
@@ -328,7 +316,7 @@ class _Count:
         rows = min(max(1, CALIBRATION_BATCH // length), max(1, data.calibration_tokens // length))
         layer = self.layer(self.plain, rows, length)
         square = model.hidden_size**2 * _DOUBLE
-        count = -(-len(self.adapter.layers) // self.parallel.pipeline)
+        count = len(self.adapter.layers)
         fisher = config.model.basis == "fisher"
         moments = MemoryTerm(
             "second moments", (2 if fisher else 1) * count * square, f"{count} layers × d × d × float64"
@@ -391,16 +379,16 @@ class _Count:
 
     def _above(self) -> int:
         """Decoder layers here above the first converted one."""
-        first = self.adapter.layers[0] if self.parallel.pipeline == 1 else 0
-        return max(0, self.layers_here - first - 1)
+        first = self.adapter.layers[0]
+        return max(0, self.model.num_layers - first - 1)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def optimizer_moment(self) -> list[MemoryTerm]:
         """Activations are gone; foreach on a GPU makes one more number per parameter, on a CPU one tensor at a time."""
-        temporary = self.np_parameters if self.device.type != "cpu" else 2 * self.largest_tensor
+        temporary = self.adapter.total if self.device.type != "cpu" else 2 * self.largest_tensor
         return [
-            MemoryTerm("gradients", self.np_parameters * _WIDE, "NP parameters × float32"),
+            MemoryTerm("gradients", self.adapter.total * _WIDE, "NP parameters × float32"),
             *self.reduced(),
             MemoryTerm("optimizer step", temporary * _WIDE, "square roots of the second moments"),
         ]
@@ -413,7 +401,7 @@ class _Count:
     def reduced(self) -> list[MemoryTerm]:
         if self.parallel.data == 1:
             return []
-        return [MemoryTerm("gradients, all-reduced", self.np_parameters * _WIDE, "one flat buffer for all processes")]
+        return [MemoryTerm("gradients, all-reduced", self.adapter.total * _WIDE, "one flat buffer for all processes")]
 
     def local(self) -> Phase:
         training, length = self.config.training, self.config.data.max_length
@@ -422,9 +410,9 @@ class _Count:
         what = f"h of {visits} micro-batches of {layer.tokens:,} tokens, y of one"
         hidden = [MemoryTerm("hidden states", (1 + visits) * layer.stream, what)]
         # The last layer's own gradients are among its activations.
-        before = max(0, self.np_parameters - round(self.adapter.largest * self.adapter_share * self.parallel.pipeline))
+        before = max(0, self.adapter.total - self.adapter.largest)
         if training.gradient_accumulation_steps > 1:
-            before = self.np_parameters
+            before = self.adapter.total
         gradients = MemoryTerm("gradients", before * _WIDE, "NP parameters × float32")
         one = "one layer at a time, original and converted on its input"
         penalty = layer.penalty if training.regularization_weight else 0
@@ -445,8 +433,8 @@ class _Count:
         kl = training.objective == "kl" or training.mode == "local+polish"
         first, kept, saved = self._kept(layer)
         accumulated = training.gradient_accumulation_steps > 1
-        whole = self.np_parameters * _WIDE
-        own = round(self.adapter.largest * self.adapter_share * self.parallel.pipeline) * _WIDE
+        whole = self.adapter.total * _WIDE
+        own = self.adapter.largest * _WIDE
 
         def term(name: str, size: int, why: str = tokens) -> MemoryTerm:
             return MemoryTerm(name, size, why)
@@ -512,7 +500,7 @@ class _Count:
     def _kept(self, layer: LayerBytes) -> tuple[int, int, int]:
         """``(by the first converted layer, by another, by all together)`` for the backward pass."""
         above = self._above()
-        converted = min(above, -(-len(self.adapter.layers) // self.parallel.pipeline) - 1)
+        converted = min(above, len(self.adapter.layers) - 1)
         first, kept = layer.kept(True), layer.kept(False)
         if self.config.optimization.gradient_checkpointing:
             return first, kept, (above + 1) * layer.stream
