@@ -1,0 +1,120 @@
+"""Runs every Hopper kernel on this CPU under adversarial schedules and prints a table (``make check-emulated``).
+
+Each launch: NaN-framed outputs, small integers (exact) or random numbers against float64, the same bits in every schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+@dataclass
+class Row:
+    """What a job did for one family."""
+
+    family: str
+    cases: int
+    schedules: int
+    launches: int
+    faults: list[str]
+    seconds: float
+
+
+def _jobs(families: Sequence[str]) -> list[tuple[str, int]]:
+    """("gemm" or "skinny", index of the instance) of everything that is compiled."""
+    from names import gemm_kernels, skinny_kernels
+
+    jobs = [("gemm", i) for i in range(len(gemm_kernels()))] + [("skinny", i) for i in range(len(skinny_kernels()))]
+    return [job for job in jobs if not families or any(f in _label(job) for f in families)]
+
+
+def _label(job: tuple[str, int]) -> str:
+    from names import gemm_kernels, gemm_label, skinny_kernels, skinny_kind
+
+    return gemm_label(gemm_kernels()[job[1]]) if job[0] == "gemm" else skinny_kind(skinny_kernels()[job[1]])["kind"]
+
+
+def run_job(job: tuple[str, int], schedules: int, full: bool, stop_at_fault: bool = False) -> list[Row]:
+    """All cases of one instance."""
+    import control
+    import torch
+    from gemm_cases import gemm_cases
+    from names import gemm_kernels, skinny_kernels
+    from skinny_cases import skinny_cases
+
+    torch.set_num_threads(1)
+    kind, index = job
+    cases = gemm_cases(gemm_kernels()[index], index, full) if kind == "gemm" else skinny_cases(skinny_kernels()[index], index, full)
+    emulator, rows = control.Emulator(), []
+    for number, case in enumerate(cases):
+        start, before = time.perf_counter(), emulator.stats()["launches"]
+        fault = case.fault(emulator, control.schedules(schedules, (job, number)))
+        rows.append(
+            Row(case.family, 1, schedules, emulator.stats()["launches"] - before, [f"{case.what}\n    {fault}"] if fault else [],
+                time.perf_counter() - start)
+        )  # fmt: skip
+        if fault and stop_at_fault:
+            break
+    return rows
+
+
+def table(rows: Sequence[Row], instances: int) -> str:
+    """Sums by family."""
+    sums: dict[str, Row] = {}
+    for row in rows:
+        have = sums.setdefault(row.family, Row(row.family, 0, row.schedules, 0, [], 0.0))
+        have.cases += row.cases
+        have.launches += row.launches
+        have.faults += row.faults
+        have.seconds += row.seconds
+    lines = [f"{'family':28} {'cases':>6} {'schedules':>9} {'launches':>9} {'failed':>7} {'CPU s':>7}"]
+    lines += [
+        f"{r.family:28} {r.cases:6} {r.schedules:9} {r.launches:9} {len(r.faults):7} {r.seconds:7.1f}"
+        for r in sorted(sums.values(), key=lambda r: r.family)
+    ]
+    launches, failed = sum(r.launches for r in rows), sum(len(r.faults) for r in rows)
+    lines.append(f"{instances} kernels, {len(rows)} cases, {launches} launches, {failed} failed")
+    return "\n".join(lines)
+
+
+def check(schedules: int, full: bool, jobs: int, families: Sequence[str] = ()) -> tuple[list[Row], int]:
+    """Rows, and how many kernels were run."""
+    work: list[Any] = _jobs(families)
+    with ProcessPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run_job, job, schedules, full) for job in work]
+        return [row for future in futures for row in future.result()], len(work)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schedules", type=int, default=4, help="for each case: earliest, latest, then drawn ones (default: 4)")
+    parser.add_argument("--full", action="store_true", help="many shapes instead of one or two an instance (minutes)")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("--family", action="append", default=[], help="only families whose name contains this; repeatable")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    try:
+        rows, instances = check(options.schedules, options.full, options.jobs, options.family)
+    except ImportError as error:
+        print(f"check-emulated: {error}", file=sys.stderr)
+        return 2
+    for row in rows:
+        for fault in row.faults:
+            print(f"FAILED {fault}", file=sys.stderr)
+    print(table(rows, instances))
+    print(f"{time.perf_counter() - start:.0f} s with {options.jobs} jobs")
+    return 1 if any(row.faults for row in rows) or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
