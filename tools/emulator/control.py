@@ -49,9 +49,14 @@ class Emulator:
         self._library.emu_configure(seed, 2, 1)
         try:
             yield
+            self.wait()
         finally:
-            message = self._library.emu_flush().decode()
+            self._library.emu_flush()
             self.follow(EARLIEST)
+
+    def wait(self) -> None:
+        """Until everything that was launched has ended. Raises ``RuntimeError``."""
+        message = self._library.emu_flush().decode()
         if message:
             raise RuntimeError(f"emulator: {message}")
 

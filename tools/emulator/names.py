@@ -38,10 +38,11 @@ from npt_kernels.ops import _cuda as package
 from npt_kernels.ops._cuda import launch, skinny
 from npt_kernels.ops._cuda.heuristics import Config, Epilogue, Family
 from npt_kernels.ops._cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Segment
+from npt_kernels.ops.mlp import cuda as mlp
 
 __all__ = [
-    "ACTIVATIONS", "ACT", "ACT_BWD", "DTYPES", "GATE_UP", "GATE_UP_BWD", "LOW", "LOW_FIRST", "LOW_SECOND", "MAIN", "STORE",
-    "Segment", "extension", "gemm_kernels", "gemm_label", "is_decode", "run_coefficients", "run_gemm", "run_reduce",
+    "ACT", "ACTIVATIONS", "ACT_BWD", "DTYPES", "GATE_UP", "GATE_UP_BWD", "LOW", "LOW_FIRST", "LOW_SECOND", "MAIN", "STORE",
+    "Segment", "extension", "forward_mlp", "gemm_kernels", "gemm_label", "is_decode", "run_coefficients", "run_gemm", "run_reduce",
     "run_rule", "run_value_grads", "skinny_kernels", "skinny_kind", "use_module",
 ]  # fmt: skip
 
@@ -165,3 +166,12 @@ def run_rule(
     extension().rule(*arguments, sms, 0)
 
 
+
+
+def forward_mlp(x: Tensor, weights: dict[str, Tensor | None], rule: str) -> Tensor:
+    """The package's gated MLP, with its own choice of kernels and of what may overlap."""
+    order = ("gate_key", "gate_value", "up_key", "up_value", "down_key", "down_value")
+    return mlp.forward(
+        x, x, None, weights["gate_weight"], weights["up_weight"], weights["down_weight"], None, None, None, weights["w_down"],
+        *(weights[name] for name in order), "silu", rule, 1, 1.0, False,
+    )[0]  # fmt: skip
