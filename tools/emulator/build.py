@@ -31,6 +31,10 @@ class Unavailable(RuntimeError):
     """The emulator cannot be built here; the message is the one line that users see."""
 
 
+class CompilerError(RuntimeError):
+    """The compiler's or the linker's text."""
+
+
 # ------------------------------------------------------------------------------------------------ what is needed
 def find_compiler() -> str:
     """g++ (or ``CXX``)."""
@@ -86,19 +90,25 @@ class Toolchain:
         includes = (find_headers(), find_pybind11(), sysconfig.get_path("include"))
         return cls(find_compiler(), tuple(f"-I{p}" for p in includes), asan)
 
-    def command(self, source: Path, generated: Path, out: Path) -> list[str]:
-        """Compile one file: a kernel (``*.cu.cpp``), the machine, or csrc's host code."""
+    def command(self, source: Path, generated: Path) -> list[str]:
+        """Compile one file: a kernel (``*.cu.cpp``), the machine, or csrc's host code; without the output's name."""
         if source.name.endswith(".cu.cpp"):
-            own = ["-O1", "-include", str(MACHINE / "device.h")]  # -O2 takes 2.2x as long to compile and runs no faster
+            own = ["-O1", f"-I{generated}", "-include", str(MACHINE / "device.h")]
         elif source.parent == MACHINE:
             own = ["-O3", "-march=x86-64-v3"]
         else:
-            own = ["-O1"]
+            own = ["-O1", f"-I{generated}"]
         sanitize = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g1"] if self.asan else []
         return [
-            self.compiler, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-w", *own, *sanitize, f"-I{generated}", *self.includes,
-            "-MD", "-MF", f"{out}.d", "-c", str(source), "-o", str(out),
+            self.compiler, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-w", *own, *sanitize, *self.includes,
+            "-c", str(source),
         ]  # fmt: skip
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompilerError(done.stderr)
 
 
 def _fingerprint(command: list[str], depfile: Path) -> str | None:
@@ -114,31 +124,52 @@ def _fingerprint(command: list[str], depfile: Path) -> str | None:
 
 
 def compile_one(toolchain: Toolchain, source: Path, generated: Path, out: Path) -> Path:
-    """Compile unless nothing that it reads has changed. Raises ``CalledProcessError`` with the compiler's text."""
-    command, stamp = toolchain.command(source, generated, out), out.with_name(out.name + ".stamp")
-    depfile = Path(f"{out}.d")
+    """Compile unless nothing that it reads has changed. Raises :class:`CompilerError`."""
+    command, stamp, depfile = toolchain.command(source, generated), Path(f"{out}.stamp"), Path(f"{out}.d")
     if out.exists() and stamp.exists() and stamp.read_text() == _fingerprint(command, depfile):
         return out
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    new = Path(f"{out}.{os.getpid()}")  # renamed when complete: another process may build the same
+    _run([*command, "-MD", "-MF", str(depfile), "-MT", "object", "-o", str(new)])
+    new.replace(out)
     stamp.write_text(_fingerprint(command, depfile) or "")
     return out
+
+
+def object_path(toolchain: Toolchain, source: Path, objects: Path) -> Path:
+    """The machine's objects are shared by all builds."""
+    shared = ROOT / "build" / ("emulator-asan" if toolchain.asan else "emulator") / "machine"
+    return (shared if source.parent == MACHINE else objects) / f"{source.parent.name}-{source.name}.o"
+
+
+def compile_all(toolchain: Toolchain, generated: Path, objects: Path, jobs: int) -> list[Path]:
+    """Object files of a translated source tree and of the machine."""
+
+    def one(source: Path) -> Path:
+        out = object_path(toolchain, source, objects)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return compile_one(toolchain, source, generated, out)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, sources(generated)))
 
 
 def link(toolchain: Toolchain, objects: list[Path], out: Path) -> Path:
     """The extension module."""
     out.parent.mkdir(parents=True, exist_ok=True)
     sanitize = ["-fsanitize=address"] if toolchain.asan else []
-    new = out.with_name(out.name + ".new")  # renamed over the old one: a running Python may have that mapped
+    new = Path(f"{out}.{os.getpid()}")  # renamed over the old one: a running Python may have that mapped
     # Bsymbolic: its cudaLaunchKernelExC is its own, also where torch has loaded NVIDIA's runtime.
     command = [toolchain.compiler, "-shared", "-Wl,-Bsymbolic", *sanitize, *map(str, objects), "-o", str(new)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    _run(command)
     new.replace(out)
     return out
 
 
 def sources(generated: Path) -> list[Path]:
     """Everything that is compiled: kernels first, they take longest."""
-    return [*sorted(generated.rglob("*.cu.cpp")), *sorted(generated.glob("*.cpp")), *sorted(MACHINE.glob("*.cpp"))]
+    kernels = sorted(generated.rglob("*.cu.cpp"))
+    host = [file for file in sorted(generated.rglob("*.cpp")) if file not in kernels]
+    return [*kernels, *host, *sorted(MACHINE.glob("*.cpp"))]
 
 
 def default_output() -> Path:
@@ -154,19 +185,13 @@ def build(
     Raises:
         Unavailable: Something needed is missing.
         Untranslatable: csrc/ holds an instruction or construct that the emulator does not know; file and line are named.
-        CalledProcessError: The compiler failed; its text is in ``stderr``.
+        CompilerError: The compiler refused it.
     """
     toolchain = Toolchain.find(asan)
     build_dir = build_dir or ROOT / "build" / ("emulator-asan" if asan else "emulator")
     generated, objects = build_dir / "csrc", build_dir / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
     translate_tree(csrc or ROOT / "csrc", generated)
-    with ThreadPoolExecutor(jobs) as pool:
-        built = list(
-            pool.map(
-                lambda s: compile_one(toolchain, s, generated, objects / f"{s.parent.name}-{s.name}.o"), sources(generated)
-            )
-        )
+    built = compile_all(toolchain, generated, objects, jobs)
     return link(toolchain, built, out or (build_dir / f"{MODULE}{SUFFIX}" if asan else default_output()))
 
 
@@ -183,8 +208,8 @@ def main() -> int:
     except (Unavailable, Untranslatable) as error:
         print(f"npt_kernels: emulator not built: {error}", file=sys.stderr)
         return 1
-    except subprocess.CalledProcessError as error:
-        print(f"{error.stderr}\nnpt_kernels: emulator not built: the compiler refused it; its text is above", file=sys.stderr)
+    except CompilerError as error:
+        print(f"{error}\nnpt_kernels: emulator not built: the compiler refused it; its text is above", file=sys.stderr)
         return 1
     return 0
 

@@ -30,11 +30,13 @@ class Row:
     seconds: float
 
 
-def _jobs(families: Sequence[str]) -> list[tuple[str, int]]:
-    """("gemm" or "skinny", index of the instance) of everything that is compiled."""
-    from names import gemm_kernels, skinny_kernels
+def _jobs(families: Sequence[str], bf16: bool) -> list[tuple[str, int]]:
+    """("gemm" or "skinny", index of the instance) of what is compiled and asked for."""
+    from names import DTYPES, gemm_kernels, skinny_kernels
 
-    jobs = [("gemm", i) for i in range(len(gemm_kernels()))] + [("skinny", i) for i in range(len(skinny_kernels()))]
+    jobs = []
+    for kind, kernels in (("gemm", gemm_kernels()), ("skinny", skinny_kernels())):
+        jobs += [(kind, i) for i, k in enumerate(kernels) if not bf16 or "bfloat16" in str(DTYPES[k["dtype"]])]
     return [job for job in jobs if not families or any(f in _label(job) for f in families)]
 
 
@@ -87,9 +89,16 @@ def table(rows: Sequence[Row], instances: int) -> str:
     return "\n".join(lines)
 
 
-def check(schedules: int, full: bool, jobs: int, families: Sequence[str] = ()) -> tuple[list[Row], int]:
-    """Rows, and how many kernels were run."""
-    work: list[Any] = _jobs(families)
+def check(schedules: int, full: bool, jobs: int, families: Sequence[str], bf16: bool, stop: bool) -> tuple[list[Row], int]:
+    """Rows, and how many kernels were run; ``stop``: up to the first fault."""
+    work: list[Any] = _jobs(families, bf16)
+    if stop:
+        rows: list[Row] = []
+        for number, job in enumerate(work):
+            rows += run_job(job, schedules, full, stop_at_fault=True)
+            if rows[-1:] and rows[-1].faults:
+                return rows, number + 1
+        return rows, len(work)
     with ProcessPoolExecutor(jobs) as pool:
         futures = [pool.submit(run_job, job, schedules, full) for job in work]
         return [row for future in futures for row in future.result()], len(work)
@@ -101,10 +110,14 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="many shapes instead of one or two an instance (minutes)")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--family", action="append", default=[], help="only families whose name contains this; repeatable")
+    parser.add_argument("--bf16", action="store_true", help="only bfloat16 instances")
+    parser.add_argument("--stop", action="store_true", help="stop at the first fault")
     options = parser.parse_args()
     start = time.perf_counter()
     try:
-        rows, instances = check(options.schedules, options.full, options.jobs, options.family)
+        rows, instances = check(
+            options.schedules, options.full, options.jobs, options.family, options.bf16, options.stop
+        )  # fmt: skip
     except ImportError as error:
         print(f"check-emulated: {error}", file=sys.stderr)
         return 2

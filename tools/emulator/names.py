@@ -56,22 +56,6 @@ _EPILOGUES = {STORE: "store", ACT: "act", GATE_UP: "gate_up", ACT_BWD: "act_bwd"
 #: csrc/skinny/dispatch.h, SkinnyFamily.
 _SKINNY = {0: "coefficients", 1: "value_grads", 2: "rule", 3: "rule_bwd", 4: "reduce"}
 
-#: What the mutations compile and run: name → (translation unit, prefix of the family's label in the check's table).
-UNITS = {
-    "cooperative": ("coop_bf16", "cooperative"),
-    "pingpong": ("pingpong_bf16", "ping-pong"),
-    "pingpong_bwd": ("pingpong_bwd_bf16", "ping-pong"),
-    "decode": ("decode_bf16", "decode"),
-    "coefficients": ("shrink_bf16", "coefficients"),
-    "value_grads": ("skinny_bf16", "value_grads"),
-}
-#: Functions that list the kernels of a translation unit: (name, type of the list's entries).
-LISTS = (
-    *((f"add_{family}", "Kernel") for family in ("coop", "pingpong", "pingpong_bwd", "decode")),
-    ("add_shrink", "SkinnyKernel"), ("add_skinny", "SkinnyKernel"),
-)  # fmt: skip
-LIST_HEADERS = ("dispatch.h", "skinny/dispatch.h")
-
 
 def extension() -> ModuleType:
     """The emulated module. Raises ``ImportError`` with the way to get it."""

@@ -217,7 +217,7 @@ def _places_of_memory(text: str) -> str:
     )  # fmt: skip
     text = re.sub(r"extern __shared__ uint8_t (\w+)\[\];", r"uint8_t* const \1 = ::emu::dynamic_smem();", text)
     return re.sub(
-        r"__shared__ (\w+) (\w+)((?:\[[^;]*\])+);",
+        r"__shared__ (\w+) (\w+)((?:\[[^\[\];]*\])+);",
         r"using \2_type = \1\3; \2_type& \2 = ::emu::static_smem<\2_type>();",
         text,
     )

@@ -1,0 +1,20 @@
+"""What a mutation compiles again and runs: name → (stem of csrc's translation unit, command). With names.py all that knows csrc's names."""
+
+from __future__ import annotations
+
+__all__ = ["UNITS"]
+
+
+def _check(family: str) -> tuple[str, ...]:
+    return ("check.py", "--full", "--stop", "--bf16", "--jobs", "1", "--family", family)
+
+
+UNITS = {
+    "cooperative": ("coop_bf16", _check("cooperative")),
+    "pingpong": ("pingpong_bf16", _check("ping-pong")),
+    "pingpong_bwd": ("pingpong_bwd_bf16", _check("bwd")),
+    "decode": ("decode_bf16", _check("decode")),
+    "overlap": ("decode_bf16", ("overlap.py", "6")),
+    "coefficients": ("shrink_bf16", _check("coefficients")),
+    "value_grads": ("skinny_bf16", _check("value_grads")),
+}
