@@ -41,7 +41,7 @@ check-emulated: emulator ## Run every CUDA kernel on this CPU under adversarial 
 	NPT_EMULATE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/cuda/test_cuda_gpu.py
 
 check-emulator-long: emulator ## The same with many shapes, planted faults, and AddressSanitizer (half an hour)
-	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) --full
+	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) --shapes 8
 	$(BIN)/python tools/emulator/mutations.py
 	$(BIN)/python tools/emulator/sanitize.py --jobs $(JOBS)
 

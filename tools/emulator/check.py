@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -30,14 +31,14 @@ class Row:
     seconds: float
 
 
-def _jobs(families: Sequence[str], bf16: bool) -> list[tuple[str, int]]:
+def _jobs(family: str, bf16: bool) -> list[tuple[str, int]]:
     """("gemm" or "skinny", index of the instance) of what is compiled and asked for."""
     from names import DTYPES, gemm_kernels, skinny_kernels
 
     jobs = []
     for kind, kernels in (("gemm", gemm_kernels()), ("skinny", skinny_kernels())):
         jobs += [(kind, i) for i, k in enumerate(kernels) if not bf16 or "bfloat16" in str(DTYPES[k["dtype"]])]
-    return [job for job in jobs if not families or any(f in _label(job) for f in families)]
+    return [job for job in jobs if re.search(family, _label(job))]
 
 
 def _label(job: tuple[str, int]) -> str:
@@ -46,7 +47,7 @@ def _label(job: tuple[str, int]) -> str:
     return gemm_label(gemm_kernels()[job[1]]) if job[0] == "gemm" else skinny_kind(skinny_kernels()[job[1]])["kind"]
 
 
-def run_job(job: tuple[str, int], schedules: int, full: bool, stop_at_fault: bool = False) -> list[Row]:
+def run_job(job: tuple[str, int], schedules: int, shapes: int, stop_at_fault: bool = False) -> list[Row]:
     """All cases of one instance."""
     import control
     import torch
@@ -56,7 +57,7 @@ def run_job(job: tuple[str, int], schedules: int, full: bool, stop_at_fault: boo
 
     torch.set_num_threads(1)
     kind, index = job
-    cases = gemm_cases(gemm_kernels()[index], index, full) if kind == "gemm" else skinny_cases(skinny_kernels()[index], index, full)
+    cases = gemm_cases(gemm_kernels()[index], index, shapes) if kind == "gemm" else skinny_cases(skinny_kernels()[index], index, shapes)
     emulator, rows = control.Emulator(), []
     for number, case in enumerate(cases):
         start, before = time.perf_counter(), emulator.stats()["launches"]
@@ -89,34 +90,34 @@ def table(rows: Sequence[Row], instances: int) -> str:
     return "\n".join(lines)
 
 
-def check(schedules: int, full: bool, jobs: int, families: Sequence[str], bf16: bool, stop: bool) -> tuple[list[Row], int]:
+def check(schedules: int, shapes: int, jobs: int, family: str, bf16: bool, stop: bool) -> tuple[list[Row], int]:
     """Rows, and how many kernels were run; ``stop``: up to the first fault."""
-    work: list[Any] = _jobs(families, bf16)
+    work: list[Any] = _jobs(family, bf16)
     if stop:
         rows: list[Row] = []
         for number, job in enumerate(work):
-            rows += run_job(job, schedules, full, stop_at_fault=True)
+            rows += run_job(job, schedules, shapes, stop_at_fault=True)
             if rows[-1:] and rows[-1].faults:
                 return rows, number + 1
         return rows, len(work)
     with ProcessPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_job, job, schedules, full) for job in work]
+        futures = [pool.submit(run_job, job, schedules, shapes) for job in work]
         return [row for future in futures for row in future.result()], len(work)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedules", type=int, default=4, help="for each case: earliest, latest, then drawn ones (default: 4)")
-    parser.add_argument("--full", action="store_true", help="many shapes instead of one or two an instance (minutes)")
+    parser.add_argument("--shapes", type=int, default=1, help="shapes of each instance, up to 8 (default: 1)")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
-    parser.add_argument("--family", action="append", default=[], help="only families whose name contains this; repeatable")
+    parser.add_argument("--family", default="", help="only families that match this regular expression")
     parser.add_argument("--bf16", action="store_true", help="only bfloat16 instances")
     parser.add_argument("--stop", action="store_true", help="stop at the first fault")
     options = parser.parse_args()
     start = time.perf_counter()
     try:
         rows, instances = check(
-            options.schedules, options.full, options.jobs, options.family, options.bf16, options.stop
+            options.schedules, options.shapes, options.jobs, options.family, options.bf16, options.stop
         )  # fmt: skip
     except ImportError as error:
         print(f"check-emulated: {error}", file=sys.stderr)

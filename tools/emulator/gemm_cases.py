@@ -17,7 +17,7 @@ __all__ = ["gemm_case", "gemm_cases", "segment_sets"]
 
 #: rows, columns, depth, rank: one element, one tile and a bit, several tiles, odd remainders.
 SHAPES = (
-    (300, 392, 136, 24), (1, 8, 8, 8), (200, 264, 136, 24), (600, 520, 72, 8), (257, 136, 264, 72), (129, 776, 64, 64),
+    (300, 392, 136, 24), (600, 520, 72, 8), (257, 136, 264, 72), (1, 8, 8, 8), (200, 264, 136, 24), (129, 776, 64, 64),
     (520, 392, 200, 40),
 )  # fmt: skip
 
@@ -114,27 +114,26 @@ def gemm_case(
     return Case(gemm_label(kernel), what, outputs, run)
 
 
-def _shapes(kernel: dict[str, Any], full: bool) -> list[tuple[tuple[int, int, int, int], int]]:
+def _shapes(kernel: dict[str, Any]) -> list[tuple[tuple[int, int, int, int], int]]:
     """(shape, split)."""
     if not is_decode(kernel):
-        return [(shape, 1) for shape in (SHAPES if full else SHAPES[:1])]
+        return [(shape, 1) for shape in SHAPES]
     tokens = kernel["block_m"]
     first = ((max(1, tokens - 3), 264, 520, 24), random.choice([1, 2, 4, 8]))
     more = [
-        ((1, 8, 8, 8), 1), ((tokens, 136, 264, 24), 1), ((max(1, tokens - 3), 520, 1032, 72), 1),
-        ((tokens // 2 + 1, 264, 520, 8), 2), ((tokens, 72, 776, 40), 4), ((max(1, tokens - 1), 200, 1032, 24), 8),
-        ((tokens, 64, 64, 8), 8),
+        ((tokens, 64, 64, 8), 8), ((max(1, tokens - 3), 520, 1032, 72), 1), ((tokens // 2 + 1, 264, 520, 8), 2), ((1, 8, 8, 8), 1),
+        ((tokens, 72, 776, 40), 4), ((max(1, tokens - 1), 200, 1032, 24), 8), ((tokens, 136, 264, 24), 1),
     ]  # fmt: skip
-    return [first, *(more if full else [])]
+    return [first, *more]
 
 
-def gemm_cases(kernel: dict[str, Any], index: int, full: bool) -> list[Case]:
-    """Cases of one instance; ``index`` seeds what is drawn."""
+def gemm_cases(kernel: dict[str, Any], index: int, shapes: int) -> list[Case]:
+    """Cases of one instance on its first ``shapes`` shapes; ``index`` seeds what is drawn."""
     random.seed(index)
     torch.manual_seed(index)
     sets = segment_sets(kernel["epilogue"])
     cases = []
-    for number, (shape, split) in enumerate(_shapes(kernel, full)):
+    for number, (shape, split) in enumerate(_shapes(kernel)[:shapes]):
         if number == 0:  # everything at once, exact; then another set of segments on random numbers, in place
             options = dict(sms=2 * kernel["cluster"], split=split, act="gelu_tanh")
             cases.append(gemm_case(kernel, shape, sets[-1], exact=True, **options))

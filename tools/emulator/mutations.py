@@ -149,7 +149,7 @@ def _command(arguments: tuple[str, ...]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="regular expression on the names")
-    parser.add_argument("--timeout", type=float, default=180, help="seconds for each mutant (default: 180)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for each mutant (default: 600)")
     parser.add_argument("--csrc", type=Path, default=build.ROOT / "csrc", help="another csrc/ than this checkout's")
     options = parser.parse_args()
     base = build.ROOT / "build" / "emulator-mutants"

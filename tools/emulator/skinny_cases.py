@@ -138,39 +138,38 @@ def rule_case(
 
 
 # ------------------------------------------------------------------------------------------------ by instance
-def _coefficients(dtype: torch.dtype, kernel: dict[str, Any], kind: dict[str, Any], full: bool) -> list[Case]:
+def _coefficients(dtype: torch.dtype, kernel: dict[str, Any], kind: dict[str, Any], count: int) -> list[Case]:
     tile, key_kind, given = kernel["tile"], kind["key_kind"], not kind["compute_z"]
     shapes = [((140, 200, 264, 24), 3)] if tile == 64 else [((140, 200, 264, 200), 25)]
-    if full and tile == 64:
+    if tile == 64:
         shapes += [((1, 8, 8, 8), 1), ((200, 264, 520, 24), 3), ((130, 1032, 72, 64), 2), ((129, 72, 600, 40), 5)]
-    elif full:
+    else:
         shapes += [((5, 72, 200, 72), 3), ((257, 328, 520, 128), 4), ((130, 136, 136, 320), 5), ((64, 520, 264, 200), 25)]
     return [
         coefficients_case(
             dtype, rule, key_kind, given, shape, terms, tile, random.choice([1, 2, 4, 8]), random.random() < 0.5,
             random.random() < 0.5, random.random() < 0.7,
         )  # fmt: skip
-        for shape, terms in shapes
+        for shape, terms in shapes[:count]
         for rule in RULES_OF_KEY[key_kind]
     ]
 
 
-def _value_grads(dtype: torch.dtype, full: bool) -> list[Case]:
-    shapes = [(300, 520, 72, 2), (130, 1032, 40, 1)]
-    if full:
-        shapes += [(1, 8, 8, 1), (65, 512, 64, 2), (300, 520, 40, 3), (130, 1032, 200, 1), (700, 72, 24, 11)]
-    return [value_grads_case(dtype, *shape, exact) for shape in shapes for exact in (True, False)]
+def _value_grads(dtype: torch.dtype, count: int) -> list[Case]:
+    shapes = [
+        (300, 520, 72, 2), (130, 1032, 40, 1), (700, 72, 24, 11), (1, 8, 8, 1), (65, 512, 64, 2), (300, 520, 40, 3),
+        (130, 1032, 200, 1),
+    ]  # fmt: skip
+    return [value_grads_case(dtype, *shape, exact) for shape in shapes[: count + 1] for exact in (True, False)]
 
 
-def _rules(dtype: torch.dtype, backward: bool, vector: int, shares: bool, full: bool) -> list[Case]:
-    shapes = [(37, 24, 2)]  # rows, R, terms
-    if full:
-        shapes += [(1, 8, 1), (65, 72, 3), (300, 64, 1), (20, 1048, 1), (33, 130, 2)]
+def _rules(dtype: torch.dtype, backward: bool, vector: int, shares: bool, count: int) -> list[Case]:
+    shapes = [(37, 24, 2), (1, 8, 1), (65, 72, 3), (300, 64, 1), (20, 1048, 1), (33, 130, 2)]  # rows, R, terms
     cases = []
     for rule in ("rank1", "diagonal", "anchored", "self_key"):
         if backward and rule == "self_key":  # its gradient is dc itself: no kernel
             continue
-        for rows, rank, terms in shapes:
+        for rows, rank, terms in shapes[:count]:
             width = rank // terms if rule == "rank1" else rank
             if (vector == 2 and width % 2) or (shares and width > 1024):
                 continue
@@ -181,15 +180,15 @@ def _rules(dtype: torch.dtype, backward: bool, vector: int, shares: bool, full: 
     return cases
 
 
-def skinny_cases(kernel: dict[str, Any], index: int, full: bool) -> list[Case]:
+def skinny_cases(kernel: dict[str, Any], index: int, shapes: int) -> list[Case]:
     """Cases of one instance; those that sum shares come with value_grads."""
     random.seed(index)
     torch.manual_seed(index)
     kind, dtype = skinny_kind(kernel), DTYPES[kernel["dtype"]]
     if kind["kind"] == "coefficients":
-        return _coefficients(dtype, kernel, kind, full)
+        return _coefficients(dtype, kernel, kind, shapes)
     if kind["kind"] == "value_grads":
-        return _value_grads(dtype, full)
+        return _value_grads(dtype, shapes)
     if kind["kind"] == "reduce":
         return []
-    return _rules(dtype, kind["kind"] == "rule_bwd", kind["vector"], kind.get("shares", False), full)
+    return _rules(dtype, kind["kind"] == "rule_bwd", kind["vector"], kind.get("shares", False), shapes)
