@@ -38,7 +38,7 @@ emulator: $(VENV)/.dev ## Build the CUDA kernels for this CPU; then NPT_EMULATE=
 check-emulated: emulator ## Run every CUDA kernel on this CPU under adversarial schedules (no nvcc, driver or GPU)
 	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) $(ARGS)
 	$(BIN)/python tools/emulator/overlap.py
-	NPT_EMULATE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/cuda/test_cuda_gpu.py
+	NPT_EMULATE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/cuda/test_gpu.py
 
 check-emulator-long: emulator ## The same with many shapes, planted faults, and AddressSanitizer (half an hour)
 	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) --shapes 8

@@ -24,12 +24,12 @@ import torch  # noqa: E402
 
 from benchmarks._harness.contenders import workloads  # noqa: E402
 from benchmarks._harness.report import table, write_result  # noqa: E402
-from npt_kernels.backends import BACKENDS, available_backends, explain  # noqa: E402
-from npt_kernels.bench.checking import check_case, repeat_case  # noqa: E402
-from npt_kernels.bench.problems import Problem  # noqa: E402
 from npt_kernels.bench.results import environment  # noqa: E402
-from npt_kernels.bench.shapes import MODELS, SMALL_MODELS, Case, numeric_cases, repeat_cases  # noqa: E402
-from npt_kernels.bench.timing import clocks, compare, compare_graphs, settle_power  # noqa: E402
+from npt_kernels.measure.check import check_case, repeat_case  # noqa: E402
+from npt_kernels.measure.problems import Problem  # noqa: E402
+from npt_kernels.measure.shapes import MODELS, SMALL_MODELS, Case, numeric_cases, repeat_cases  # noqa: E402
+from npt_kernels.measure.timing import clocks, compare, compare_graphs, settle_power  # noqa: E402
+from npt_kernels.ops.registry import BACKENDS, available_backends, explain  # noqa: E402
 
 #: Shares of the budget after which numerics, repeats and timings stop starting new work.
 SHARES = {"numerics": 0.5, "repeats": 0.62, "timings": 0.95}

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npt_kernels.models.quantised import FORMATS, import_library, quantise_linear
-from npt_kernels.ops._deferred import dense
+from npt_kernels.ops.dense_on_use import dense
+from npt_kernels.quantised.linear import FORMATS, import_library, quantise_linear
 
 
 def milliseconds(call: Callable[[], Any], repeat: int, device: torch.device) -> float:

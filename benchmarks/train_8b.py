@@ -12,7 +12,7 @@ The result file is written after every row, so Ctrl-C loses nothing.
 
 MFU is *needed* operations ÷ (seconds × dense bf16 peak of the data sheet). Needed are, per token: local: attention and both
 MLPs once, dout @ W_down, and the NP component's products; end_to_end: both models' forward and head, one backward. What
-checkpointing recomputes is not needed. (`npt_kernels.planning.work.needed_flops`; a test counts the products that run.) Peak
+checkpointing recomputes is not needed. (`npt_kernels.estimate.flops.needed_flops`; a test counts the products that run.) Peak
 memory is torch's `max_memory_allocated` over the timed steps on a GPU, live tensors on a CPU; building and quantising the model
 is not in it. Rows with a goal (one H200) say whether it was met. **No GPU has run this yet: its GPU figures are unverified.**
 """
@@ -41,14 +41,14 @@ from npt_kernels import apply_npt
 from npt_kernels.bench.results import environment
 from npt_kernels.configs.models import KNOWN_MODELS
 from npt_kernels.configs.schema import ConfigError, RunConfig
-from npt_kernels.live_bytes import LiveBytes
-from npt_kernels.planning.devices import Gpu, find_gpu
-from npt_kernels.planning.memory import Phase, count_bytes, reserve
-from npt_kernels.planning.numbers import Adapter, ModelNumbers, count_adapter, meta_model, read_numbers
-from npt_kernels.planning.printing import size_text
-from npt_kernels.planning.work import needed_flops, step_time
-from npt_kernels.streaming import streaming
-from npt_kernels.training.measure import build_model, quantise, training_steps
+from npt_kernels.estimate.devices import Gpu, find_gpu
+from npt_kernels.estimate.flops import needed_flops, step_time
+from npt_kernels.estimate.memory import Phase, count_bytes, reserve
+from npt_kernels.estimate.model_sizes import Adapter, ModelNumbers, count_adapter, meta_model, read_numbers
+from npt_kernels.estimate.printing import size_text
+from npt_kernels.measure.live_bytes import LiveBytes
+from npt_kernels.measure.random_model_step import build_model, quantise, training_steps
+from npt_kernels.offload import streaming
 
 ROOT = Path(__file__).resolve().parent
 SHAPE = dict(KNOWN_MODELS["meta-llama/Llama-3.1-8B"])

@@ -12,32 +12,32 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .backends import BackendUnavailableError, available_backends, explain
+    from .component import AdapterTensors, NPComponent
     from .config import NPTConfig
     from .functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
-    from .models.checkpoints import load_npt, save_npt
-    from .models.patching import ApplyReport, apply_npt, npt_disabled, npt_parameters, remove_npt
-    from .nn import AdapterTensors, NPComponent
+    from .model.patching import ApplyReport, apply_npt, npt_disabled, npt_parameters, remove_npt
+    from .model.save import load_npt, save_npt
+    from .ops.registry import BackendUnavailableError, available_backends, explain
 
 #: Everything loads at first use, torch included, so that ``npt --help`` answers at once.
 _LAZY = {
-    "AdapterTensors": ".nn",
-    "ApplyReport": ".models.patching",
-    "BackendUnavailableError": ".backends",
-    "NPComponent": ".nn",
+    "AdapterTensors": ".component",
+    "ApplyReport": ".model.patching",
+    "BackendUnavailableError": ".ops.registry",
+    "NPComponent": ".component",
     "NPTConfig": ".config",
-    "apply_npt": ".models.patching",
-    "available_backends": ".backends",
-    "explain": ".backends",
-    "load_npt": ".models.checkpoints",
-    "npt_disabled": ".models.patching",
+    "apply_npt": ".model.patching",
+    "available_backends": ".ops.registry",
+    "explain": ".ops.registry",
+    "load_npt": ".model.save",
+    "npt_disabled": ".model.patching",
     "npt_factored_linear": ".functional",
     "npt_gated_mlp": ".functional",
     "npt_linear": ".functional",
     "npt_mlp": ".functional",
-    "npt_parameters": ".models.patching",
-    "remove_npt": ".models.patching",
-    "save_npt": ".models.checkpoints",
+    "npt_parameters": ".model.patching",
+    "remove_npt": ".model.patching",
+    "save_npt": ".model.save",
 }
 
 __all__ = [

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ._version import __version__
-from .backends import BACKENDS, Call
-from .inputs.assets import default_cache_dir, demo_model_cached, demo_texts_cached
+from .base_model.assets import default_cache_dir, demo_model_cached, demo_texts_cached
+from .ops.registry import BACKENDS, Call
 
 __all__ = ["describe"]
 

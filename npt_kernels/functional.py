@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._checks import autocast_dtype, check_shape, check_tensors, differ, flatten_tokens
 from .activations import get_activation
-from .backends import resolve_backend
+from .argument_checks import autocast_dtype, check_shape, check_tensors, differ, flatten_tokens
 from .ops.factored_linear import factored_linear
 from .ops.linear import linear
 from .ops.mlp import mlp
+from .ops.registry import resolve_backend
 from .rules import Rule, get_rule
 
 if TYPE_CHECKING:
-    from .nn import AdapterTensors, NPComponent
+    from .component import AdapterTensors, NPComponent
 
 __all__ = ["npt_factored_linear", "npt_gated_mlp", "npt_linear", "npt_mlp"]
 
@@ -170,7 +170,7 @@ def npt_gated_mlp(
         a: ``[..., d_a]``: the attention output.
         gate_proj, up_proj: ``[f, d]``.
         down_proj: ``[d, f]``.
-        adapter: An :class:`~npt_kernels.NPComponent`, or its tensors: :class:`~npt_kernels.nn.AdapterTensors` or a mapping
+        adapter: An :class:`~npt_kernels.NPComponent`, or its tensors: :class:`~npt_kernels.component.AdapterTensors` or a mapping
             with keys ``w_down`` ``[d_a, R]``, ``w_a_up`` and ``w_b_up`` (each a mapping ``gate``/``up``/``down`` → tensor, or
             flat as in ``state_dict()``: ``w_b_up.gate``) and optionally ``rule``, ``num_ranks``, ``scale``.
         act: Name of the activation, as in transformers (``silu``, ``gelu``, ``gelu_new``, ``relu``, ...).
@@ -246,7 +246,7 @@ def _mlp(
     backend: str | None,
 ) -> Tensor:
     """Both MLPs; the three slots are (gate, up, down), the first absent for a plain MLP."""
-    from .nn import as_adapter_tensors
+    from .component import as_adapter_tensors
 
     get_activation(act)
     bias_names = ("gate_bias", "up_bias", "down_bias") if weight_names[0] else ("", "c_fc_bias", "c_proj_bias")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 # Before anything imports Triton: which file does so first depends on how pytest deals tests out to its workers, and kernels
-# defined without it cannot be interpreted later (seen: 87 failures when tests/ops/triton was left out of a run).
+# defined without it cannot be interpreted later (seen: 87 failures when tests/triton was left out of a run).
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ROWS, GemmMeter, assert_within_twice, memory_meter
+
+from tests.support.helpers import ROWS, GemmMeter, assert_within_twice, memory_meter
 
 
 @pytest.fixture

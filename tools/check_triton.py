@@ -67,9 +67,9 @@ def _calls() -> dict[str, Any]:
     """Name → function that calls host code on meta tensors. Sizes: Llama-3.1-8B unless the name says otherwise."""
     import torch
 
-    from npt_kernels.ops._triton import decode, explicit
-    from npt_kernels.ops._triton.pair_forward import pair_forward
-    from npt_kernels.ops._triton.segmented_gemm import (
+    from npt_kernels.kernels.triton import decode, explicit
+    from npt_kernels.kernels.triton.gate_up import pair_forward
+    from npt_kernels.kernels.triton.segmented_gemm import (
         gemm_act,
         gemm_act_backward,
         gemm_pair_backward,
@@ -152,7 +152,7 @@ def _candidate_calls() -> dict[str, Any]:
     """The tiles of ``npt bench tune`` at 8B shapes (GPT-2 for gemm_act); splitting K does not change a kernel, so one split."""
     import torch
 
-    from npt_kernels.ops._triton.tunables import candidates, tunables
+    from npt_kernels.kernels.triton.tunables import candidates, tunables
 
     calls: dict[str, Any] = {}
     for kernel, spec in tunables().items():
@@ -215,7 +215,7 @@ def _tile_text(spec: dict[str, Any]) -> str:
 
 def _jobs(architectures: tuple[int, ...], only: str, candidates: bool = False) -> list[tuple[str, int, int]]:
     """(name, index of the launch within the call, arch). Each worker records again: kernels do not travel by pickle."""
-    from npt_kernels.ops._triton.runtime import recording
+    from npt_kernels.kernels.triton.launch import recording
 
     jobs = []
     for arch in architectures:
@@ -234,7 +234,7 @@ def _jobs(architectures: tuple[int, ...], only: str, candidates: bool = False) -
 
 
 def _spec_modules() -> list[Any]:
-    import npt_kernels.ops._triton as package
+    import npt_kernels.kernels.triton as package
 
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     modules.append(importlib.import_module("npt_kernels.ops.matched_norm.triton"))
@@ -256,7 +256,7 @@ def _load(job: tuple[str, int, int]) -> tuple[str, Any, dict[str, Any]]:
             "signature": signature, "constants": constants, "divisible": list(spec.divisible_by_16), "options": options,
             "tensor_core": spec.tensor_core, "full_tile": spec.wgmma,
         }  # fmt: skip
-    from npt_kernels.ops._triton.runtime import recording
+    from npt_kernels.kernels.triton.launch import recording
 
     with recording((arch // 10, 0)) as launches:
         _calls()[name]()

@@ -32,7 +32,7 @@ def exercise(device: str, tokens: tuple[int, ...] = TOKENS) -> Iterator[str]:
     """Run forward and backward of every kernel family once; yields what was run. Shapes are ragged on purpose."""
     import torch
 
-    from npt_kernels.ops._cuda import skinny
+    from npt_kernels.kernels.cuda import skinny
     from npt_kernels.ops.factored_linear import cuda as factored
     from npt_kernels.ops.mlp import cuda as mlp
 
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     sys.path.insert(0, str(ROOT))
-    from npt_kernels.ops import _cuda
+    from npt_kernels.kernels import cuda as _cuda
 
     if not torch.cuda.is_available():
         parser.exit(2, "gpu-sanitize: torch sees no CUDA GPU here; run it on a machine with an H100 or H200\n")

@@ -21,12 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 from npt_kernels.configs.models import KNOWN_MODELS  # noqa: E402
 from npt_kernels.configs.schema import RunConfig  # noqa: E402
-from npt_kernels.planning.devices import GPUS  # noqa: E402
-from npt_kernels.planning.memory import Phase, count_bytes, reserve  # noqa: E402
-from npt_kernels.planning.numbers import Adapter, ModelNumbers, count_adapter, meta_model, read_numbers  # noqa: E402
-from npt_kernels.planning.parallel import Parallel  # noqa: E402
-from npt_kernels.planning.traffic import exchanges, tensor_gradients, tensor_per_token  # noqa: E402
-from npt_kernels.planning.work import step_time  # noqa: E402
+from npt_kernels.estimate.communication import exchanges, tensor_gradients, tensor_per_token  # noqa: E402
+from npt_kernels.estimate.devices import GPUS  # noqa: E402
+from npt_kernels.estimate.flops import step_time  # noqa: E402
+from npt_kernels.estimate.memory import Phase, count_bytes, reserve  # noqa: E402
+from npt_kernels.estimate.model_sizes import Adapter, ModelNumbers, count_adapter, meta_model, read_numbers  # noqa: E402
+from npt_kernels.estimate.parallel import Parallel  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 GIB = 2**30

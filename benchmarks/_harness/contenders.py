@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from npt_kernels.backends import BACKENDS
-from npt_kernels.bench.problems import Problem
 from npt_kernels.bench.providers import PROVIDERS
-from npt_kernels.bench.shapes import Case, ModelShape
-from npt_kernels.bench.timing import Call, rotation
+from npt_kernels.measure.problems import Problem
+from npt_kernels.measure.shapes import Case, ModelShape
+from npt_kernels.measure.timing import Call, rotation
+from npt_kernels.ops.registry import BACKENDS
 
 __all__ = ["Workload", "workloads"]
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npt_kernels.bench.timing import Call, rotation
-from npt_kernels.ops._cuda import launch
-from npt_kernels.ops._cuda.heuristics import Config, Epilogue, choose
-from npt_kernels.ops._cuda.launch import LOW, LOW_FIRST, MAIN, Segment, low_rank
+from npt_kernels.kernels.cuda import launch
+from npt_kernels.kernels.cuda.choose import Config, Epilogue, choose
+from npt_kernels.kernels.cuda.launch import LOW, LOW_FIRST, MAIN, Segment, low_rank
+from npt_kernels.measure.timing import Call, rotation
 
 __all__ = ["cuda_rows"]
 

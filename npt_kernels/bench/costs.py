@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..measure.shapes import Case
 from ..rules import get_rule
-from .shapes import Case
 
 __all__ = ["minimum_bytes", "minimum_flops", "roofline_us"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..activations import get_activation
+from ..measure.problems import Problem
 from ..rules import get_rule
-from .problems import Problem
 
 __all__ = ["kconcat_forward"]
 

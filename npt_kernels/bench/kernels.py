@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checking import CHUNK, poisoned, sample_rows, worst_ratio
+from ..measure.check import CHUNK, poisoned, sample_rows, worst_ratio
+from ..measure.problems import Problem
+from ..measure.reference import reference_results
+from ..measure.shapes import ModelShape
+from ..measure.timing import Call, clocks, compare, compare_graphs, cpu_ceilings, rotation, settle_power
 from .costs import minimum_flops, roofline_us
-from .problems import Problem
 from .providers import BASELINE, Provider, Results
-from .reference import reference_results
 from .registry import Setting, slow_seconds
 from .results import ResultFile
-from .shapes import ModelShape
-from .timing import Call, clocks, compare, compare_graphs, cpu_ceilings, rotation, settle_power
 
 __all__ = ["check_provider", "host_overhead", "measure_setting", "run_kernels", "short_reason"]
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from .allocations import memory_meter
+from ..measure.allocations import memory_meter
+from ..measure.problems import Problem
+from ..measure.shapes import MODELS
 from .kernels import check_provider, short_reason
 from .peers import delta_bytes
-from .problems import Problem
 from .providers import PROVIDERS, Provider, Results
 from .registry import Filters, Setting, plan_settings, slow_seconds
 from .results import ResultFile
-from .shapes import MODELS
 
 __all__ = ["headline", "measure_memory", "peak_of", "plan_memory", "run_memory"]
 

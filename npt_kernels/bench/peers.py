@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import get_activation
+from ..measure.problems import Problem
+from ..measure.reference import lora_tensors
 from ..rules import get_rule
-from .problems import Problem
-from .reference import lora_tensors
 
 __all__ = [
     "ROUNDED_WEIGHT",

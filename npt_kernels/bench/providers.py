@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import explain
+from ..measure.problems import Problem
+from ..measure.reference import plain, wanted_gradients
+from ..ops.registry import explain
 from . import peers
 from .kconcat import kconcat_forward
-from .problems import Problem
-from .reference import plain, wanted_gradients
 from .results import unknown_name
 
 __all__ = ["BASELINE", "PROVIDERS", "Provider", "Results", "find_provider", "training_call"]
@@ -105,7 +105,7 @@ def _backend(name: str) -> Callable[[Problem], Compute]:
 
 
 def _triton_mainloop(problem: Problem) -> Compute:
-    from ..ops._triton.segmented_gemm import segmented_gemm
+    from ..kernels.triton.segmented_gemm import segmented_gemm
 
     return lambda tensors: segmented_gemm([(tensors["x"], tensors["weight"])])
 

@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import torch
 
+from ..measure.reference import MODES
+from ..measure.shapes import MODELS, Case, ModelShape, find_shape
 from ..rules import RULES
 from .costs import minimum_bytes, minimum_flops
 from .providers import BASELINE, PROVIDERS, Provider, find_provider
-from .reference import MODES
 from .results import BenchError, unknown_name
-from .shapes import MODELS, Case, ModelShape, find_shape
 
 __all__ = ["DTYPES", "OPS", "Filters", "Setting", "default_dtype", "estimate", "plan_settings", "settings_of_part"]
 

@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..live_bytes import storages_of
-from ..models.patching import apply_npt, converted_layers
-from ..planning.numbers import count_adapter, meta_model, read_numbers
-from ..planning.work import needed_flops
-from ..streaming import LayerStreamer, stream_mode, streaming
-from ..training.accelerator import make_accelerator
+from ..estimate.flops import needed_flops
+from ..estimate.model_sizes import count_adapter, meta_model, read_numbers
+from ..measure.allocations import memory_meter
+from ..measure.live_bytes import storages_of
+from ..measure.random_model_step import build_model, quantise
+from ..measure.timing import clocks, cpu_ceilings, settle_power
+from ..model.patching import apply_npt, converted_layers
+from ..offload import LayerStreamer, stream_mode, streaming
+from ..run.accelerator import make_accelerator
 from ..training.loop import Phase, PhaseLoop, StopRequest, make_objective
-from ..training.measure import build_model, quantise
 from ..training.objectives import delta_variances, enable_checkpointing
 from ..training.precision import autocast
-from .allocations import memory_meter
 from .kernels import short_reason
 from .peers import ROUNDED_WEIGHT
 from .results import BenchError, ResultFile, unknown_name
-from .timing import clocks, cpu_ceilings, settle_power
 from .training_shapes import MODELS, SETTINGS, TrainShape, availability, find_model, run_config
 
 __all__ = ["TrainRow", "estimate_row", "measure_row", "plan_rows", "run_train"]

@@ -201,7 +201,7 @@ class OptimizationSection(_Section):
     @property
     def base_quantization(self) -> tuple[str, str] | None:
         """``(format, library)`` of the frozen base, ``None`` for dense. Raises :class:`ConfigError` for keys that disagree."""
-        from ..models.quantised import choose_library
+        from ..quantised.linear import choose_library
 
         asked = {key: format for key, format in (("use_8bit", "int8"), ("use_4bit", "nf4")) if getattr(self, key)}
         if len(asked) == 2:

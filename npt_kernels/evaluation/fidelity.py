@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..activations import get_activation
 from ..functional import npt_factored_linear
-from ..models.base import linear_bias, linear_weight
-from ..models.running import evaluating
-from ..models.walk import walk_layers
+from ..model.forward import evaluating
+from ..model.shapes.base import linear_bias, linear_weight
+from ..model.visits import walk_layers
 
 __all__ = ["LayerFidelity", "NormStatistics", "delta_norms", "layer_fidelity"]
 

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..models.patching import converted_layers, npt_disabled
-from ..models.running import evaluating
-from ..models.sharding import is_sharded
-from ..models.walk import CHUNK_ELEMENTS, OutputHead
+from ..model.forward import evaluating
+from ..model.patching import converted_layers, npt_disabled
+from ..model.sharding import is_sharded
+from ..model.visits import CHUNK_ELEMENTS, OutputHead
 
 __all__ = ["EvalResult", "Sample", "TeacherStates", "evaluate", "evaluate_base", "generate", "generate_samples"]
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..inputs.packing import derived_seed
+from ..text.packing import derived_seed
 
 if TYPE_CHECKING:
-    from ..inputs.streaming_text import PackedStream
+    from ..text.streaming import PackedStream
 
 __all__ = ["StepBatch", "StepBatches", "derived_seed", "step_batches", "steps_per_epoch"]
 

@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..base_model.loading import choose_device
 from ..configs.schema import ConfigError, RunConfig
-from ..inputs.loading import choose_device
-from ..models.checkpoints import adapter_state_dict
-from ..models.patching import converted_layers, install, make_component, npt_config, npt_parameters, plan_layers
+from ..model.patching import converted_layers, install, make_component, npt_config, npt_parameters, plan_layers
+from ..model.save import adapter_state_dict
 
 __all__ = ["OtherRankError", "World", "first_to_say"]
 

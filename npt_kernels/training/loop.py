@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from ..configs.schema import RunConfig
-from ..inputs.packing import derived_seed
-from ..models.patching import npt_parameters
+from ..model.patching import npt_parameters
+from ..run.checkpoints import Checkpoint, load_optimizer
+from ..run.oom import is_out_of_memory
+from ..text.packing import derived_seed
 from .batching import StepBatch, step_batches, steps_per_epoch
-from .checkpoints import Checkpoint, load_optimizer
 from .distributed import World
 from .objectives import KLObjective, LayerObjective, LocalObjective, Losses, Objective
 from .precision import autocast, unscale_gradients
-from .resources import is_out_of_memory
 
 if TYPE_CHECKING:
-    from ..inputs.streaming_text import PackedStream
+    from ..text.streaming import PackedStream
 
 __all__ = [
     "Phase",

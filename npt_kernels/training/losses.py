@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import autocast_dtype
-from ..models.walk import CHUNK_ELEMENTS
+from ..argument_checks import autocast_dtype
+from ..model.visits import CHUNK_ELEMENTS
 
 __all__ = ["delta_variance", "kl_divergence", "layer_loss", "vector_penalty"]
 
@@ -65,7 +65,7 @@ def vector_penalty(layer: Any, h: Tensor, a: Tensor) -> Tensor:
     is the token's own input, of which nothing is trained, so only ``|v_b|²`` counts.
 
     Args:
-        layer: A converted layer (:class:`npt_kernels.models.layer.NPTLayer`).
+        layer: A converted layer (:class:`npt_kernels.model.layer.NPTLayer`).
         h, a: ``[..., d]``: its input and its attention output.
     """
     component = layer.np_component

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.patching import converted_layers, npt_disabled
-from ..models.running import decoder_of
-from ..models.walk import OutputHead, tapped_layers, walk_group, walk_layers
+from ..model.forward import decoder_of
+from ..model.patching import converted_layers, npt_disabled
+from ..model.visits import OutputHead, tapped_layers, walk_group, walk_layers
 from .losses import delta_variance, kl_divergence, layer_loss, vector_penalty
 
 __all__ = [

@@ -13,7 +13,7 @@ from npt_kernels.bench.memory import headline, measure_memory, peak_of, plan_mem
 from npt_kernels.bench.providers import PROVIDERS
 from npt_kernels.bench.registry import Filters, Setting
 from npt_kernels.bench.results import ResultFile, environment
-from npt_kernels.bench.shapes import MODELS, ModelShape
+from npt_kernels.measure.shapes import MODELS, ModelShape
 
 CPU = torch.device("cpu")
 MODEL = ModelShape("tiny", 64, 96, title="Tiny")

@@ -14,8 +14,6 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench_results import everything, kernel, write
-
 from npt_kernels.bench.report import collect, write_page, write_pngs
 from npt_kernels.bench.report.collect import human_bytes, staleness
 from npt_kernels.bench.report.figures import draw_all
@@ -23,6 +21,7 @@ from npt_kernels.bench.report.goals import GOALS, markdown_table, replace_table,
 from npt_kernels.bench.report.page import render
 from npt_kernels.bench.report.summary import summarise
 from npt_kernels.bench.results import KEY_FIELDS, BenchError
+from tests.support.bench_results import everything, kernel, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -13,7 +13,7 @@ from npt_kernels.bench.kernels import measure_setting, run_kernels
 from npt_kernels.bench.providers import PROVIDERS
 from npt_kernels.bench.registry import Setting
 from npt_kernels.bench.results import ResultFile, environment
-from npt_kernels.bench.shapes import ModelShape
+from npt_kernels.measure.shapes import ModelShape
 
 CPU = torch.device("cpu")
 MODEL = ModelShape("tiny", 24, 40, title="Tiny")

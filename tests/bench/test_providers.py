@@ -10,11 +10,11 @@ import torch
 
 from npt_kernels.bench import peers
 from npt_kernels.bench.kernels import check_provider
-from npt_kernels.bench.problems import Problem
 from npt_kernels.bench.providers import PROVIDERS, find_provider
-from npt_kernels.bench.reference import MODES, lora_tensors, plain, reference_results, wanted_gradients
 from npt_kernels.bench.results import BenchError
-from npt_kernels.bench.shapes import Case, ModelShape
+from npt_kernels.measure.problems import Problem
+from npt_kernels.measure.reference import MODES, lora_tensors, plain, reference_results, wanted_gradients
+from npt_kernels.measure.shapes import Case, ModelShape
 from npt_kernels.ops.factored_linear import naive as naive_linear
 from npt_kernels.ops.matched_norm import naive as naive_norm
 from npt_kernels.ops.mlp import naive as naive_mlp

@@ -8,7 +8,7 @@ import torch
 from npt_kernels.bench.costs import minimum_bytes, minimum_flops, roofline_us
 from npt_kernels.bench.registry import GRIDS, Filters, Setting, estimate, plan_settings, settings_of_part
 from npt_kernels.bench.results import BenchError
-from npt_kernels.bench.shapes import MODELS, Case, find_shape
+from npt_kernels.measure.shapes import MODELS, Case, find_shape
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 

@@ -14,8 +14,8 @@ from npt_kernels.bench import training, training_shapes
 from npt_kernels.bench.results import BenchError, ResultFile, environment
 from npt_kernels.bench.training import TrainRow, measure_row, plan_rows, run_train
 from npt_kernels.bench.training_shapes import MODELS, SETTINGS, TrainShape, find_model
-from npt_kernels.planning.numbers import meta_model
-from npt_kernels.training.measure import build_model
+from npt_kernels.estimate.model_sizes import meta_model
+from npt_kernels.measure.random_model_step import build_model
 
 CPU = torch.device("cpu")
 CEILINGS = {"gemm_tflops": 0.05, "copy_tbs": 0.01}

@@ -16,10 +16,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks import gpu_check  # noqa: E402
-from npt_kernels.bench import checking, timing  # noqa: E402
-from npt_kernels.bench.problems import Problem  # noqa: E402
-from npt_kernels.bench.shapes import numeric_cases, repeat_cases  # noqa: E402
-from npt_kernels.ops._triton.numerics import INTERPRET  # noqa: E402
+from npt_kernels.kernels.triton.numerics import INTERPRET  # noqa: E402
+from npt_kernels.measure import check as checking  # noqa: E402
+from npt_kernels.measure import timing  # noqa: E402
+from npt_kernels.measure.problems import Problem  # noqa: E402
+from npt_kernels.measure.shapes import numeric_cases, repeat_cases  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from emulation import build_layout
+from tests.support.cuda_layout import build_layout
 
-from npt_kernels.ops._cuda import EMULATED
+from npt_kernels.kernels.cuda import EMULATED
 
 
 def _has_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
-collect_ignore = [] if _has_hopper() or EMULATED else ["test_cuda_gpu.py"]
+collect_ignore = [] if _has_hopper() or EMULATED else ["test_gpu.py"]
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,12 @@ import warnings
 
 import pytest
 import torch
-from fake_launch import LAUNCHES, OVERLAPS, install
-from helpers import tiny_model, token_ids
 
-from npt_kernels import BackendUnavailableError, NPTConfig, apply_npt, backends
-from npt_kernels.ops import _cuda
+from npt_kernels import BackendUnavailableError, NPTConfig, apply_npt
+from npt_kernels.kernels import cuda as _cuda
+from npt_kernels.ops import registry as backends
+from tests.support.fake_launch import LAUNCHES, OVERLAPS, install
+from tests.support.helpers import tiny_model, token_ids
 
 
 def converted(name: str, rule: str) -> torch.nn.Module:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from fake_launch import CALLS, LAUNCHES, install
+
+from tests.support.fake_launch import CALLS, LAUNCHES, install
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
@@ -18,8 +19,8 @@ import sanitize_cuda
 
 from benchmarks import gpu_check
 from benchmarks._harness.cuda_kernels import cuda_rows
-from npt_kernels.ops import _cuda
-from npt_kernels.ops._cuda.heuristics import Epilogue
+from npt_kernels.kernels import cuda as _cuda
+from npt_kernels.kernels.cuda.choose import Epilogue
 
 
 @pytest.fixture

@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 import npt_kernels
-from npt_kernels.backends import BACKENDS, BackendUnavailableError, Call, resolve_backend
-from npt_kernels.ops import _cuda
-from npt_kernels.ops._cuda import heuristics, launch
-from npt_kernels.ops._cuda.heuristics import Epilogue, Family, choose
+from npt_kernels.kernels import cuda as _cuda
+from npt_kernels.kernels.cuda import choose as heuristics
+from npt_kernels.kernels.cuda import launch
+from npt_kernels.kernels.cuda.choose import Epilogue, Family, choose
 from npt_kernels.ops.factored_linear import cuda as factored_cuda
 from npt_kernels.ops.factored_linear import eager as factored_eager
 from npt_kernels.ops.mlp import cuda as mlp_cuda
 from npt_kernels.ops.mlp import eager as mlp_eager
+from npt_kernels.ops.registry import BACKENDS, BackendUnavailableError, Call, resolve_backend
 from npt_kernels.rules import RULES
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_launch import CALLS, LAUNCHES, LOW, LOW_FIRST, LOW_SECOND, MAIN, OVERLAPS, install
+from tests.support.fake_launch import CALLS, LAUNCHES, LOW, LOW_FIRST, LOW_SECOND, MAIN, OVERLAPS, install
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = importlib.util.find_spec("npt_kernels._cuda") is not None

@@ -10,7 +10,8 @@ import ctypes
 
 import numpy as np
 import pytest
-from emulation import Smem, fragments, swizzle
+
+from tests.support.cuda_layout import Smem, fragments, swizzle
 
 MAIN, LOW, LOW_SECOND, LOW_FIRST = range(4)
 

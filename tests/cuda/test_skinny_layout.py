@@ -7,7 +7,8 @@ import ctypes
 
 import numpy as np
 import pytest
-from emulation import Smem, fragments
+
+from tests.support.cuda_layout import Smem, fragments
 
 
 def integers(rng: np.random.Generator, *shape: int) -> np.ndarray:

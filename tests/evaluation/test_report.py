@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import Words, randomise, tiny_model, token_ids
 from matplotlib.image import imread
 
 from npt_kernels import NPTConfig, apply_npt
@@ -16,6 +15,7 @@ from npt_kernels.evaluation.fidelity import LayerFidelity, NormStatistics
 from npt_kernels.evaluation.perplexity import EvalResult, evaluate, generate_samples
 from npt_kernels.evaluation.plots import plot_delta_distribution
 from npt_kernels.evaluation.report import evaluate_adapter
+from tests.support.helpers import Words, randomise, tiny_model, token_ids
 
 
 def test_everything_is_measured_and_written(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.fx.experimental._config as fx_config
-from helpers import ALL_RULES, factored_problem, linear_problem, mlp_problem, tiny_model, token_ids
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +12,7 @@ from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_factored_linear,
 from npt_kernels.ops.factored_linear import factored_linear
 from npt_kernels.ops.linear import linear
 from npt_kernels.ops.mlp import mlp
+from tests.support.helpers import ALL_RULES, factored_problem, linear_problem, mlp_problem, tiny_model, token_ids
 
 PER_TOKEN = {"x", "z", "v_a", "v_b", "a", "key_scale"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ALL_RULES, GemmMeter, check_twice, factored_problem, integers, key_shape, randn, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -12,6 +11,16 @@ from torch.library import opcheck
 from npt_kernels import npt_factored_linear, npt_linear
 from npt_kernels.ops.factored_linear import factored_linear as op
 from npt_kernels.rules import get_rule
+from tests.support.helpers import (
+    ALL_RULES,
+    GemmMeter,
+    check_twice,
+    factored_problem,
+    integers,
+    key_shape,
+    randn,
+    subsets,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 rules = pytest.mark.parametrize("rule", ALL_RULES)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import GemmMeter, check_twice, integers, linear_problem, randn, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
 from npt_kernels import npt_linear
 from npt_kernels.ops.linear import linear as op
+from tests.support.helpers import GemmMeter, check_twice, integers, linear_problem, randn, subsets
 
 NAMES = ("x", "weight", "v_a", "v_b", "bias")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

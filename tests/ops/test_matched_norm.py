@@ -8,16 +8,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are defined
 
 import pytest
 import torch
-from helpers import assert_within_twice, randn, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
 
-from npt_kernels.norms import identify_norm, matched_norm
-from npt_kernels.ops._triton.numerics import INTERPRET
+from npt_kernels.kernels.triton.numerics import INTERPRET
+from npt_kernels.model.norms import identify_norm, matched_norm
 from npt_kernels.ops.matched_norm import matched_norm as op
 from npt_kernels.ops.matched_norm.naive import matched_norm as naive
+from tests.support.helpers import assert_within_twice, randn, subsets
 
 needs_interpreter = pytest.mark.skipif(not INTERPRET, reason="kernels were defined without TRITON_INTERPRET=1")
 BACKENDS = ["eager", pytest.param("triton", marks=needs_interpreter)]

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ALL_RULES, MemoryTrace, Problem, factored_problem, linear_problem, memory_meter, mlp_problem
 
 from npt_kernels.rules import get_rule
+from tests.support.helpers import (
+    ALL_RULES,
+    MemoryTrace,
+    Problem,
+    factored_problem,
+    linear_problem,
+    memory_meter,
+    mlp_problem,
+)
 
 T, D, F, K, R = 256, 64, 96, 8, 16  # R = k·r
 BYTES = 4

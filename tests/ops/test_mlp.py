@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from helpers import ALL_RULES, MLP_TENSORS, GemmMeter, check_twice, integers, mlp_problem, randn, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -14,6 +13,7 @@ from torch.library import opcheck
 from npt_kernels import AdapterTensors, NPComponent, npt_gated_mlp, npt_mlp
 from npt_kernels.ops.mlp import mlp as op
 from npt_kernels.rules import get_rule
+from tests.support.helpers import ALL_RULES, MLP_TENSORS, GemmMeter, check_twice, integers, mlp_problem, randn, subsets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = [s for s in subsets(("gate", "up", "down")) if s]

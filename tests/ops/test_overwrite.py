@@ -10,22 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import memory_meter, mlp_problem
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from npt_kernels.ops._cuda import launch, skinny
-from npt_kernels.ops._saved import may_overwrite
+from npt_kernels.kernels.cuda import launch, skinny
 from npt_kernels.ops.mlp import cuda as mlp_cuda
 from npt_kernels.ops.mlp import eager, mlp
 from npt_kernels.ops.mlp import op as mlp_op
+from npt_kernels.ops.overwrite import may_overwrite
+from tests.support.helpers import memory_meter, mlp_problem
 
 pytest.importorskip("triton")
-from npt_kernels.ops._triton import segmented_gemm
-from npt_kernels.ops._triton.numerics import INTERPRET
+from npt_kernels.kernels.triton import segmented_gemm
+from npt_kernels.kernels.triton.numerics import INTERPRET
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
-from fake_launch import install
+from tests.support.fake_launch import install
 
 needs_interpreter = pytest.mark.skipif(not INTERPRET, reason="Triton kernels were defined without TRITON_INTERPRET=1")
 T, D, F, R = 8, 16, 24, 8
@@ -209,12 +209,12 @@ def local_step(backend: str, monkeypatch: pytest.MonkeyPatch, gated: bool = True
 
     monkeypatch.setitem(launch.DTYPES, torch.float32, 0)
     monkeypatch.setattr(skinny, "pair_bytes", lambda *sizes: (2, 1))
-    monkeypatch.setattr("npt_kernels.ops._triton.skinny.pair_bytes", lambda *sizes: (2, 1))
+    monkeypatch.setattr("npt_kernels.kernels.triton.value_grads.pair_bytes", lambda *sizes: (2, 1))
     monkeypatch.setattr(mlp_cuda, "run", nothing)
     monkeypatch.setattr("npt_kernels.ops.factored_linear.cuda.run", nothing)
     monkeypatch.setattr(segmented_gemm, "_run", nothing)
-    monkeypatch.setattr("npt_kernels.ops._triton.pair_forward.launch", nothing)
-    monkeypatch.setattr("npt_kernels.ops._cuda.unavailable", lambda device, dtype: None)
+    monkeypatch.setattr("npt_kernels.kernels.triton.gate_up.launch", nothing)
+    monkeypatch.setattr("npt_kernels.kernels.cuda.unavailable", lambda device, dtype: None)
     targets = ("gate", "up", "down") if gated else ("up", "down")
     made = mlp_problem(
         "self_key", tokens, d, f, d, rank, 1, gated=gated, targets=targets, dtype=torch.float32, normalise=True, bias=False

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
-from two_processes import CASES, MODES, converted, measure, train, user_loop
-from two_runs import one_run
 
 from npt_kernels import load_npt
 from npt_kernels.configs.schema import ConfigError, RunConfig
-from npt_kernels.models.checkpoints import adapter_state_dict
-from npt_kernels.models.patching import converted_layers
-from npt_kernels.models.sharding import forget_broken_forward, gathered, is_sharded
+from npt_kernels.model.patching import converted_layers
+from npt_kernels.model.save import adapter_state_dict
+from npt_kernels.model.sharding import forget_broken_forward, gathered, is_sharded
 from npt_kernels.training import distributed
 from npt_kernels.training.distributed import World, first_to_say
+from tests.support.helpers import tiny_model
+from tests.support.two_processes import CASES, MODES, converted, measure, train, user_loop
+from tests.support.two_runs import one_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def where(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two(where) -> list[dict[str, Any]]:
     """Everything that two processes found, by rank: they start once for all tests here."""
-    done = torchrun("tests/training/two_processes.py", str(where), timeout=300)
+    done = torchrun("tests/support/two_processes.py", str(where), timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(where / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 

@@ -8,15 +8,16 @@ import signal
 
 import pytest
 import torch
-from helpers import tiny_model, token_ids
-from runs import FAR, blocks, make_config, records, start, stop_at
 
 from npt_kernels import load_npt
-from npt_kernels.models.checkpoints import adapter_state_dict
-from npt_kernels.training import loop, run
+from npt_kernels.model.save import adapter_state_dict
+from npt_kernels.run import run
+from npt_kernels.run.checkpoints import list_checkpoints
+from npt_kernels.training import loop
 from npt_kernels.training.batching import StepBatch, step_batches
-from npt_kernels.training.checkpoints import list_checkpoints
 from npt_kernels.training.loop import StopRequest, TrainingError, make_scheduler, plan_phases, regroup
+from tests.support.helpers import tiny_model, token_ids
+from tests.support.runs import FAR, blocks, make_config, records, start, stop_at
 
 
 @pytest.fixture(autouse=True)

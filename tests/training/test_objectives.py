@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomise, tiny_model, token_ids
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters
-from npt_kernels.live_bytes import LiveBytes
-from npt_kernels.models.patching import converted_layers
-from npt_kernels.models.walk import OutputHead, walk_layers
+from npt_kernels.measure.live_bytes import LiveBytes
+from npt_kernels.model.patching import converted_layers
+from npt_kernels.model.visits import OutputHead, walk_layers
 from npt_kernels.training.losses import delta_variance, kl_divergence, layer_loss, vector_penalty
 from npt_kernels.training.objectives import (
     KLObjective,
@@ -18,6 +17,7 @@ from npt_kernels.training.objectives import (
     delta_variances,
     enable_checkpointing,
 )
+from tests.support.helpers import randomise, tiny_model, token_ids
 
 FAMILIES = ["llama", "gpt2"]
 

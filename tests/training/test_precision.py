@@ -7,14 +7,14 @@ import itertools
 
 import pytest
 import torch
-from helpers import randomise, tiny_model, token_ids
-from runs import FAR, make_config, records, start
 
 from npt_kernels import NPTConfig, apply_npt, npt_parameters
 from npt_kernels.rules import RULES
-from npt_kernels.training.accelerator import make_accelerator
+from npt_kernels.run.accelerator import make_accelerator
+from npt_kernels.run.oom import base_fingerprint
 from npt_kernels.training.loop import Phase, PhaseLoop, StopRequest, TrainingError, make_objective
-from npt_kernels.training.resources import base_fingerprint
+from tests.support.helpers import randomise, tiny_model, token_ids
+from tests.support.runs import FAR, make_config, records, start
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -205,7 +205,7 @@ def test_whole_fp16_runs_on_a_cpu(tmp_path):
 @pytest.mark.parametrize("format", ["int8", "nf4", "int4", "fp8"])
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "bf16"), ("bfloat16", "no"), ("float16", "fp16")])
 def test_quantised_bases_in_every_precision(format, dtype, precision, tmp_path):
-    from npt_kernels.models import quantise_base
+    from npt_kernels.quantised.linear import quantise_base
 
     model = tiny_model("llama", layers=2).to(DTYPES[dtype])
     quantise_base(model, format)

@@ -34,10 +34,10 @@ def use_module(path: Path) -> ModuleType:
 if os.environ.get("NPT_EMULATED_MODULE"):
     use_module(Path(os.environ["NPT_EMULATED_MODULE"]))
 
-from npt_kernels.ops import _cuda as package
-from npt_kernels.ops._cuda import launch, skinny
-from npt_kernels.ops._cuda.heuristics import Config, Epilogue, Family
-from npt_kernels.ops._cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Segment
+from npt_kernels.kernels import cuda as package
+from npt_kernels.kernels.cuda import launch, skinny
+from npt_kernels.kernels.cuda.choose import Config, Epilogue, Family
+from npt_kernels.kernels.cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Segment
 from npt_kernels.ops.mlp import cuda as mlp
 
 __all__ = [

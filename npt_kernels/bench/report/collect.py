@@ -21,8 +21,8 @@ _MEASURED_PATHS = {
     "kernels": ("npt_kernels/ops", "npt_kernels/rules", "npt_kernels/tuning", "npt_kernels/functional.py", "csrc"),
     "memory": ("npt_kernels/ops", "npt_kernels/rules", "npt_kernels/functional.py", "csrc"),
     "train": (
-        "npt_kernels/ops", "npt_kernels/rules", "npt_kernels/functional.py", "npt_kernels/models", "npt_kernels/nn.py",
-        "npt_kernels/norms.py", "npt_kernels/training", "npt_kernels/streaming", "csrc",
+        "npt_kernels/ops", "npt_kernels/rules", "npt_kernels/functional.py", "npt_kernels/models", "npt_kernels/component.py",
+        "npt_kernels/model/norms.py", "npt_kernels/training", "npt_kernels/streaming", "csrc",
     ),
     "run": ("npt_kernels/calibration", "npt_kernels/models", "npt_kernels/training", "npt_kernels/rules", "npt_kernels/ops"),
 }  # fmt: skip

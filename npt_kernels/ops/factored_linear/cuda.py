@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.cuda.choose import Epilogue
+from ...kernels.cuda.launch import MAIN, Overlap, Segment, low_rank, padded_vector, refusal, rows_ok, run, say_fallback
+from ...kernels.cuda.skinny import coefficients, value_grads
 from ...rules import get_rule
-from .._cuda.heuristics import Epilogue
-from .._cuda.launch import MAIN, Overlap, Segment, low_rank, padded_vector, refusal, rows_ok, run, say_fallback
-from .._cuda.skinny import coefficients, value_grads
 from . import eager
 from .eager import key_grad
 

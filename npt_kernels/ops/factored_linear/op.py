@@ -7,10 +7,10 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from ...backends import get_backend
 from ...rules import get_rule
-from .._deferred import dense
-from .._library import define_op
+from ..custom_op import define_op
+from ..dense_on_use import dense
+from ..registry import get_backend
 
 
 def _forward(

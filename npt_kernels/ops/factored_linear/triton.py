@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.triton.decode import DECODE_TOKENS, decode_gemm
+from ...kernels.triton.rules import rule_backward, rule_forward
+from ...kernels.triton.segmented_gemm import segmented_gemm
+from ...kernels.triton.value_grads import skinny_grad, skinny_pair
 from ...rules import Rule, get_rule
-from .._triton.decode import DECODE_TOKENS, decode_gemm
-from .._triton.rule_kernels import rule_backward, rule_forward
-from .._triton.segmented_gemm import segmented_gemm
-from .._triton.skinny import skinny_grad, skinny_pair
 from .eager import add_key_grad, key_product
 
 __all__ = ["backward", "forward", "key_matrix", "linear_with_delta", "skinny_key_grad"]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._triton.decode import DECODE_TOKENS, decode_terms
-from .._triton.explicit import row_dot, row_outer
-from .._triton.segmented_gemm import gemm_terms
+from ...kernels.triton.decode import DECODE_TOKENS, decode_terms
+from ...kernels.triton.explicit import row_dot, row_outer
+from ...kernels.triton.segmented_gemm import gemm_terms
 
 
 def forward(x: Tensor, weight: Tensor, v_a: Tensor, v_b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from ...backends import get_backend
-from .._library import define_op
+from ..custom_op import define_op
+from ..registry import get_backend
 
 
 def _forward(

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton.aot import AotSpec
-from .._triton.numerics import INTERPRET, device_guard, next_power_of_2, rounded
-from .._triton.skinny import reduce_partials
+from ...kernels.triton.aot import AotSpec
+from ...kernels.triton.numerics import INTERPRET, device_guard, next_power_of_2, rounded
+from ...kernels.triton.value_grads import reduce_partials
 from . import eager
 
 __all__ = ["aot_specs", "backward", "forward"]

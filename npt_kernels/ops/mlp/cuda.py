@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...activations import get_activation
-from ...rules import Rule, get_rule
-from .._cuda.heuristics import Epilogue
-from .._cuda.launch import (
+from ...kernels.cuda.choose import Epilogue
+from ...kernels.cuda.launch import (
     LOW,
     LOW_FIRST,
     LOW_SECOND,
@@ -31,7 +30,8 @@ from .._cuda.launch import (
     run,
     say_fallback,
 )
-from .._cuda.skinny import coefficients, value_grads
+from ...kernels.cuda.skinny import coefficients, value_grads
+from ...rules import Rule, get_rule
 from ..factored_linear.cuda import fused_sum
 from ..factored_linear.eager import add_key_grad, key_grad
 from . import eager

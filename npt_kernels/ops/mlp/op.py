@@ -10,12 +10,12 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from ...backends import get_backend
 from ...rules import get_rule
-from .._deferred import dense
-from .._library import define_op
-from .._saved import mark_overwritten, may_overwrite
+from ..custom_op import define_op
+from ..dense_on_use import dense
 from ..factored_linear.op import fake_key_product
+from ..overwrite import mark_overwritten, may_overwrite
+from ..registry import get_backend
 
 _NUM_TENSORS = 16
 #: Where gate and up stand among the saved tensors.

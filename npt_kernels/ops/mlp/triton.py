@@ -9,13 +9,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...activations import get_activation
+from ...kernels.triton.coefficients import coefficients_forward
+from ...kernels.triton.decode import DECODE_TOKENS, decode_act, decode_pair
+from ...kernels.triton.gate_up import pair_forward
+from ...kernels.triton.rules import merge_dz, rule_backward, rule_forward
+from ...kernels.triton.segmented_gemm import Segment, gemm_act, gemm_act_backward, gemm_pair_backward
+from ...kernels.triton.value_grads import skinny_grad, skinny_pair
 from ...rules import get_rule
-from .._triton.coefficients import coefficients_forward
-from .._triton.decode import DECODE_TOKENS, decode_act, decode_pair
-from .._triton.pair_forward import pair_forward
-from .._triton.rule_kernels import merge_dz, rule_backward, rule_forward
-from .._triton.segmented_gemm import Segment, gemm_act, gemm_act_backward, gemm_pair_backward
-from .._triton.skinny import skinny_grad, skinny_pair
 from ..factored_linear.eager import add_key_grad, key_product
 from ..factored_linear.triton import key_matrix, linear_with_delta, skinny_key_grad
 

@@ -1,0 +1,315 @@
+"""Base models: the demo model, local directories, hub ids. What cannot work fails in seconds, with the mend in the message."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import threading
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..configs.models import KNOWN_MODELS
+from ..configs.schema import ConfigError, RunConfig
+from ..quantised.foreign import adopt_quantised
+from ..quantised.linear import import_library, missing_library, quantise_base
+from .assets import default_cache_dir, demo_model_cached, demo_model_dir
+
+__all__ = [
+    "DEMO_NAME",
+    "check_hub_reachable",
+    "choose_device",
+    "load_model",
+    "load_model_config",
+    "optimization_notes",
+    "resolve_cache_dir",
+    "resolve_dtype",
+]
+
+DEMO_NAME = "demo"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def resolve_cache_dir(config: RunConfig) -> Path:
+    """``paths.cache_dir``, else :func:`npt_kernels.base_model.assets.default_cache_dir`."""
+    return Path(config.paths.cache_dir).expanduser() if config.paths.cache_dir else default_cache_dir()
+
+
+def choose_device() -> torch.device:
+    """A GPU if torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """Dtype of the frozen base. ``auto``: float32 on a CPU (its bfloat16 GEMMs are slower), bfloat16 elsewhere."""
+    if config.model.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return _DTYPES[config.model.dtype]
+
+
+def optimization_notes(config: RunConfig, device: torch.device) -> list[str]:
+    """What the memory keys do on this device, for the plan and the log: a key is never silently without effect."""
+    from ..offload import streaming_notes
+
+    notes = streaming_notes(config, device)
+    quantization = config.optimization.base_quantization
+    if quantization is not None:
+        notes.append(
+            f"optimization.quantization={quantization[0]}: all linears of the decoder layers, by {quantization[1]}, after "
+            "loading in model.dtype" + ("" if device.type == "cpu" else "; verified on a CPU only")
+        )
+    elif config.optimization.quantization_library != "auto":
+        notes.append("optimization.quantization_library: nothing to do without optimization.quantization")
+    return notes
+
+
+def load_model(config: RunConfig, device: torch.device | str | None = None) -> tuple[nn.Module, Any]:
+    """The base model of ``model.base_model_name``, in eval mode on ``device``, and its tokenizer.
+
+    A model that will be streamed stays in host memory; ``npt_kernels.offload.streaming`` brings it to the device.
+    A local directory wins over a hub id of the same name. A hub model that is in the cache is used as it is there.
+
+    Args:
+        config: The run.
+        device: ``None``: a GPU if there is one.
+
+    Raises:
+        ConfigError: No such model, no network, no access, a model that is no causal language model, or sequences longer
+            than it takes. Without network this takes seconds, not hub retries.
+        AssetError: The demo files could not be fetched.
+    """
+    device = torch.device(device) if device is not None else choose_device()
+    name = config.model.base_model_name
+    quantization = _quantization(config)
+    source: str
+    hub: dict[str, Any] = {}
+    if name == DEMO_NAME:
+        source = str(demo_model_dir(resolve_cache_dir(config)))
+    elif (local := _local_directory(name)) is not None:
+        source = str(local)
+    else:
+        source, hub = name, _prepare_hub(config)
+    try:
+        from safetensors import SafetensorError
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ConfigError(f"loading a model needs {error.name}; pip install 'npt_kernels[train]'") from error
+    from transformers.utils import logging
+
+    from ..offload import load_for_streaming, stream_mode
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if importlib.util.find_spec("torchao") is not None:
+        # transformers imports it for any model, with a page of warnings about kernels of other hardware.
+        with suppress(ImportError):
+            import_library("torchao")
+    try:
+        model_config = AutoConfig.from_pretrained(source, **hub)
+        check_length(config, model_config.to_dict())
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+        dtype = resolve_dtype(config, device)
+        streamed = stream_mode(config, device) != "off"
+        # A model to be streamed stays in host memory.
+        home = torch.device("cpu") if streamed else device
+        placement = _prequantised(config, model_config, home)
+
+        def load(dtype: torch.dtype | str) -> Any:
+            arguments = {"config": model_config, "dtype": dtype, **placement, **hub}
+            return AutoModelForCausalLM.from_pretrained(source, **arguments)
+
+        model: Any = load_for_streaming(config, device, dtype, model_config, load) if streamed else load(dtype)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"model.base_model_name={name!r} could not be loaded: {_first_line(error)}") from error
+    if placement:
+        adopt_quantised(model)
+    elif quantization is not None:
+        try:
+            # Linear by linear at home, which so never holds more than one dense weight.
+            quantise_base(model, *quantization, device=home, progress=sys.stderr.isatty())
+        except ValueError as error:
+            raise ConfigError(f"optimization.quantization={quantization[0]!r}: {error}") from error
+    if not streamed and not placement:
+        model = model.to(device)
+    # The name that an adapter records as its base: 'demo' means the same on every machine, a cache path does not.
+    model.config._name_or_path = name if name == DEMO_NAME or hub else str(Path(source).resolve())
+    return model.eval(), tokenizer
+
+
+def load_model_config(name: str, revision: str | None = None, cache_dir: Path | None = None) -> dict[str, Any]:
+    """The model's ``config.json`` as a mapping, without network and without weights.
+
+    Looked for in: a local directory, the demo cache, the hub cache, the numbers of well-known models that ship with this
+    package. Raises :class:`ConfigError` if it is in none of them.
+    """
+    if name == DEMO_NAME:
+        cache_dir = cache_dir or default_cache_dir()
+        if demo_model_cached(cache_dir):
+            return _read_config(cache_dir / "smollm2-135m-instruct" / "config.json")
+        return dict(KNOWN_MODELS[DEMO_NAME])
+    local = _local_directory(name)
+    if local is not None:
+        return _read_config(local / "config.json")
+    cached = _cached_file(name, "config.json", revision)
+    if cached is not None:
+        return _read_config(cached)
+    if name in KNOWN_MODELS:
+        return dict(KNOWN_MODELS[name])
+    raise ConfigError(
+        f"model.base_model_name={name!r} is not on this machine, and a plan uses no network; fetch its configuration with "
+        f"`hf download {name} config.json`, give a local directory, or run without --dry-run"
+    )
+
+
+def check_length(config: RunConfig, model_config: dict[str, Any]) -> None:
+    """Raise :class:`ConfigError` if ``data.max_length`` exceeds the positions of the model."""
+    limit = model_config.get("max_position_embeddings") or model_config.get("n_positions")
+    if isinstance(limit, int) and config.data.max_length > limit:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} exceeds the {limit} positions of {config.model.base_model_name}; "
+            f"use {limit} or less"
+        )
+
+
+# ---- local -----------------------------------------------------------------------------------------------------------
+
+
+def _local_directory(name: str) -> Path | None:
+    """The directory of a local model; ``None`` for what can only be a hub id. Raises for a path that leads nowhere."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.base_model_name={name!r} is a directory without config.json, not a saved model")
+        return path
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_local or path.is_file():
+        raise ConfigError(
+            f"model.base_model_name={name!r} is not a directory; give the folder with config.json and weights, "
+            f"a hub id such as 'openai-community/gpt2', or {DEMO_NAME!r}"
+        )
+    return None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable as JSON: {_first_line(error)}") from error
+    if not isinstance(data, dict) or "model_type" not in data:
+        raise ConfigError(f"{path} has no model_type; not the configuration of a transformers model")
+    return data
+
+
+# ---- hub -------------------------------------------------------------------------------------------------------------
+
+
+def _cached_file(name: str, filename: str, revision: str | None, repo_type: str | None = None) -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError as error:
+        raise ConfigError(f"a hub model needs {error.name}; pip install 'npt_kernels[train]'") from error
+    try:
+        found = try_to_load_from_cache(name, filename, revision=revision, repo_type=repo_type)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"model.base_model_name={name!r} is neither a local directory nor a hub id ({_first_line(error)}); "
+            f"try 'organisation/model' or {DEMO_NAME!r}"
+        ) from None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _prepare_hub(config: RunConfig) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a hub model: the local copy if it is complete, else the reachable hub."""
+    name, revision = config.model.base_model_name, config.model.revision
+    arguments: dict[str, Any] = {"revision": revision} if revision else {}
+    has_config = _cached_file(name, "config.json", revision) is not None
+    if has_config and any(_cached_file(name, file, revision) is not None for file in _WEIGHT_FILES):
+        return {**arguments, "local_files_only": True}
+    check_hub_reachable(
+        f"model.base_model_name={name!r}",
+        f"download it where there is network (`hf download {name}`), or use {DEMO_NAME!r}",
+    )
+    return arguments
+
+
+def check_hub_reachable(what: str, mend: str, timeout: float = 2.0) -> None:
+    """Raise :class:`ConfigError` unless the hub answers within ``timeout`` seconds; its client retries for a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(f"{what} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {mend}")
+    outcome: list[str | None] = []
+
+    def probe() -> None:
+        outcome.append(_probe(constants.ENDPOINT, timeout))
+
+    # In a thread, because a name look-up has no time limit of its own.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    problem = outcome[0] if outcome else f"no answer within {timeout:g} s"
+    if problem is not None:
+        raise ConfigError(
+            f"{what} is not in the local cache and {constants.ENDPOINT} cannot be reached ({problem}); {mend}"
+        )
+
+
+def _probe(endpoint: str, timeout: float) -> str | None:
+    """``None`` if anything answers, else why not."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except urllib.error.URLError as error:
+        # Certificates are the hub client's business: it has its own store, and its own words for it.
+        return None if "CERTIFICATE" in str(error.reason).upper() else str(error.reason)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+# ---- quantisation ----------------------------------------------------------------------------------------------------
+
+
+def _quantization(config: RunConfig) -> tuple[str, str] | None:
+    """``(format, library)``, or ``None``. Raises :class:`ConfigError` if the library is not installed."""
+    quantization = config.optimization.base_quantization
+    if quantization is not None and importlib.util.find_spec(quantization[1]) is None:
+        raise ConfigError(f"optimization.quantization={quantization[0]!r} {missing_library(quantization[1])}")
+    return quantization
+
+
+def _prequantised(config: RunConfig, model_config: Any, device: torch.device) -> dict[str, Any]:
+    """Where ``from_pretrained`` puts a checkpoint that is stored quantised; empty for a dense one."""
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is None:
+        return {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if config.optimization.base_quantization is not None:
+        raise ConfigError(
+            f"model.base_model_name={config.model.base_model_name!r} is stored quantised already "
+            f"({getattr(method, 'value', method)}); set optimization.quantization=none, use_8bit=false and use_4bit=false, or "
+            "take the dense checkpoint"
+        )
+    return {"device_map": {"": device}}
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of a library's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,7 +1,0 @@
-"""The closed form: fit NP components from a few thousand tokens without training (research: equivalence §0)."""
-
-from __future__ import annotations
-
-from .closed_form import closed_form_components
-
-__all__ = ["closed_form_components"]

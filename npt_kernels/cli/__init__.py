@@ -1,0 +1,1 @@
+"""``npt``, the command line: one file a command."""

@@ -1,1 +1,0 @@
-"""What a run reads: base models and text, from packages, files or the hub."""

@@ -1,0 +1,1 @@
+"""What tests and benchmarks measure with: problems, the number rule, timing, live bytes."""

@@ -1,0 +1,82 @@
+"""RMSNorm and LayerNorm with the *norm match* of the closed form (research: equivalence §0).
+
+The original MLP input is ``norm(h + a)``; the converted one is built from ``h`` alone. Dividing by the norm of ``h + a``
+instead of that of ``h`` makes the two differ by a term that is linear in ``a``:
+
+    RMSNorm    norm(h + a) = γ ⊙ h/ρ_T + γ ⊙ a/ρ_T                       ρ_T = sqrt(mean((h + a)²) + eps)
+    LayerNorm  norm(h + a) = γ ⊙ (h − mean h)/σ_T + β + γ ⊙ (a − mean a)/σ_T
+
+so the returned input is ``u = γ ⊙ h/ρ_T`` (that is α·norm(h), α = ρ(h)/ρ_T) and the key scale is ``1/ρ_T`` per token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..argument_checks import differ
+from ..ops.matched_norm import matched_norm as matched_norm_op
+from ..ops.registry import resolve_backend
+
+__all__ = ["NormKind", "identify_norm", "matched_norm", "norm_eps"]
+
+NormKind = Literal["rms", "layer"]
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """The epsilon of a norm module under the names in use (``variance_epsilon``, ``eps``)."""
+    for name in ("variance_epsilon", "eps"):
+        value = getattr(norm, name, None)
+        if isinstance(value, float | int):
+            return float(value)
+    return 0.0
+
+
+def matched_norm(
+    norm: nn.Module, kind: NormKind, h: Tensor, a: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(u [..., d], key_scale [...])`` from the layer input ``h`` and the attention output ``a``, both ``[..., d]``.
+
+    Both results are differentiable. Statistics are taken in float32 at least, over the same rounded sum ``h + a`` that the
+    original layer norms. Maths, gradients and the fused kernel: ``ops/matched_norm``.
+
+    Args:
+        norm: The layer's norm module; its ``weight`` and ``bias`` (either may be absent) and its epsilon are read.
+        kind: What it computes, as :func:`identify_norm` finds.
+        backend: The layer's backend by name; ``None`` (or ``NPT_BACKEND``) chooses. One without a norm kernel leaves this op
+            to the automatic choice.
+
+    Raises:
+        ValueError: ``h`` and ``a`` differ in shape.
+        BackendUnavailableError: The backend asked for cannot run this call.
+    """
+    if differ(h.shape, a.shape):
+        raise ValueError(f"matched_norm: h has shape {list(h.shape)} but a {list(a.shape)}; both are [..., d]")
+    width = h.shape[-1]
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    chosen = resolve_backend("matched_norm", backend, h.device, h.dtype, part_of_layer=True)
+    flat_h, flat_a = h.reshape(-1, width), a.reshape(-1, width)
+    u, key_scale = matched_norm_op(flat_h, flat_a, weight, bias, kind, norm_eps(norm), chosen)
+    return u.reshape(h.shape), key_scale.reshape(h.shape[:-1])
+
+
+def identify_norm(norm: nn.Module, width: int) -> NormKind | None:
+    """Which norm a module computes, found by running it: names differ between families, numbers do not. ``None``: neither."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.shape != (width,):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(3, width, generator=generator).to(weight.device, weight.dtype) * 2 + 0.5
+    with torch.no_grad():
+        expected = norm(probe).float()
+        kinds: tuple[NormKind, ...] = ("rms", "layer")
+        for kind in kinds:
+            ours = matched_norm(norm, kind, probe, torch.zeros_like(probe), backend="eager")[0].float()
+            # float32 at best: RMSNorm modules compute in it whatever they are given.
+            eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+            tolerance = 8 * eps * expected.abs().max().clamp_min(1e-3)
+            if torch.allclose(ours, expected, rtol=0, atol=float(tolerance)):
+                return kind
+    return None

@@ -1,0 +1,245 @@
+"""Adapters on disk: ``npt_config.json`` + ``npt_model.safetensors``, and import of the two published formats.
+
+Two files cannot be renamed as one, so a stop between the two renames of a save could pair new weights with an old
+configuration. Therefore the weights file is complete in itself: its metadata holds the configuration too, and *its* rename is
+the moment at which a save counts. ``npt_config.json`` is the same text for people and tools, with the SHA-256 of the weights
+file it was written for. Where the two do not belong together, ``load_npt`` warns and goes by the weights file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..component import NPComponent
+from ..config import NPTConfig
+from ..durable_files import sha256, sync_directory, sync_file
+from .import_published import read_published
+from .patching import (
+    ApplyReport,
+    converted_layers,
+    install,
+    make_component,
+    make_report,
+    npt_config,
+    plan_layers,
+    remove_npt,
+)
+from .shapes.base import count_parameters
+from .sharding import whole
+
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_state_dict", "find_adapter", "load_npt", "save_npt"]
+
+CONFIG_NAME = "npt_config.json"
+WEIGHTS_NAME = "npt_model.safetensors"
+_FORMAT_VERSION = 1
+#: Key of the configuration in the metadata of the weights file.
+_METADATA_KEY = "npt_config"
+_PUBLISHED_SUFFIXES = frozenset({".pt", ".pth", ".bin"})
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """``layers.{i}.w_down``, ``layers.{i}.w_a_up.{target}``, ``layers.{i}.w_b_up.{target}`` → tensor (not copied)."""
+    return {
+        f"layers.{index}.{name}": parameter.detach()
+        for index, layer in converted_layers(model).items()
+        for name, parameter in layer.np_component.named_parameters()
+    }
+
+
+def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+    """Write the NP components of a converted model to ``directory``; returns it.
+
+    Both files are written beside, synced to the disk and renamed into place, the weights first: an earlier adapter is replaced
+    whole or not at all, whenever the process stops (see the module's docstring). If the components themselves are sharded
+    (``fully_shard`` in a loop of your own), call it on every process. Raises ``ValueError`` if the model is not converted.
+    """
+    from safetensors.torch import save_file
+
+    config = npt_config(model)
+    layers = converted_layers(model)
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    base_config = getattr(model, "config", None)
+    header = {
+        "format_version": _FORMAT_VERSION,
+        "npt_kernels_version": __version__,
+        "base_model": getattr(base_config, "_name_or_path", None) or None,
+        "hidden_size": next(iter(layers.values())).np_component.hidden_size,
+        "config": config.to_dict(),
+        "layers": list(layers),
+        "ranks": [layer.np_component.rank for layer in layers.values()],
+        "targets": list(next(iter(layers.values())).np_component.target_shapes),
+    }
+    # Components that FSDP2 has sharded too, in a user's own loop, are gathered; every process then saves the same.
+    tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
+    final = [path / WEIGHTS_NAME, path / CONFIG_NAME]
+    weights, text = temporary = [path / f".{target.name}.{os.getpid()}.tmp" for target in final]
+    try:
+        # One key: safetensors writes several in random order, and two runs would differ in their bytes.
+        save_file(tensors, weights, metadata={_METADATA_KEY: json.dumps(header)})
+        text.write_text(json.dumps({**header, "weights_sha256": sha256(weights)}, indent=2) + "\n")
+        # safetensors lets only the owner read what it wrote.
+        shutil.copymode(text, weights)
+        for file in temporary:
+            sync_file(file)
+        # Only now, with both complete on disk, does the earlier adapter go.
+        for file, target in zip(temporary, final, strict=True):
+            os.replace(file, target)
+        sync_directory(path)
+    finally:
+        for file in temporary:
+            file.unlink(missing_ok=True)
+    return path
+
+
+def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
+    """Convert ``model`` with the components saved in ``source``; a model that is already converted is converted anew.
+
+    Args:
+        model: The base model that the components were made for.
+        source: A directory written by :func:`save_npt`, or a published checkpoint (a torch-saved file, read with
+            ``weights_only=True``): ``{"state_dict": {"layer_{i}_A", "layer_{i}_B"}, "config": ...}`` or
+            ``{"layer_{i}_np.W_down", "layer_{i}_np.W_a_up", "layer_{i}_np.W_b_up", ...}``. Rule, rank, number of terms
+            and layers are read from names and shapes.
+
+    Returns:
+        :class:`ApplyReport`.
+
+    Raises:
+        FileNotFoundError: Nothing is there; the message says what was looked for.
+        ValueError: Unreadable, of another model, or with missing or extra tensors (named). The model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    path = Path(source)
+    config, layers, ranks, tensors = _read(path)
+    converted = bool(converted_layers(model))
+    choices, skipped, total = plan_layers(model, replace(config, layers=layers))
+    if len(choices) != len(ranks):
+        raise ValueError(f"{path} has {len(ranks)} ranks for {len(choices)} layers {layers}; one per layer is needed")
+    components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]
+    _fill(path, choices, components, tensors)
+    if converted:
+        remove_npt(model)
+    base_parameters = count_parameters(model)
+    install(model, config, choices, components)
+    return make_report(choices, components, skipped, total, base_parameters, {})
+
+
+def find_adapter(path: Path) -> Path | None:
+    """The adapter in ``path``: itself, or the folder of a run's output that holds it; ``None`` if there is none."""
+    if path.is_file() or (path / CONFIG_NAME).is_file():
+        return path
+    for folder in ("adapter", "final"):
+        if (path / folder / CONFIG_NAME).is_file():
+            return path / folder
+    published = path.is_dir() and any(file.suffix in _PUBLISHED_SUFFIXES for file in path.iterdir())
+    return path if published else None
+
+
+def _read(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor]]:
+    if path.is_dir() and (path / CONFIG_NAME).is_file():
+        return _read_directory(path)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in _PUBLISHED_SUFFIXES)
+        if len(files) != 1:
+            found = ", ".join(p.name for p in files) or "none"
+            raise FileNotFoundError(
+                f"{path} has no {CONFIG_NAME} and not exactly one .pt/.pth/.bin file (found: {found})"
+            )
+        path = files[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a directory with {CONFIG_NAME} or a torch-saved file")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} could not be read with torch.load(weights_only=True): {error}") from error
+    return read_published(payload, path)
+
+
+def _read_directory(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        header = json.loads((path / CONFIG_NAME).read_text())
+        contents = _contents(header)
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / CONFIG_NAME} is not a valid NPT configuration: {error}") from error
+    if header.get("format_version", 0) > _FORMAT_VERSION:
+        raise ValueError(
+            f"{path / CONFIG_NAME} has format_version {header['format_version']}; this npt_kernels {__version__} reads up to "
+            f"{_FORMAT_VERSION}: upgrade npt_kernels"
+        )
+    if not (path / WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"{path / WEIGHTS_NAME} is missing beside {CONFIG_NAME}")
+    try:
+        tensors = load_file(path / WEIGHTS_NAME)
+        if header.get("weights_sha256") not in (None, sha256(path / WEIGHTS_NAME)):
+            contents = _contents_of_weights(path, contents)
+    except SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS_NAME} is damaged or not a safetensors file: {error}") from error
+    return *contents, tensors
+
+
+def _contents(header: dict[str, Any]) -> tuple[NPTConfig, list[int], list[int]]:
+    """Configuration, layers, ranks."""
+    return (
+        NPTConfig.from_dict(header["config"]),
+        [int(i) for i in header["layers"]],
+        [int(r) for r in header["ranks"]],
+    )
+
+
+def _contents_of_weights(
+    path: Path, beside: tuple[NPTConfig, list[int], list[int]]
+) -> tuple[NPTConfig, list[int], list[int]]:
+    """What the weights file says of itself, where ``npt_config.json`` was written for another one."""
+    from safetensors import safe_open
+
+    with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
+        own = (file.metadata() or {}).get(_METADATA_KEY)
+    what = f"{path / CONFIG_NAME} was not written for the {WEIGHTS_NAME} beside it (weights_sha256 differs)"
+    if own is None:
+        warnings.warn(f"{what}; it is used nevertheless, names and shapes of the tensors are checked", stacklevel=4)
+        return beside
+    warnings.warn(f"{what}: a save was interrupted, or a file was copied; the weights' own configuration is used",
+                  stacklevel=4)  # fmt: skip
+    return _contents(json.loads(own))
+
+
+@torch.no_grad()
+def _fill(path: Path, choices: list[Any], components: list[NPComponent], tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into fresh components; every name must be met exactly once."""
+    expected = {
+        f"layers.{choice.plan.index}.{name}": parameter
+        for choice, component in zip(choices, components, strict=True)
+        for name, parameter in component.named_parameters()
+    }
+    # A published checkpoint says "gate" whatever the family calls its first matrix.
+    aliases = choices[0].plan.shape.aliases
+    tensors = {".".join(aliases.get(part, part) for part in name.split(".")): t for name, t in tensors.items()}
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"{kind} {len(names)}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
+                 for kind, names in (("missing", missing), ("unexpected", extra)) if names]  # fmt: skip
+        raise ValueError(f"{path} does not fit this model and configuration; {'; '.join(parts)}")
+    for name, parameter in expected.items():
+        if tensors[name].shape != parameter.shape:
+            raise ValueError(
+                f"{path}: {name} has shape {list(tensors[name].shape)}, but this model needs {list(parameter.shape)} "
+                "(another base model?)"
+            )
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensors[name].dtype}, expected a floating type")
+        parameter.copy_(tensors[name])

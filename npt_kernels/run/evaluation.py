@@ -1,0 +1,128 @@
+"""What a run measures of its model before, during and after training: perplexity, KL, layers, samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..configs.schema import RunConfig
+from ..evaluation.fidelity import LayerFidelity, layer_fidelity
+from ..evaluation.perplexity import (
+    EvalResult,
+    Sample,
+    TeacherStates,
+    evaluate,
+    evaluate_base,
+    generate,
+    generate_samples,
+)
+from ..progress import progress_bar
+from .display import describe
+
+if TYPE_CHECKING:
+    from ..training.distributed import World
+    from .records import Recorder
+
+__all__ = ["Measurer", "timed"]
+
+#: The original's states of the evaluation text are kept if they fit in this many bytes, else it runs again every time.
+_TEACHER_BYTES = 2**29
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall-clock seconds of the block to ``seconds[name]``."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+class Measurer:
+    """Measures one model on one held-out text and writes what it finds to the recorder.
+
+    Args:
+        config: The run.
+        model: The base, later converted in place.
+        tokenizer: For samples; ``None``: no samples.
+        heldout: Token ids ``[k, L]``.
+        world: The processes; evaluation is dealt out over them.
+        recorder: Where results go.
+        seconds: Name → seconds of the run, added to.
+        bars: Whether to show progress bars.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        tokenizer: Any,
+        heldout: Tensor,
+        world: World,
+        recorder: Recorder,
+        seconds: dict[str, float],
+        bars: bool,
+    ) -> None:
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.world, self.recorder, self.seconds, self.bars = world, recorder, seconds, bars
+        # evaluation.tokens counts predicted positions: the first token of a sequence is not predicted.
+        rows = -(-config.evaluation.tokens // (heldout.shape[1] - 1))
+        self.heldout = heldout[:rows]
+        self.teacher: TeacherStates | None = None
+        self.base_texts: list[str] = []
+
+    def base(self, record: bool) -> EvalResult:
+        """The original; also after a checkpoint (``record`` false), as proof that model and text are the same."""
+        with timed(self.seconds, "evaluate original"), self._bar("original") as advance:
+            base, teacher = evaluate_base(self.model, self.heldout, advance=advance, ranks=self.world)
+            # The same decision everywhere: without its states a process runs forwards that the others do not.
+            (size,) = self.world.agree(teacher.states.numel() * teacher.states.element_size())
+            self.teacher = teacher if size <= _TEACHER_BYTES else None
+        if record:
+            self.recorder.result("original", base, 0)
+        self.recorder.say(f"original: perplexity {base.base_perplexity:.3f} on {base.tokens:,} held-out tokens")
+        if self._generates():
+            e = self.config.evaluation
+            with timed(self.seconds, "samples"):
+                self.base_texts = generate(self.model, self.tokenizer, e.prompts, e.max_new_tokens)
+        return base
+
+    def converted(self, stage: str, steps: int) -> tuple[EvalResult, list[LayerFidelity], list[Sample]]:
+        """The converted model: the whole, its layers, samples. ``steps``: optimizer steps done."""
+        with timed(self.seconds, f"evaluate {stage}"), self._bar(stage) as advance:
+            result = evaluate(self.model, self.heldout, advance=advance, teacher=self.teacher, ranks=self.world)
+            fidelity = layer_fidelity(self.model, self.heldout)
+        self.recorder.result(stage, result, steps, step=steps)
+        self.recorder.record("fidelity", stage=stage, step=steps, layers=[entry.to_dict() for entry in fidelity])
+        self.recorder.say(f"{stage}: {describe(result)}")
+        return result, fidelity, self.samples(stage, steps)
+
+    def in_between(self, phase: str, step: int, steps: int) -> str:
+        """The whole alone, at a step of a phase; a line that says what was found."""
+        result = evaluate(self.model, self.heldout, teacher=self.teacher, ranks=self.world)
+        self.recorder.result("training", result, steps, phase=phase, step=step)
+        return f"step {step}: {describe(result)}"
+
+    def samples(self, title: str, steps: int) -> list[Sample]:
+        """Continuations of the prompts by both models."""
+        if not self._generates():
+            return []
+        with timed(self.seconds, "samples"):
+            e = self.config.evaluation
+            samples = generate_samples(self.model, self.tokenizer, e.prompts, e.max_new_tokens, base=self.base_texts)
+        self.recorder.samples(title, samples, steps)
+        return samples
+
+    def _generates(self) -> bool:
+        # Sharded layers need all processes in every forward.
+        return self.tokenizer is not None and (self.world.is_main or self.world.sharded)
+
+    @contextmanager
+    def _bar(self, title: str) -> Iterator[Any]:
+        with progress_bar(f"evaluating {title}", self.heldout.numel(), "tokens", enabled=self.bars) as advance:
+            yield advance

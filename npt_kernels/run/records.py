@@ -1,0 +1,306 @@
+"""What a run leaves behind and shows: metrics.jsonl, trackers, samples, plots, the summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..configs.schema import ConfigError, RunConfig
+from ..evaluation.fidelity import LayerFidelity
+from ..evaluation.perplexity import EvalResult, Sample
+from ..model.patching import ApplyReport
+from ..training.loop import Phase, StepReport
+from .checkpoints import Checkpoint
+from .display import clock, results_table, samples_markdown, samples_table
+
+__all__ = ["Pace", "Recorder", "RunSummary", "check_trackers", "mean_report", "tracker_names"]
+
+#: The samples of a run start with this.
+_SAMPLES_HEAD = "# Samples\n\nGreedy continuations by the original and the converted model.\n\n"
+
+
+@dataclass
+class RunSummary:
+    """What a run found.
+
+    Attributes:
+        base, converted, trained: Held-out results of the original, after conversion (or of the adapter it resumed from) and
+            after training (``None`` with ``training.mode: none``).
+        fidelity_converted, fidelity_trained: Per converted layer.
+        samples_converted, samples_trained: Prompts with both continuations.
+        report: What was converted.
+        seconds: Phase of the run → wall-clock seconds, those before a resumed checkpoint included.
+        steps: Optimizer steps done, over all phases.
+        tokens_per_second: Training tokens per second of training time (evaluations left out).
+        peak_memory: Bytes: ``rss`` of the process since it started, and ``cuda`` where there is one.
+        paths: ``adapter``, ``metrics``, ``summary``, ``config``, ``samples``, ``plots``.
+    """
+
+    base: EvalResult
+    converted: EvalResult
+    trained: EvalResult | None
+    fidelity_converted: list[LayerFidelity]
+    fidelity_trained: list[LayerFidelity] | None
+    samples_converted: list[Sample]
+    samples_trained: list[Sample] | None
+    report: ApplyReport
+    seconds: dict[str, float]
+    steps: int
+    tokens_per_second: float
+    peak_memory: dict[str, int]
+    paths: dict[str, Path] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as in ``summary.json``."""
+
+        def layers(entries: list[LayerFidelity] | None) -> list[dict[str, Any]] | None:
+            return None if entries is None else [entry.to_dict() for entry in entries]
+
+        def samples(entries: list[Sample] | None) -> list[dict[str, str]] | None:
+            return None if entries is None else [vars(entry) for entry in entries]
+
+        return {
+            "base": self.base.to_dict(),
+            "converted": self.converted.to_dict(),
+            "trained": None if self.trained is None else self.trained.to_dict(),
+            "fidelity_converted": layers(self.fidelity_converted),
+            "fidelity_trained": layers(self.fidelity_trained),
+            "samples_converted": samples(self.samples_converted),
+            "samples_trained": samples(self.samples_trained),
+            "layers": list(self.report.layers),
+            "ranks": [layer.rank for layer in self.report.converted],
+            "trainable_parameters": self.report.parameters,
+            "base_parameters": self.report.base_parameters,
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "tokens_per_second": self.tokens_per_second,
+            "peak_memory": self.peak_memory,
+            "paths": {name: str(path) for name, path in self.paths.items()},
+        }
+
+
+# ---- trackers --------------------------------------------------------------------------------------------------------
+
+
+def tracker_names(config: RunConfig) -> list[str]:
+    """``training.report_to``, and wandb where ``wandb.enabled`` asks for it."""
+    names = [*config.training.report_to, *(["wandb"] if config.wandb.enabled else [])]
+    return list(dict.fromkeys(names))
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Raise :class:`ConfigError` if accelerate does not find a tracker's package; it would go on without it, silently."""
+    names = tracker_names(config)
+    if not names:
+        return
+    from accelerate import tracking
+
+    available = {tracker.value for tracker in tracking.get_available_trackers()}
+    for name in names:
+        if name in available:
+            continue
+        if name in config.training.report_to:
+            key, mend = f"training.report_to names {name}", "leave it out"
+        else:
+            key, mend = "wandb.enabled is true", "set it to false"
+        raise ConfigError(f"{key}, but the package {name} is missing: pip install {name}, or {mend}")
+
+
+def _flat_settings(config: RunConfig) -> dict[str, Any]:
+    """``section.key`` → a number, a truth value or a text, which is all that TensorBoard's table of settings takes."""
+    return {
+        f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+        for section, keys in config.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Writes a run's files and tells its trackers; in a process that is not the main one it does nothing.
+
+    Args:
+        config: The run.
+        console: Where to print.
+        accelerator: Made with ``log_with=tracker_names(config)``.
+    """
+
+    def __init__(self, config: RunConfig, console: Console, accelerator: Any) -> None:
+        self.config, self.console, self.accelerator = config, console, accelerator
+        self.main: bool = accelerator.is_main_process
+        output = config.output_dir
+        self.paths = {
+            "adapter": output / "adapter",
+            "metrics": output / "metrics.jsonl",
+            "summary": output / "summary.json",
+            "config": output / "config.yaml",
+            "samples": output / "samples.md",
+            "plots": output / "plots",
+        }
+        #: Records of kind ``train``, for the plots.
+        self.train_log: list[dict[str, Any]] = []
+        self._metrics: Any = None
+        self._tracking = False
+
+    def open(self, checkpoint: Checkpoint | None, *, append: bool = False) -> None:
+        """Start the files, or put them back to where a checkpoint was written; ``append``: go on with what is there."""
+        if not self.main:
+            return
+        self.config.save()
+        if checkpoint is not None:
+            self._restore(checkpoint.file("metrics.jsonl"))
+        elif not append or not self.paths["samples"].exists():
+            self.paths["samples"].write_text(_SAMPLES_HEAD)
+        self._metrics = self.paths["metrics"].open("a" if checkpoint is not None or append else "w")
+        self._start_trackers(0 if checkpoint is None else checkpoint.total_steps)
+
+    def _restore(self, log: Path) -> None:
+        """The log as it was, for what came after it is done again; and what else was written from it."""
+        metrics, text = self.paths["metrics"], log.read_text()
+        present = metrics.read_text() if metrics.exists() else ""
+        if re.search(r'"kind": "(train|eval|fidelity|samples)"', present.removeprefix(text)):
+            # Of steps that are done again, with the same numbers unless something was changed: kept for that case.
+            os.replace(metrics, metrics.with_name("metrics.before-resume.jsonl"))
+        beside = metrics.with_name(f".{metrics.name}.tmp")
+        beside.write_text(text)
+        os.replace(beside, metrics)
+        records = [json.loads(line) for line in text.splitlines()]
+        self.train_log = [
+            {name: value for name, value in record.items() if name not in ("kind", "time")}
+            for record in records
+            if record["kind"] == "train"
+        ]
+        samples = [record for record in records if record["kind"] == "samples"]
+        sections = [samples_markdown(r["stage"], [Sample(**sample) for sample in r["samples"]]) for r in samples]
+        self.paths["samples"].write_text(_SAMPLES_HEAD + "".join(sections))
+
+    def _start_trackers(self, steps: int) -> None:
+        names = tracker_names(self.config)
+        if not names:
+            return
+        w = self.config.wandb
+        settings: dict[str, dict[str, Any]] = {"wandb": {"entity": w.entity, "tags": w.tags}}
+        # Hides what a crashed run had logged beyond its checkpoint, for those steps come again.
+        settings["tensorboard"] = {"purge_step": steps + 1} if steps else {}
+        self.accelerator.init_trackers(w.project, _flat_settings(self.config), settings)
+        self._tracking = True
+        where = f" (logs in {self.config.output_dir / 'logs'})" if "tensorboard" in names else ""
+        self.say(f"metrics go to {', '.join(names)} too{where}")
+
+    def close(self) -> None:
+        if self._tracking:
+            self._tracking = False
+            self.accelerator.end_training()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    # ---- while it runs -----------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        if self.main:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def record(self, kind: str, **values: Any) -> None:
+        if self._metrics is not None:
+            # Flushed line by line, so that a killed run leaves all it measured.
+            self._metrics.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
+            self._metrics.flush()
+
+    def step(self, report: StepReport, phase: Phase, total_steps: int) -> None:
+        """A logged step: means since the one before."""
+        values = {**vars(report), "layers": {str(index): loss for index, loss in report.layers.items()}}
+        record = {"objective": phase.objective, "total_step": total_steps, **values}
+        self.train_log.append(record)
+        self.record("train", **record)
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        numbers["tokens_per_second"] = report.tokens / max(report.seconds, 1e-9)
+        if report.layers and self.config.training.loss == "relative_mse":
+            numbers["explained_variance"] = 1 - sum(report.layers.values()) / len(report.layers)
+        self._track(phase.name, numbers, total_steps)
+
+    def result(self, stage: str, result: EvalResult, total_steps: int, **values: Any) -> None:
+        """An evaluation."""
+        self.record("eval", stage=stage, **values, **result.to_dict())
+        self._track("eval", result.to_dict(), total_steps)
+
+    def samples(self, title: str, samples: Sequence[Sample], total_steps: int) -> None:
+        if self.main:
+            with self.paths["samples"].open("a") as stream:
+                stream.write(samples_markdown(title, samples))
+        self.record("samples", stage=title, step=total_steps, samples=[vars(sample) for sample in samples])
+
+    def _track(self, group: str, numbers: dict[str, float], step: int) -> None:
+        if self._tracking:
+            self.accelerator.log({f"{group}/{name}": value for name, value in numbers.items()}, step=step)
+
+    # ---- at the end --------------------------------------------------------------------------------------------------
+
+    def plots(self, summary: RunSummary) -> None:
+        from ..evaluation.plots import write_plots
+
+        if self.main:
+            write_plots(
+                self.paths["plots"], steps=self.train_log, base=summary.base, converted=summary.converted,
+                trained=summary.trained, fidelity_converted=summary.fidelity_converted,
+                fidelity_trained=summary.fidelity_trained,
+            )  # fmt: skip
+
+    def finish(self, summary: RunSummary) -> None:
+        """summary.json, and the tables on the console."""
+        if not self.main:
+            return
+        self.paths["summary"].write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+        self.record("end", seconds=summary.seconds, steps=summary.steps, peak_memory=summary.peak_memory)
+        if summary.samples_converted:
+            self.console.print(samples_table(summary.samples_converted, summary.samples_trained))
+        title = f"held-out text, {summary.base.tokens:,} tokens"
+        self.console.print(results_table(summary.base, summary.converted, summary.trained, title))
+        total = sum(summary.seconds.values())
+        parts = ", ".join(f"{name} {clock(value)}" for name, value in summary.seconds.items() if value >= 1)
+        self.say(f"time {clock(total)}" + (f" ({parts})" if parts else ""))
+        memory = ", ".join(f"{value / 2**30:.2f} GiB {name}" for name, value in summary.peak_memory.items())
+        speed = (
+            f"; training {summary.tokens_per_second:,.0f} tokens/s over {summary.steps} steps" if summary.steps else ""
+        )
+        self.say(f"peak memory {memory}{speed}")
+        self.say(f"adapter {self.paths['adapter']}, plots {self.paths['plots']}, summary {self.paths['summary']}")
+
+
+def mean_report(window: Sequence[StepReport]) -> StepReport:
+    """The last report with losses and gradient norm averaged, tokens and seconds summed, over the window."""
+    last, count = window[-1], len(window)
+    values = {
+        name: sum(getattr(r, name) for r in window) / count for name in ("loss", "equivalence", "penalty", "grad_norm")
+    }
+    layers = {index: sum(r.layers[index] for r in window) / count for index in last.layers}
+    totals = {"tokens": sum(r.tokens for r in window), "seconds": sum(r.seconds for r in window)}
+    return StepReport(**{**vars(last), **values, **totals, "layers": layers})
+
+
+class Pace:
+    """Seconds a step takes."""
+
+    def __init__(self) -> None:
+        self.count, self.elapsed, self.slowest = 0, 0.0, 0.0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.elapsed += seconds
+        self.slowest = max(self.slowest, seconds)
+
+    def left(self, steps: int) -> float:
+        # The first step allocates and warms up; one slow step must not scare with its ETA.
+        if self.count > 2:
+            return (self.elapsed - self.slowest) / (self.count - 1) * steps
+        return self.elapsed / self.count * steps

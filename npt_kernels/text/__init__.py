@@ -1,0 +1,1 @@
+"""The text that a run reads: sources, formats, packing, streaming."""

@@ -1,0 +1,153 @@
+"""``NPComponent``: parameters, tying, casts, vectors and penalties."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from npt_kernels import AdapterTensors, NPComponent
+from npt_kernels.component import as_adapter_tensors
+from npt_kernels.rules import get_rule
+from tests.support.helpers import ALL_RULES, randn
+
+D, F, R = 6, 10, 2
+TARGETS = {"gate": (D, F), "up": (D, F), "down": (F, D)}
+rules = pytest.mark.parametrize("rule", ALL_RULES)
+ks = pytest.mark.parametrize("k", [1, 3])
+
+
+def component(rule, k=1, dtype=torch.float64, scale=0.7):
+    made = NPComponent(D, TARGETS, rank=R, rule=rule, num_ranks=k, scale=scale, dtype=dtype)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return made
+
+
+@rules
+@ks
+def test_parameter_shapes(rule, k):
+    shapes = {name: tuple(p.shape) for name, p in component(rule, k).named_parameters()}
+    total = k * R
+    expected = {"w_down": (D, total)} | {f"w_b_up.{t}": (total, out) for t, (_, out) in TARGETS.items()}
+    if rule == "rank1":
+        expected |= {f"w_a_up.{t}": (total, d_in) for t, (d_in, _) in TARGETS.items()}
+    elif rule == "diagonal":
+        expected |= {"w_a_up.down": (total, F)}  # gate and up are tied to w_down
+    elif rule == "anchored":
+        expected |= {f"w_a_up.{t}": (d_in,) for t, (d_in, _) in TARGETS.items()}
+    assert shapes == expected
+
+
+def test_starts_at_zero_in_fp32_and_trains():
+    made = NPComponent(D, TARGETS, rank=R)
+    assert made.rule_name == "self_key" and made.enabled
+    assert all(p.dtype == torch.float32 and p.requires_grad and not p.any() for p in made.parameters())
+
+
+@rules
+@ks
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_vectors_and_norms(rule, k, target):
+    made = component(rule, k)
+    a, u = randn(5, D), randn(5, TARGETS[target][0])
+    v_a, v_b = made.vectors(a, u, target)
+    z = made(a)
+    assert torch.equal(z, a @ made.w_down)
+    tensors = made.tensors()
+    want = get_rule(rule).vectors(z, u, tensors.w_a_up.get(target), tensors.w_b_up[target], k, 0.7)
+    assert torch.equal(v_a, want[0]) and torch.equal(v_b, want[1])
+    norm_a, norm_b = made.vector_norms(z, u, target)
+    torch.testing.assert_close(norm_a, v_a.square().sum((1, 2)), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(norm_b, v_b.square().sum((1, 2)), rtol=1e-11, atol=1e-11)
+
+
+def test_tied_key_gets_both_gradients():
+    """diagonal: A is bottleneck and key at once, so its gradient is the sum of the two uses."""
+    made = component("diagonal")
+    tensors = made.tensors()
+    assert tensors.w_a_up["gate"].data_ptr() == made.w_down.data_ptr()
+    assert torch.equal(tensors.w_a_up["gate"], made.w_down.t())
+    a, u = randn(5, D), randn(5, D)
+
+    def loss(w_bottleneck, w_key):
+        c = 0.7 * torch.tanh(a @ w_bottleneck) * (u @ w_key)
+        return (c @ made.w_b_up["gate"].detach()).square().sum()
+
+    first, second = (made.w_down.detach().clone().requires_grad_() for _ in range(2))
+    want = sum(torch.autograd.grad(loss(first, second), (first, second)))
+    c = get_rule("diagonal").coefficients(made(a), u @ made.tensors().w_a_up["gate"].t(), 1, 0.7)
+    (got,) = torch.autograd.grad((c @ made.w_b_up["gate"].detach()).square().sum(), made.w_down)
+    torch.testing.assert_close(got, want)
+
+
+@rules
+def test_tensors_cast_and_pass_gradients(rule):
+    made = component(rule, dtype=torch.float32)
+    tensors = made.tensors(torch.bfloat16)
+    every = [tensors.w_down, *tensors.w_a_up.values(), *tensors.w_b_up.values()]
+    assert all(t.dtype == torch.bfloat16 for t in every)
+    sum(t.sum() for t in every).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in made.parameters())
+    assert (tensors.rule, tensors.num_ranks, tensors.scale) == (rule, 1, 0.7)
+    same = made.tensors()
+    assert same.w_down is made.w_down and all(same.w_b_up[t] is made.w_b_up[t] for t in TARGETS)
+
+
+def test_state_dict_round_trip_and_deepcopy():
+    made, other = component("rank1"), component("rank1")
+    other.load_state_dict(made.state_dict())
+    twin = copy.deepcopy(made)
+    for name, parameter in made.named_parameters():
+        assert torch.equal(other.get_parameter(name), parameter)
+        assert torch.equal(twin.get_parameter(name), parameter) and twin.get_parameter(name) is not parameter
+
+
+def test_repr_says_what_it_is():
+    assert "rule=rank1, rank=2, num_ranks=3" in repr(component("rank1", 3))
+    assert "down 10->6" in repr(component("rank1", 3))
+
+
+def test_as_adapter_tensors():
+    made = component("anchored")
+    from_component = as_adapter_tensors(made, torch.float64, tuple(TARGETS))
+    assert isinstance(from_component, AdapterTensors)
+    assert as_adapter_tensors(from_component, torch.float64, tuple(TARGETS)) is from_component
+    mapping = as_adapter_tensors({"w_down": made.w_down, "rule": "self_key"}, torch.float64, ("gate",))
+    assert mapping.rule == "self_key" and not mapping.w_b_up
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "parts"),
+    [
+        ({"hidden_size": 0}, ("hidden_size=0", "positive whole number")),
+        ({"rank": -1}, ("rank=-1", "positive whole number")),
+        ({"rank": 2.0}, ("rank=2.0", "positive whole number")),
+        ({"rank": True}, ("rank=True", "positive whole number")),
+        ({"num_ranks": 0}, ("num_ranks=0", "positive whole number")),
+        ({"rule": "rank2"}, ("rule='rank2'", "choose one of rank1")),
+        ({"targets": {}}, ("targets is empty", "down")),
+        ({"targets": ["gate"]}, ("targets", "gate")),
+        ({"scale": "big"}, ("scale='big'", "number")),
+    ],
+    ids=str,
+)
+def test_bad_arguments(kwargs, parts):
+    arguments = {"hidden_size": D, "targets": TARGETS, "rank": R} | kwargs
+    with pytest.raises((ValueError, TypeError)) as error:
+        NPComponent(arguments.pop("hidden_size"), arguments.pop("targets"), **arguments)
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_unknown_target():
+    made = component("rank1")
+    for call in (
+        lambda: made.vectors(randn(2, D), randn(2, D), "c_fc"),
+        lambda: made.vector_norms(randn(2, R), randn(2, D), "c_fc"),
+    ):
+        with pytest.raises(ValueError, match=r"target='c_fc' is not one of this component: gate, up, down"):
+            call()

@@ -1,0 +1,185 @@
+"""The layers of the package, as data: which room may import which. Lazy imports and module names in strings count.
+
+``EXCEPTIONS`` may only shrink: an entry that no longer happens fails the test, and so does an import that is neither allowed
+nor listed. CONTRIBUTING's table is checked against ``MAY_IMPORT``.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.support.imports import ROOT, cycles, edges, modules, other_libraries, room
+
+_BASE = ("activations", "argument_checks", "durable_files", "progress")
+_LAYER = ("component", "config", "functional", "ops", "rules", *_BASE)
+_MODEL = ("model", "conversion", "quantised", *_LAYER)
+_RUN_INPUTS = ("configs", "base_model", "text", "offload")
+
+#: Room → rooms that it may import.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "_version": (),
+    "activations": (),
+    "argument_checks": (),
+    "durable_files": (),
+    "progress": (),
+    "rules": (),
+    "config": ("rules",),
+    "component": ("rules",),
+    "kernels": ("rules", "activations"),
+    "ops": ("kernels", "rules", "activations"),
+    "functional": ("ops", "component", "rules", "activations", "argument_checks"),
+    "quantised": ("ops", "progress"),
+    "model": ("quantised", "_version", *_LAYER),
+    "conversion": ("model", "quantised", *_LAYER),
+    "evaluation": ("model", *_LAYER),
+    "configs": ("config", "rules", "quantised"),
+    "base_model": ("configs", "conversion", "quantised", "durable_files", "progress"),
+    "text": ("configs", "base_model", "durable_files", "progress"),
+    "offload": ("configs", "config", "model", "durable_files", "progress"),
+    "training": ("configs", "text", "offload", "evaluation", *_MODEL),
+    "estimate": (*_RUN_INPUTS, "training", *_MODEL),
+    "run": ("_version", *_RUN_INPUTS, "training", "evaluation", "estimate", *_MODEL),
+    "measure": ("kernels", *_RUN_INPUTS, "training", "evaluation", "estimate", *_MODEL),
+    "environment": ("_version", "ops", "base_model"),
+    "bench": ("_version", "kernels", *_RUN_INPUTS, "training", "evaluation", "estimate", "run", "measure", *_MODEL),
+    "cli": (
+        "_version",
+        "environment",
+        *_RUN_INPUTS,
+        "training",
+        "evaluation",
+        "estimate",
+        "run",
+        "measure",
+        "bench",
+        *_MODEL,
+    ),
+    "__main__": ("cli",),
+    "": ("_version", "component", "config", "functional", "ops", "model", "conversion"),
+}
+
+#: Room or module → libraries that it must not import, also not lazily.
+NO_LIBRARY = {
+    "rules": ("transformers", "triton", "numpy"),
+    "configs": ("torch", "transformers"),
+    "quantised.formats": ("torch",),
+}
+
+#: (importer, imported) that the table does not allow yet.
+EXCEPTIONS: set[tuple[str, str]] = {
+    ("base_model.loading", "offload"),
+    ("estimate.advice", "evaluation"),
+    ("measure.problems", ""),
+    ("measure.shapes", "bench.results"),
+    ("model.patching", "conversion"),
+    ("model.patching", "conversion.random_start"),
+    ("offload.setup", "base_model.loading"),
+    ("quantised.linear", "model.patching"),
+    ("quantised.linear", "model.shapes.base"),
+    ("training.distributed", "base_model.loading"),
+    ("training.loop", "run.checkpoints"),
+    ("training.loop", "run.oom"),
+}
+
+#: (op, kernel) that go by a backend's name yet.
+NAMED_BACKENDS: set[tuple[str, str]] = {
+    ("ops.factored_linear.cuda", "kernels.cuda.choose"),
+    ("ops.factored_linear.cuda", "kernels.cuda.launch"),
+    ("ops.factored_linear.cuda", "kernels.cuda.skinny"),
+    ("ops.factored_linear.triton", "kernels.triton.decode"),
+    ("ops.factored_linear.triton", "kernels.triton.rules"),
+    ("ops.factored_linear.triton", "kernels.triton.segmented_gemm"),
+    ("ops.factored_linear.triton", "kernels.triton.value_grads"),
+    ("ops.linear.triton", "kernels.triton.decode"),
+    ("ops.linear.triton", "kernels.triton.explicit"),
+    ("ops.linear.triton", "kernels.triton.segmented_gemm"),
+    ("ops.matched_norm.triton", "kernels.triton.aot"),
+    ("ops.matched_norm.triton", "kernels.triton.numerics"),
+    ("ops.matched_norm.triton", "kernels.triton.value_grads"),
+    ("ops.mlp.cuda", "kernels.cuda.choose"),
+    ("ops.mlp.cuda", "kernels.cuda.launch"),
+    ("ops.mlp.cuda", "kernels.cuda.skinny"),
+    ("ops.mlp.triton", "kernels.triton.coefficients"),
+    ("ops.mlp.triton", "kernels.triton.decode"),
+    ("ops.mlp.triton", "kernels.triton.gate_up"),
+    ("ops.mlp.triton", "kernels.triton.rules"),
+    ("ops.mlp.triton", "kernels.triton.segmented_gemm"),
+    ("ops.mlp.triton", "kernels.triton.value_grads"),
+    ("ops.registry", "kernels.cuda"),
+    ("ops.registry", "kernels.triton.support"),
+}
+
+#: Groups of modules that import each other in a circle yet.
+CIRCLES: list[list[str]] = [
+    ["base_model.loading", "offload", "offload.setup"],
+    ["bench.training", "bench.training_shapes"],
+    [
+        "conversion",
+        "conversion.closed_form",
+        "conversion.refit",
+        "model.layer",
+        "model.patching",
+        "model.shapes",
+        "model.shapes.base",
+        "model.shapes.gpt2",
+        "model.shapes.llama",
+        "model.sharding",
+        "quantised.foreign",
+        "quantised.linear",
+    ],
+    ["estimate.advice", "run.oom", "training.loop"],
+]
+
+
+def short(module: str) -> str:
+    return module.partition(".")[2]
+
+
+def test_every_room_is_in_the_table() -> None:
+    assert {room(module) for module in modules()} == set(MAY_IMPORT)
+
+
+def test_nobody_imports_upwards() -> None:
+    found = {
+        (short(importer), short(imported))
+        for importer, imported in edges()
+        if room(imported) not in (room(importer), *MAY_IMPORT[room(importer)])
+    }
+    assert found - EXCEPTIONS == set(), "imports that the layers do not allow"
+    assert EXCEPTIONS - found == set(), "exceptions that are no longer needed: delete them"
+
+
+def test_ops_name_no_backend() -> None:
+    """Ops reach kernels through the registry; which folders there are is known in ``kernels/__init__.py`` alone."""
+    named = {
+        (short(importer), short(imported))
+        for importer, imported in edges()
+        if room(importer) in ("ops", "functional") and short(imported).startswith(("kernels.triton", "kernels.cuda"))
+    }
+    assert named - NAMED_BACKENDS == set()
+    assert NAMED_BACKENDS - named == set(), "gone: delete them from the list"
+
+
+def test_no_circles() -> None:
+    found = [[short(module) for module in group] for group in cycles()]
+    assert [group for group in found if group not in CIRCLES] == []
+    assert [group for group in CIRCLES if group not in found] == [], "circles that are gone: delete them from the list"
+
+
+@pytest.mark.parametrize("place", NO_LIBRARY)
+def test_libraries_that_a_room_must_not_know(place: str) -> None:
+    inside = [m for m in modules() if short(m) == place or short(m).startswith(place + ".")]
+    assert inside or "." in place
+    for module in inside:
+        assert other_libraries(module).isdisjoint(NO_LIBRARY[place]), module
+
+
+def test_contributing_shows_the_same_table() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `npt_kernels/(\w+?)(?:\.py|/)` \|.*\| ([^|]*) \|$", text, flags=re.MULTILINE))
+    shown = {name: set(re.findall(r"\w+", may)) for name, may in rows.items()}
+    for name, may in shown.items():
+        assert may == set(MAY_IMPORT[name]), name
+    assert set(shown) == set(MAY_IMPORT) - {"", "__main__", "_version"}

@@ -1,0 +1,120 @@
+"""Documents from files: from any place on the rest is the same, and bad bytes are named by their place in the file."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npt_kernels.configs.schema import ConfigError
+from npt_kernels.text import formats
+from npt_kernels.text.formats import Piece, read_file, read_pieces
+
+
+def pieces(path: Path, place: Any = None) -> list[tuple[Piece, Any]]:
+    return list(read_pieces(path, "text", "data.text_field", place))
+
+
+def write(tmp_path: Path, kind: str, texts: list[str]) -> Path:
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"n": range(len(texts)), "text": texts}), path, row_group_size=4)
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": text} for text in texts]))
+    else:
+        path.write_text(
+            "\n\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8-sig"
+        )
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_from_every_place_on_comes_the_rest(tmp_path: Path, kind: str) -> None:
+    texts = [f"Größe {i}" for i in range(11)]
+    path = write(tmp_path, kind, texts)
+    whole = pieces(path)
+    assert [piece.text for piece, _ in whole] == texts == read_file(path, "text", "data.text_field")
+    assert all(piece.starts and piece.ends for piece, _ in whole)
+    for done, (_, place) in enumerate(whole, 1):
+        assert pieces(path, json.loads(json.dumps(place))) == whole[done:]
+
+
+def test_parquet_reads_on_without_reading_what_was_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyarrow import parquet
+
+    path = write(tmp_path, "parquet", [str(i) for i in range(11)])
+    groups: list[int] = []
+    original = parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        parquet.ParquetFile, "iter_batches",
+        lambda self, *a, **k: (groups.extend(k["row_groups"]), original(self, *a, **k))[1],
+    )  # fmt: skip
+    assert [piece.text for piece, _ in pieces(path, [1, 2])] == ["6", "7", "8", "9", "10"]
+    assert groups == [1, 2]
+
+
+def test_rows_without_a_value_are_passed_over(tmp_path: Path) -> None:
+    path = write(tmp_path, "parquet", ["a", None, None, "b", None, "c"])  # type: ignore[list-item]
+    assert [piece.text for piece, _ in pieces(path)] == ["a", "b", "c"] == read_file(path, "text", "k")
+    assert [piece.text for piece, _ in pieces(path, [0, 4])] == ["c"]
+
+
+words = st.text(st.sampled_from("ab\n\r é🎵"), max_size=60)
+
+
+@given(words, st.integers(6, 20))
+def test_parts_of_a_text_are_the_text(tmp_path: Path, text: str, size: int) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "_PIECE_BYTES", size)
+        found = pieces(path)
+        assert "".join(piece.text for piece, _ in found) == text.replace("\r\n", "\n").replace("\r", "\n")
+        assert [piece.starts for piece, _ in found] == [True, *[False] * (len(found) - 1)][: len(found)]
+        assert [piece.ends for piece, _ in found] == [*[False] * (len(found) - 1), True][-len(found) :][: len(found)]
+        for done, (_, place) in enumerate(found, 1):
+            assert pieces(path, place) == found[done:]
+
+
+def test_parts_end_at_lines_or_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_PIECE_BYTES", 12)
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"\xef\xbb\xbfone two\nthree four five six\n\nseven")
+    assert [piece.text for piece, _ in pieces(path)] == ["one two\n", "three four", " five six\n\n", "seven"]
+
+
+def test_a_long_line_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"word " * 2_000_000)
+    tracemalloc.start()
+    try:
+        total = sum(len(piece.text) for piece, _ in read_pieces(path, "text", "k"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert total == 10_000_000 and peak < 2**20
+
+
+@pytest.mark.parametrize("size", [8, 2**16])
+def test_the_byte_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(formats, "_PIECE_BYTES", size)
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b"abc " * 6 + b"caf\xe9 x" + b" abc" * 6)
+    for read in (pieces, lambda p: read_file(p, "text", "k")):
+        with pytest.raises(ConfigError, match=r"x\.txt is not UTF-8 text \(.*\); convert it with iconv") as caught:
+            read(path)
+        if read is pieces:
+            assert "at byte 30)" in str(caught.value)
+
+
+def test_a_file_that_went_away(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.txt cannot be read: No such file"):
+        pieces(tmp_path / "gone.txt")
