@@ -11,7 +11,7 @@ OUT    ?= benchmarks/results
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated check-emulator-long gpu-check gpu-sanitize clean distclean
+.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated test-long gpu-check gpu-sanitize clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -38,9 +38,9 @@ emulator: $(VENV)/.dev ## Build the CUDA kernels for this CPU; then NPT_EMULATE=
 check-emulated: emulator ## Run every CUDA kernel on this CPU under adversarial schedules (no nvcc, driver or GPU)
 	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) $(ARGS)
 	$(BIN)/python tools/emulator/overlap.py
-	NPT_EMULATE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/cuda/test_gpu.py
+	NPT_EMULATE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/cuda/test_gpu.py tests/cuda/test_emulated_model.py
 
-check-emulator-long: emulator ## The same with many shapes, planted faults, and AddressSanitizer (half an hour)
+test-long: emulator ## What is too slow for CI: the emulator on many shapes, planted faults, AddressSanitizer (an hour)
 	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) --shapes 8
 	$(BIN)/python tools/emulator/mutations.py
 	$(BIN)/python tools/emulator/sanitize.py --jobs $(JOBS)

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tests.support.cuda_layout import build_layout
-
 from npt_kernels.kernels.cuda import EMULATED
+from tests.support.cuda_layout import build_layout
 
 
 def _has_hopper() -> bool:
@@ -20,6 +19,7 @@ def _has_hopper() -> bool:
 
 
 collect_ignore = [] if _has_hopper() or EMULATED else ["test_gpu.py"]
+collect_ignore += [] if EMULATED else ["test_emulated_model.py"]
 
 
 @pytest.fixture(scope="session")

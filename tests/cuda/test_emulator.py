@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / "tools" / "emulator"
-sys.path.insert(0, str(TOOLS))
-import build
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "emulator"))
 from translate import Untranslatable, known_instructions, translate
+
+ROOT = Path(__file__).resolve().parents[2]
+
+import build
 
 
 # ------------------------------------------------------------------------------------------------ translation
@@ -33,7 +34,10 @@ def test_an_unknown_instruction_is_named_with_its_place() -> None:
         ('asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "d"(y));', "input constraint 'd'"),
         ("__global__ void __launch_bounds__(32) f(int x) { }", "__launch_bounds__"),
         ("__shared__ float a[2], b[2];", "__shared__"),
-        ('asm("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0}, %1, %1, 1, 1, 1, 0, 0;" : "+f"(x) : "l"(d));', "1 accumulators"),
+        (
+            'asm("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0}, %1, %1, 1, 1, 1, 0, 0;" : "+f"(x) : "l"(d));',
+            "1 accumulators",
+        ),
     ],
 )  # fmt: skip
 def test_what_it_cannot_read_is_refused(source: str, why: str) -> None:
@@ -169,7 +173,10 @@ def test_correct_use_passes(machine: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("name", MISUSES)
 def test_misuse_is_reported(machine: ctypes.CDLL, name: str) -> None:
     """Under the latest legal schedule; where it takes luck (who leaves first), under some drawn one."""
-    errors = [break_rule(machine, name, LATEST, LATEST)[0], *(break_rule(machine, name, seed, 2)[0] for seed in range(20))]
+    errors = [
+        break_rule(machine, name, LATEST, LATEST)[0],
+        *(break_rule(machine, name, seed, 2)[0] for seed in range(20)),
+    ]
     assert any(re.search(MISUSES[name], error) for error in errors), errors
 
 

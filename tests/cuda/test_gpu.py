@@ -1,6 +1,7 @@
 """Numerics of the backend ``cuda``: on an H100/H200, or emulated at smaller sizes (``NPT_EMULATE=1``, tools/emulator).
 
-Collected only there (conftest.py). Float64 truth with the 2x rule, integer exactness, bitwise repeats; outputs are NaN before every launch (tests/conftest.py).
+Collected only there (conftest.py). Float64 truth with the 2x rule, integer exactness, bitwise repeats; outputs are
+NaN before every launch (tests/conftest.py).
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ def test_dual_is_exact_on_integers(dtype: torch.dtype, rows: int, kinds: tuple[i
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
     ("rows", "d", "f", "rank"),
-    sizes([(5, 256, 512, 16), (300, 768, 3072, 64), (2048, 1600, 6400, 200)], [(40, 256, 512, 16), (200, 200, 264, 136)]),
+    sizes(
+        [(5, 256, 512, 16), (300, 768, 3072, 64), (2048, 1600, 6400, 200)], [(40, 256, 512, 16), (200, 200, 264, 136)]
+    ),
 )
 def test_mlp(dtype: torch.dtype, rule: str, gated: bool, rows: int, d: int, f: int, rank: int) -> None:
     def tensors() -> tuple[Tensor | None, ...]:

@@ -17,11 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from translate import Untranslatable, translate_tree
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 MODULE = "_cuda_emulated"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 MACHINE = HERE / "machine"
@@ -40,7 +40,9 @@ def find_compiler() -> str:
     """g++ (or ``CXX``)."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        raise Unavailable(f"no {os.environ.get('CXX', 'g++')} found: install a C++17 compiler (Debian: apt-get install g++)")
+        raise Unavailable(
+            f"no {os.environ.get('CXX', 'g++')} found: install a C++17 compiler (Debian: apt-get install g++)"
+        )
     return compiler
 
 
@@ -52,7 +54,9 @@ def find_headers() -> Path:
     for place in places:
         if (place / "cuda.h").is_file() and (place / "cuda_runtime_api.h").is_file():
             return place
-    raise Unavailable("no CUDA headers found: pip install triton (it brings them), or set CUDA_HOME to a toolkit 12.5 or newer")
+    raise Unavailable(
+        "no CUDA headers found: pip install triton (it brings them), or set CUDA_HOME to a toolkit 12.5 or newer"
+    )
 
 
 def find_pybind11() -> Path:

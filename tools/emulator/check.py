@@ -57,7 +57,11 @@ def run_job(job: tuple[str, int], schedules: int, shapes: int, stop_at_fault: bo
 
     torch.set_num_threads(1)
     kind, index = job
-    cases = gemm_cases(gemm_kernels()[index], index, shapes) if kind == "gemm" else skinny_cases(skinny_kernels()[index], index, shapes)
+    cases = (
+        gemm_cases(gemm_kernels()[index], index, shapes)
+        if kind == "gemm"
+        else skinny_cases(skinny_kernels()[index], index, shapes)
+    )
     emulator, rows = control.Emulator(), []
     for number, case in enumerate(cases):
         start, before = time.perf_counter(), emulator.stats()["launches"]
@@ -107,7 +111,9 @@ def check(schedules: int, shapes: int, jobs: int, family: str, bf16: bool, stop:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedules", type=int, default=4, help="for each case: earliest, latest, then drawn ones (default: 4)")
+    parser.add_argument(
+        "--schedules", type=int, default=4, help="for each case: earliest, latest, then drawn ones (default: 4)"
+    )
     parser.add_argument("--shapes", type=int, default=1, help="shapes of each instance, up to 8 (default: 1)")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--family", default="", help="only families that match this regular expression")

@@ -1,4 +1,4 @@
-"""One launch against float64 truth: inputs with row pitches of their own, outputs framed in NaN, the same bits in every schedule."""
+"""One launch against float64 truth: own row pitches, outputs framed in NaN, the same bits in every schedule."""
 
 from __future__ import annotations
 
@@ -70,7 +70,11 @@ class Output:
     def fault(self, frame: Tensor, view: Tensor) -> str | None:
         """What is wrong with it, or ``None``."""
         if not self.wanted:
-            return None if self.start is not None or bool(view.isnan().all()) else f"{self.name} was written and was not wanted"
+            return (
+                None
+                if self.start is not None or bool(view.isnan().all())
+                else f"{self.name} was written and was not wanted"
+            )
         why = difference(view, self.truth, exact=self.exact, slack=self.slack)
         if why is not None:
             return f"{self.name}: {why}"

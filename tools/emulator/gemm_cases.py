@@ -8,8 +8,21 @@ from typing import Any
 import torch
 from checking import Case, Output, normal, pitched, ternary
 from names import (
-    ACT, ACT_BWD, ACTIVATIONS, DTYPES, GATE_UP, GATE_UP_BWD, LOW, LOW_FIRST, LOW_SECOND, MAIN, STORE, Segment,
-    gemm_label, is_decode, run_gemm,
+    ACT,
+    ACT_BWD,
+    ACTIVATIONS,
+    DTYPES,
+    GATE_UP,
+    GATE_UP_BWD,
+    LOW,
+    LOW_FIRST,
+    LOW_SECOND,
+    MAIN,
+    STORE,
+    Segment,
+    gemm_label,
+    is_decode,
+    run_gemm,
 )  # fmt: skip
 from torch import Tensor
 
@@ -69,7 +82,8 @@ def _operands(
 
 def gemm_case(
     kernel: dict[str, Any], shape: tuple[int, int, int, int], kinds: tuple[int, ...], *, exact: bool, sms: int, split: int = 1,
-    act: str = "silu", store_pre: bool = True, bias: bool = True, in_place: bool = False, wanted: tuple[bool, bool] = (True, True),
+    act: str = "silu", store_pre: bool = True, bias: bool = True,
+    in_place: bool = False, wanted: tuple[bool, bool] = (True, True),
     group: int = 2,
 ) -> Case:  # fmt: skip
     """One launch of one instance."""
@@ -86,14 +100,19 @@ def gemm_case(
         outputs = [Output("act", _forward(y, *curve), dtype), Output("pre", y, dtype, exact)]
     elif epilogue == GATE_UP:
         outputs = [
-            Output("inter", _forward(y, *curve) * second, dtype), Output("gate", y, dtype, exact), Output("up", second, dtype, exact),
+            Output("inter", _forward(y, *curve) * second, dtype), Output("gate", y, dtype, exact),
+            Output("up", second, dtype, exact),
         ]  # fmt: skip
     elif epilogue == ACT_BWD:
-        outputs = [Output("d pre", y * _slope(inputs[0].double(), *curve), dtype, start=inputs[0] if in_place else None)]
+        outputs = [
+            Output("d pre", y * _slope(inputs[0].double(), *curve), dtype, start=inputs[0] if in_place else None)
+        ]
     else:
         gate, up = (t.double() for t in inputs)
         outputs = [
-            Output("d gate", y * up * _slope(gate, *curve), dtype, wanted=wanted[0], start=inputs[0] if in_place else None),
+            Output(
+                "d gate", y * up * _slope(gate, *curve), dtype, wanted=wanted[0], start=inputs[0] if in_place else None
+            ),
             Output("d up", y * _forward(gate, *curve), dtype, wanted=wanted[1], start=inputs[1] if in_place else None),
         ]
     if not store_pre and epilogue in (ACT, GATE_UP):
@@ -121,8 +140,8 @@ def _shapes(kernel: dict[str, Any]) -> list[tuple[tuple[int, int, int, int], int
     tokens = kernel["block_m"]
     first = ((max(1, tokens - 3), 264, 520, 24), random.choice([1, 2, 4, 8]))
     more = [
-        ((tokens, 64, 64, 8), 8), ((max(1, tokens - 3), 520, 1032, 72), 1), ((tokens // 2 + 1, 264, 520, 8), 2), ((1, 8, 8, 8), 1),
-        ((tokens, 72, 776, 40), 4), ((max(1, tokens - 1), 200, 1032, 24), 8), ((tokens, 136, 264, 24), 1),
+        ((tokens, 64, 64, 8), 8), ((max(1, tokens - 3), 520, 1032, 72), 1), ((tokens // 2 + 1, 264, 520, 8), 2),
+        ((1, 8, 8, 8), 1), ((tokens, 72, 776, 40), 4), ((max(1, tokens - 1), 200, 1032, 24), 8), ((tokens, 136, 264, 24), 1),
     ]  # fmt: skip
     return [first, *more]
 

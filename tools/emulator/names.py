@@ -42,8 +42,8 @@ from npt_kernels.ops.mlp import cuda as mlp
 
 __all__ = [
     "ACT", "ACTIVATIONS", "ACT_BWD", "DTYPES", "GATE_UP", "GATE_UP_BWD", "LOW", "LOW_FIRST", "LOW_SECOND", "MAIN", "STORE",
-    "Segment", "extension", "forward_mlp", "gemm_kernels", "gemm_label", "is_decode", "run_coefficients", "run_gemm", "run_reduce",
-    "run_rule", "run_value_grads", "skinny_kernels", "skinny_kind", "use_module",
+    "Segment", "extension", "forward_mlp", "gemm_kernels", "gemm_label", "is_decode", "run_coefficients", "run_gemm",
+    "run_reduce", "run_rule", "run_value_grads", "skinny_kernels", "skinny_kind", "use_module",
 ]  # fmt: skip
 
 DTYPES = {number: dtype for dtype, number in launch.DTYPES.items()}
@@ -65,9 +65,7 @@ def extension() -> ModuleType:
 # ------------------------------------------------------------------------------------------------ which kernels exist
 def gemm_kernels() -> list[dict[str, Any]]:
     """Every segmented-K instance: family, epilogue, dtype, mn_major, cluster, block_m, block_n."""
-    return [
-        {**k, "family": Family(k["family"]), "epilogue": Epilogue(k["epilogue"])} for k in extension().kernels()
-    ]
+    return [{**k, "family": Family(k["family"]), "epilogue": Epilogue(k["epilogue"])} for k in extension().kernels()]
 
 
 def gemm_label(kernel: dict[str, Any]) -> str:
@@ -111,7 +109,14 @@ def run_gemm(
 ) -> None:
     """One segmented-K product on exactly this instance."""
     config = Config(
-        kernel["family"], kernel["epilogue"], kernel["cluster"], kernel["block_m"], kernel["block_n"], group, "test", split
+        kernel["family"],
+        kernel["epilogue"],
+        kernel["cluster"],
+        kernel["block_m"],
+        kernel["block_n"],
+        group,
+        "test",
+        split,
     )
     arguments = launch.launch_arguments(
         kernel["epilogue"], segments, outputs, inputs=inputs, bias=bias, activation=activation, store_pre=store_pre,
@@ -136,9 +141,10 @@ def run_value_grads(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tenso
     extension().pair(*skinny.pair_arguments(dy, c, w_b_up, dc, db, ranges), sms, 0)
 
 
-def run_reduce(shares: Tensor, out: Tensor, sms: int) -> None:
-    """``out = shares.sum(0)``."""
-    extension().reduce(*skinny.reduce_arguments(shares, out), sms, 0)
+def run_reduce(shares: Tensor, out: Tensor, sms: int, size: int | None = None) -> None:
+    """``out = shares.sum(0)``; ``size``: a number of elements that is not true."""
+    dtype, source, target, elements, parts = skinny.reduce_arguments(shares, out)
+    extension().reduce(dtype, source, target, size or elements, parts, sms, 0)
 
 
 def run_rule(
@@ -148,8 +154,6 @@ def run_rule(
     """A rule alone: c, or dz and dp."""
     arguments = skinny.rule_arguments(backward, z, p, c, dc, dz, dp, shares, key_scale, rule, terms, scale)
     extension().rule(*arguments, sms, 0)
-
-
 
 
 def forward_mlp(x: Tensor, weights: dict[str, Tensor | None], rule: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +24,8 @@ RULES_OF_KEY = (("self_key",), ("rank1", "diagonal"), ("diagonal", "rank1"), ("a
 
 
 def coefficients_case(
-    dtype: torch.dtype, rule: str, key_kind: int, given: bool, shape: tuple[int, int, int, int], terms: int, tile: int, parts: int,
-    exact: bool, scaled: bool, want_p: bool = True,
+    dtype: torch.dtype, rule: str, key_kind: int, given: bool, shape: tuple[int, int, int, int], terms: int,
+    tile: int, parts: int, exact: bool, scaled: bool, want_p: bool = True,
 ) -> Case:  # fmt: skip
     """z (unless ``given``), p and c from one reading of a and u; ``shape``: tokens, d_a, d_u, R."""
     rows, d_a, d_u, rank = shape
@@ -64,7 +65,9 @@ def coefficients_case(
             tile, parts, SMS,
         )  # fmt: skip
 
-    what = f"coefficients {rule} {dtype} key {key_kind} z given {given} {shape} terms {terms} tile {tile} parts {parts} exact {exact}"
+    what = (
+        f"{rule} {dtype} key {key_kind} z given {given} {shape} terms {terms} tile {tile} parts {parts} exact {exact}"
+    )
     return Case(f"coefficients {rule}", what, outputs, run)
 
 
@@ -78,7 +81,7 @@ def value_grads_case(dtype: torch.dtype, rows: int, width: int, rank: int, range
     tiles = -(-rows // 64)
     edges = [min(rows, 64 * (tiles * i // ranges)) for i in range(ranges + 1)]
     db_parts = torch.stack([
-        c[first:last].double().t() @ dy[first:last].double() for first, last in zip(edges, edges[1:], strict=False)
+        c[first:last].double().t() @ dy[first:last].double() for first, last in itertools.pairwise(edges)
     ])  # fmt: skip
     sums = (32.0, 32.0)  # fp32 in another order than float64's
     outputs = [
@@ -93,7 +96,9 @@ def value_grads_case(dtype: torch.dtype, rows: int, width: int, rank: int, range
         run_reduce(views[0], views[2], SMS)
         run_reduce(views[1], views[3], SMS)
 
-    return Case("value_grads + reduce", f"value_grads {dtype} {(rows, width, rank)} ranges {ranges} exact {exact}", outputs, run)
+    return Case(
+        "value_grads + reduce", f"value_grads {dtype} {(rows, width, rank)} ranges {ranges} exact {exact}", outputs, run
+    )
 
 
 def rule_case(
@@ -144,15 +149,20 @@ def _coefficients(dtype: torch.dtype, kernel: dict[str, Any], kind: dict[str, An
     if tile == 64:
         shapes += [((1, 8, 8, 8), 1), ((200, 264, 520, 24), 3), ((130, 1032, 72, 64), 2), ((129, 72, 600, 40), 5)]
     else:
-        shapes += [((5, 72, 200, 72), 3), ((257, 328, 520, 128), 4), ((130, 136, 136, 320), 5), ((64, 520, 264, 200), 25)]
-    return [
-        coefficients_case(
-            dtype, rule, key_kind, given, shape, terms, tile, random.choice([1, 2, 4, 8]), random.random() < 0.5,
-            random.random() < 0.5, random.random() < 0.7,
-        )  # fmt: skip
-        for shape, terms in shapes[:count]
-        for rule in RULES_OF_KEY[key_kind]
-    ]
+        shapes += [
+            ((5, 72, 200, 72), 3),
+            ((257, 328, 520, 128), 4),
+            ((130, 136, 136, 320), 5),
+            ((64, 520, 264, 200), 25),
+        ]
+    cases = []
+    for shape, terms in shapes[:count]:
+        for rule in RULES_OF_KEY[key_kind]:
+            parts, exact, scaled, want_p = random.choice([1, 2, 4, 8]), *(random.random() < p for p in (0.5, 0.5, 0.7))
+            cases.append(
+                coefficients_case(dtype, rule, key_kind, given, shape, terms, tile, parts, exact, scaled, want_p)
+            )
+    return cases
 
 
 def _value_grads(dtype: torch.dtype, count: int) -> list[Case]:
@@ -176,7 +186,9 @@ def _rules(dtype: torch.dtype, backward: bool, vector: int, shares: bool, count:
             wishes = [(True, True), (True, False), (False, True)] if backward else [(True, True)]
             for want in wishes:
                 parts = random.choice([1, 3]) if shares else 0
-                cases.append(rule_case(dtype, rule, backward, vector, parts, (rows, rank), terms, random.random() < 0.5, want))
+                cases.append(
+                    rule_case(dtype, rule, backward, vector, parts, (rows, rank), terms, random.random() < 0.5, want)
+                )
     return cases
 
 

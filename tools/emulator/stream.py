@@ -74,7 +74,9 @@ class Stream(TorchDispatchMode):
 
     def _allocate(self, sample: torch.Tensor) -> torch.Tensor:
         """A tensor like ``sample`` in the arena; its piece comes back when its storage dies."""
-        count = sum((n - 1) * s for n, s in zip(sample.shape, sample.stride(), strict=True)) + 1 if sample.numel() else 0
+        count = (
+            sum((n - 1) * s for n, s in zip(sample.shape, sample.stride(), strict=True)) + 1 if sample.numel() else 0
+        )
         if count == 0:
             return torch.empty_like(sample, device="cpu")
         size = -(-count * sample.element_size() // _ALIGNMENT) * _ALIGNMENT

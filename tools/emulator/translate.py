@@ -115,7 +115,9 @@ class _Asm:
                 if constraint not in _C_TYPES:
                     raise Untranslatable(f"input constraint {constraint!r}")
                 name = f"in{len(self.operands)}_{number}"
-                self.declarations.append(f"const {_C_TYPES[constraint]} {name} = ({_C_TYPES[constraint]})({expression});")
+                self.declarations.append(
+                    f"const {_C_TYPES[constraint]} {name} = ({_C_TYPES[constraint]})({expression});"
+                )
                 self.operands.append(name)
 
     @staticmethod
@@ -199,7 +201,8 @@ class _Asm:
         if not self.template:  # a fence for the compiler
             return ";"
         lines = [
-            f"{text}_{self.number}:" if kind == "label" else self._instruction(text) for kind, text in self._statements()
+            f"{text}_{self.number}:" if kind == "label" else self._instruction(text)
+            for kind, text in self._statements()
         ]
         return "{ " + " ".join([*self.declarations, *filter(None, lines)]) + " }"
 
@@ -233,7 +236,11 @@ def translate(text: str, name: str, known: frozenset[str] | None = None) -> str:
             code = _Asm(body, number, known).code()
         except Untranslatable as error:
             raise Untranslatable(f"{name}:{line}: {error}") from None
-        out += [text[at:start], code.replace("\n", " "), "\n" * text.count("\n", start, end)]  # lines keep their numbers
+        out += [
+            text[at:start],
+            code.replace("\n", " "),
+            "\n" * text.count("\n", start, end),
+        ]  # lines keep their numbers
         at = end
     translated = _places_of_memory("".join([*out, text[at:]]))
     # Under a name of its own the module can lie, and be imported, beside the real one.

@@ -1,4 +1,7 @@
-"""What a mutation compiles again and runs: name → (stem of csrc's translation unit, command). With names.py all that knows csrc's names."""
+"""What a mutation compiles again and runs. With names.py this is all that knows what csrc/ calls things.
+
+``UNITS``: name → (stem of the translation unit, command).
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 // Which warp runs next, and when asynchronous work happens: drawn from a seed, between "at once" and "as late as is legal".
 #include <algorithm>
+#include <cstdlib>
 
 #include "machine.h"
 
@@ -9,7 +10,12 @@ std::deque<std::unique_ptr<Grid>> grids;
 std::vector<Warp*> run_list, wgmma_ready;
 std::vector<Load> loads;
 std::vector<Store> store_reads, store_writes;
-Settings settings;
+Settings settings = [] {
+  const char* const seed = std::getenv("NPT_EMULATE_SEED");
+  Settings s;
+  s.seed = seed == nullptr ? 0 : std::strtoull(seed, nullptr, 0);
+  return s;
+}();
 Schedule schedule;
 Stats stats;
 
