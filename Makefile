@@ -33,7 +33,7 @@ check-cuda: $(VENV)/.cuda ## Build every CUDA kernel and check its machine code 
 	$(BIN)/python tools/check_cuda.py
 
 emulator: $(VENV)/.dev ## Build the CUDA kernels for this CPU; then NPT_EMULATE=1 runs the backend cuda on CPU tensors
-	$(BIN)/python tools/emulator/build.py --jobs $(JOBS)
+	$(BIN)/python tools/emulator/build_emulator.py --jobs $(JOBS)
 
 check-emulated: emulator ## Run every CUDA kernel on this CPU under adversarial schedules (no nvcc, driver or GPU)
 	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) $(ARGS)

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "emulator"))
+import build_emulator as build
 from translate import Untranslatable, known_instructions, translate
 
 ROOT = Path(__file__).resolve().parents[2]
-
-import build
 
 
 # ------------------------------------------------------------------------------------------------ translation

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import build_emulator as build
 import yaml
 from translate import translate_tree
 from units import UNITS
-
-import build
 
 HERE = Path(__file__).resolve().parent
 

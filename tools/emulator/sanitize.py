@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import build
+import build_emulator as build
 
 HERE = Path(__file__).resolve().parent
 _OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0:alloc_dealloc_mismatch=0"
