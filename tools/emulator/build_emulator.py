@@ -139,17 +139,19 @@ def compile_one(toolchain: Toolchain, source: Path, generated: Path, out: Path) 
     return out
 
 
-def object_path(toolchain: Toolchain, source: Path, objects: Path) -> Path:
+def object_path(toolchain: Toolchain, source: Path, generated: Path, objects: Path) -> Path:
     """The machine's objects are shared by all builds."""
     shared = ROOT / "build" / ("emulator-asan" if toolchain.asan else "emulator") / "machine"
-    return (shared if source.parent == MACHINE else objects) / f"{source.parent.name}-{source.name}.o"
+    if source.parent == MACHINE:
+        return shared / f"{source.name}.o"
+    return objects / ("-".join(source.relative_to(generated).parts) + ".o")
 
 
 def compile_all(toolchain: Toolchain, generated: Path, objects: Path, jobs: int) -> list[Path]:
     """Object files of a translated source tree and of the machine."""
 
     def one(source: Path) -> Path:
-        out = object_path(toolchain, source, objects)
+        out = object_path(toolchain, source, generated, objects)
         out.parent.mkdir(parents=True, exist_ok=True)
         return compile_one(toolchain, source, generated, out)
 

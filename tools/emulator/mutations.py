@@ -67,12 +67,12 @@ def try_one(
     unit, command = UNITS[mutation.unit]
     shutil.copytree(csrc, folder / "csrc")
     plant(mutation, folder / "csrc")
-    translate_tree(folder / "csrc", folder / "generated")
-    objects = []
-    for source in build.sources(folder / "generated"):
+    generated, objects = folder / "generated", []
+    translate_tree(folder / "csrc", generated)
+    for source in build.sources(generated):
         mutant = source.name == f"{unit}.cu.cpp"
-        out = build.object_path(toolchain, source, folder if mutant else base / "objects")
-        objects.append(build.compile_one(toolchain, source, folder / "generated", out) if mutant else out)
+        out = build.object_path(toolchain, source, generated, folder if mutant else base / "objects")
+        objects.append(build.compile_one(toolchain, source, generated, out) if mutant else out)
     module = build.link(toolchain, objects, folder / f"{build.MODULE}{build.SUFFIX}")
     return _run(_command(command), module, timeout)
 
