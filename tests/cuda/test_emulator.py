@@ -13,7 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "emulator"))
 import build_emulator as build
+import mutations
 from translate import Untranslatable, known_instructions, translate
+from units import UNITS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,6 +64,14 @@ def test_every_known_instruction_is_used_by_csrc() -> None:
     """What csrc/ no longer uses leaves the emulator too."""
     text = "".join(translate(f.read_text(), f.name) for f in (ROOT / "csrc").rglob("*") if f.suffix in (".cuh", ".inc"))
     assert [name for name in sorted(known_instructions()) if f"{name}(" not in text] == []
+
+
+def test_every_planted_fault_has_its_place() -> None:
+    """A change of csrc/ that moves a line which mutations.py breaks is noticed here, not at night."""
+    texts = [f.read_text() for f in (ROOT / "csrc").rglob("*") if f.is_file()]
+    assert [m.name for m in mutations.MUTATIONS if sum(m.old in text for text in texts) != 1] == []
+    units = {f.stem for f in (ROOT / "csrc").rglob("*.cu")}
+    assert {UNITS[m.unit][0] for m in mutations.MUTATIONS} <= units
 
 
 # ------------------------------------------------------------------------------------------------ what is missing
