@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(288, 1) misuse(const __grid_constant__ Params 
 // Two kernels of a stream that overlap: the first reads data late, the second writes it, with or without waiting.
 __global__ void __launch_bounds__(32) slow_reader(const __grid_constant__ Params p) {
   asm volatile("griddepcontrol.launch_dependents;");
-  for (int i = 0; i < 50; ++i) barrier(0, 32);
+  for (int i = 0; i < 2000; ++i) barrier(0, 32);
   p.out[threadIdx.x] = p.data[threadIdx.x];
 }
 __global__ void __launch_bounds__(32) writer(const __grid_constant__ Params p) {
