@@ -50,8 +50,8 @@ const Kernel& find_kernel(Family family, Epilogue epilogue, Dtype dtype, bool mn
 }
 
 void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
-  if (spec.rows < 1 || spec.rows > INT32_MAX - 65536) fail("rows = " + text(spec.rows) + " is outside [1, 2^31)");
-  if (spec.cols < 1 || spec.cols > INT32_MAX / 2) fail("cols = " + text(spec.cols) + " is outside [1, 2^31)");
+  if (spec.rows < 1 || spec.rows > INT32_MAX - 65536) fail("rows = " + text(spec.rows) + " is outside [1, 2^31 - 65537]");
+  if (spec.cols < 1 || spec.cols > kMaxColumns) fail("cols = " + text(spec.cols) + " is outside [1, 2^30 - 1024]");
   if (spec.cols % 8 != 0) fail("cols = " + text(spec.cols) + " must be a multiple of 8");
   if (kernel.family == Family::kDecode && spec.rows > kernel.block_m) {
     fail("rows = " + text(spec.rows) + " does not fit the decode instance of " + text(kernel.block_m) + " tokens");
@@ -70,7 +70,7 @@ void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
     if (two != (s.b1 != nullptr)) {
       fail("segment " + text(int64_t(i)) + (two ? " needs a second operand" : " takes one operand, got two"));
     }
-    if (s.k < 1 || s.k > INT32_MAX - 64) fail("segment " + text(int64_t(i)) + " has K = " + text(s.k));
+    if (s.k < 1 || s.k > kMaxColumns) fail("segment " + text(int64_t(i)) + " has K = " + text(s.k));
     last = s.kind;
   }
   if (int(spec.in.size()) != num_inputs(spec.epilogue)) fail("got " + text(int64_t(spec.in.size())) + " epilogue inputs");

@@ -15,7 +15,7 @@ const SkinnyKernel& find(SkinnyFamily family, Dtype dtype, int tile, int variant
 }
 
 void check_size(const char* name, int64_t value, int64_t multiple) {
-  if (value < 1 || value > INT32_MAX - 65536) fail(std::string(name) + " = " + text(value) + " is outside [1, 2^31)");
+  if (value < 1 || value > INT32_MAX - 65536) fail(std::string(name) + " = " + text(value) + " is outside [1, 2^31 - 65537]");
   if (value % multiple != 0) fail(std::string(name) + " = " + text(value) + " must be a multiple of " + text(multiple));
 }
 

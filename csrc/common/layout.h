@@ -20,6 +20,12 @@ constexpr int kBlockK = 64;            // elements of K per stage: 128 bytes of 
 constexpr int kRowBytes = 128;         // bytes of one swizzled row
 constexpr int kChunkCols = 64;         // columns of one TMA box along a contiguous dimension
 constexpr int kMaxSegments = 4;
+// x coordinate of a box that lies wholly left of every tensor: TMA reads nothing and writes zeros. Small and negative, because
+// TMA computes byte positions in 31 bits: with INT32_MAX / 2 (times 2 bytes, plus the box) every such load died with
+// cudaErrorIllegalInstruction (H200, driver 580, 2026-11-26).
+constexpr int kOutsideColumn = -2 * kChunkCols;
+// Widest matrix whose last box, up to 512 columns beyond the edge, still ends below byte 2^31 of its row.
+constexpr int64_t kMaxColumns = (int64_t(1) << 30) - 1024;
 constexpr int kMaxDynamicSmem = 232448;  // sm_90: 227 KiB a block
 
 // ------------------------------------------------------------------------------------------------ segments

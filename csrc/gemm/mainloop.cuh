@@ -66,8 +66,6 @@ NPT_DEVICE void init_barriers(const Barriers& b) {
   }
 }
 
-constexpr int kOutside = INT32_MAX / 2;  // a coordinate beyond every tensor: TMA reads nothing and writes zeros
-
 // Loads of one k-block. Its bytes per block of the cluster: stage_bytes(kBM, kBN, kind).
 template <class C>
 NPT_DEVICE void load_block(const Segment& seg, int kind, uint32_t a_dst, uint32_t b_dst, uint32_t bar, int k, int m, int n,
@@ -98,7 +96,7 @@ NPT_DEVICE void load_block(const Segment& seg, int kind, uint32_t a_dst, uint32_
     for (int c = 0; c < C::kBN / kChunkCols; ++c) {
       if (c < chunks) {
         int x = n + (C::kDual ? c % 2 : c) * kChunkCols;
-        if (C::kDual && c < 2 && kind == kLowSecond) x = kOutside;  // zeros for the gate half
+        if (C::kDual && c < 2 && kind == kLowSecond) x = kOutsideColumn;  // zeros for the gate half
         load_b(b_dst + c * kMnChunkBytes + rank * kRows * kRowBytes, &seg.b[C::kDual ? c / 2 : 0], x, k + int(rank) * kRows);
       }
     }
