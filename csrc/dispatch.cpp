@@ -152,7 +152,7 @@ LaunchPlan launch(const LaunchSpec& spec) {
 
   // A split tile is one cluster's: its blocks meet in decode_finish_split once.
   const int blocks = spec.split > 1 ? p.tiles_n * spec.split
-                                    : int(std::min<int64_t>(tiles, sm_count(spec.device) / kernel.cluster)) * kernel.cluster;
+                                    : int(std::min<int64_t>(tiles, std::max(1, sm_count(spec.device) / kernel.cluster))) * kernel.cluster;
   return launch_kernel(kernel.function,
                        {blocks, 1, 1, kernel.threads, std::max(kernel.cluster, spec.split), kernel.smem, spec.dependent_from >= 0},
                        &p, spec.device, spec.stream);

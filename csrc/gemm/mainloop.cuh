@@ -191,7 +191,12 @@ NPT_DEVICE void multiply_tile(float (&acc)[C::kSlabs][C::kAccumulators], const S
     multiply<C, C::kBN, false>(acc, p.main_blocks, s, base, bars, a_offset, lane);
     multiply<C, C::kBN, true>(acc, p.low_blocks, s, base, bars, a_offset, lane);
   }
-  if constexpr (C::kDual) multiply<C, C::kBN / 2, true>(acc, p.first_blocks, s, base, bars, a_offset, lane);
+  if constexpr (C::kDual) {
+    // wgmmas of different shapes on the same accumulators are not ordered by the hardware (PTX: only those of one shape are), so
+    // m64n256 must be done before m64n128 adds to its first half. One drain a tile, and only where LOW_FIRST has blocks.
+    if (p.first_blocks > 0) wgmma_wait<0>();
+    multiply<C, C::kBN / 2, true>(acc, p.first_blocks, s, base, bars, a_offset, lane);
+  }
 }
 
 // Tells the compiler that every accumulator changes here, so nothing that reads one moves above a wgmma wait.

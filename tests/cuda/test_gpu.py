@@ -129,7 +129,8 @@ def test_mlp(dtype: torch.dtype, rule: str, gated: bool, rows: int, d: int, f: i
     needs = [t is not None for t in low]
     needs[3:9] = [False] * 6
     results = []
-    for module, args, saved in ((mlp_cuda, low, got), (mlp_eager, low, plain), (mlp_eager, high, truth)):
+    # Both low-precision backwards from cuda's saved tensors (checked above): their rounding is no difference of the backwards.
+    for module, args, saved in ((mlp_cuda, low, got), (mlp_eager, low, got), (mlp_eager, high, truth)):
         grad = dout.to(saved[0].dtype)
         results.append(module.backward(
             grad, *args[:6], args[9], *args[10:], *saved[1:], gated, act, rule, 1, 1.0, needs
