@@ -9,13 +9,13 @@
 namespace npt {
 namespace {
 
-bool is_dual(Epilogue e) { return e == Epilogue::kDual; }
-int num_inputs(Epilogue e) { return e == Epilogue::kDualBwd ? 2 : e == Epilogue::kActBwd ? 1 : 0; }
+bool is_gate_up(Epilogue e) { return e == Epilogue::kGateUp; }
+int num_inputs(Epilogue e) { return e == Epilogue::kGateUpBwd ? 2 : e == Epilogue::kActBwd ? 1 : 0; }
 int num_outputs(Epilogue e, bool store_pre) {
   switch (e) {
-    case Epilogue::kDualBwd: return 2;
+    case Epilogue::kGateUpBwd: return 2;
     case Epilogue::kAct: return store_pre ? 2 : 1;
-    case Epilogue::kDual: return store_pre ? 3 : 1;
+    case Epilogue::kGateUp: return store_pre ? 3 : 1;
     default: return 1;
   }
 }
@@ -65,8 +65,8 @@ void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
     if (s.kind < kMain || s.kind > kLowFirst) fail("segment " + text(int64_t(i)) + " has kind " + text(s.kind));
     if (i == 0 && s.kind != kMain) fail("the first segment must be of kind 0 (it overwrites the accumulators)");
     if (s.kind < last) fail("segments must be ordered by kind; segment " + text(int64_t(i)) + " has kind " + text(s.kind));
-    if (s.kind >= kLowSecond && !is_dual(spec.epilogue)) fail("half segments exist only in a dual tile");
-    const bool two = is_dual(spec.epilogue) && s.kind < kLowSecond;
+    if (s.kind >= kLowSecond && !is_gate_up(spec.epilogue)) fail("half segments exist only in a gate-up tile");
+    const bool two = is_gate_up(spec.epilogue) && s.kind < kLowSecond;
     if (two != (s.b1 != nullptr)) {
       fail("segment " + text(int64_t(i)) + (two ? " needs a second operand" : " takes one operand, got two"));
     }
@@ -78,7 +78,7 @@ void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
     fail("got " + text(int64_t(spec.out.size())) + " outputs, need " + text(num_outputs(spec.epilogue, spec.store_pre)));
   }
   for (const MatrixSpec& m : spec.out) {
-    if (m.ptr == nullptr && spec.epilogue == Epilogue::kDualBwd) continue;  // that gradient is not wanted
+    if (m.ptr == nullptr && spec.epilogue == Epilogue::kGateUpBwd) continue;  // that gradient is not wanted
     if (m.ptr == nullptr || m.ld < spec.cols) fail("an output has row pitch " + text(m.ld) + " below its width " + text(spec.cols));
   }
   if (spec.bias != nullptr && spec.epilogue != Epilogue::kStore && spec.epilogue != Epilogue::kAct) {
@@ -101,7 +101,7 @@ LaunchPlan launch(const LaunchSpec& spec) {
   use_device(spec.device);
   TensorMapCache& cache = maps(spec.device);
 
-  const bool decode = kernel.family == Family::kDecode, dual = is_dual(spec.epilogue);
+  const bool decode = kernel.family == Family::kDecode, gate_up = is_gate_up(spec.epilogue);
   const int b_rows = decode ? 64 : kernel.block_n / 2, b_depth = kBlockK / kernel.cluster;
   SegkParams p{};
   p.num_segments = int(spec.segments.size());
@@ -143,7 +143,7 @@ LaunchPlan launch(const LaunchSpec& spec) {
   p.act_a = spec.act_a;
   p.act_b = spec.act_b;
   p.group_m = spec.group_m;
-  const int columns = decode ? 64 : dual ? kernel.block_n / 2 : kernel.block_n;
+  const int columns = decode ? 64 : gate_up ? kernel.block_n / 2 : kernel.block_n;
   p.tiles_n = div_up(p.cols, columns);
   p.tiles_m = decode ? 1 : div_up(p.rows, kernel.block_m * kernel.cluster);
   const int64_t tiles = int64_t(p.tiles_m) * p.tiles_n;
@@ -151,8 +151,8 @@ LaunchPlan launch(const LaunchSpec& spec) {
   if (tiles > INT32_MAX / 4 || int64_t(spec.group_m) * p.tiles_n > INT32_MAX) fail("too many tiles: " + text(tiles));
 
   // A split tile is one cluster's: its blocks meet in decode_finish_split once.
-  const int blocks = spec.split > 1 ? p.tiles_n * spec.split
-                                    : int(std::min<int64_t>(tiles, std::max(1, sm_count(spec.device) / kernel.cluster))) * kernel.cluster;
+  const int slots = std::max(1, sm_count(spec.device) / kernel.cluster);
+  const int blocks = spec.split > 1 ? p.tiles_n * spec.split : int(std::min<int64_t>(tiles, slots)) * kernel.cluster;
   return launch_kernel(kernel.function,
                        {blocks, 1, 1, kernel.threads, std::max(kernel.cluster, spec.split), kernel.smem, spec.dependent_from >= 0},
                        &p, spec.device, spec.stream);

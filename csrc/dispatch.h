@@ -27,7 +27,7 @@ struct SegmentSpec {
   const void* a;  // [rows, k]
   int64_t lda, k;
   const void* b0;  // [cols, k] K-major or [k, cols] MN-major
-  const void* b1;  // second operand of a dual tile, or null
+  const void* b1;  // second operand of a gate-up tile, or null
   int64_t ldb0, ldb1;
 };
 

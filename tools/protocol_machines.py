@@ -308,7 +308,7 @@ def overlap_machine(k_blocks: int = 3, dependent_from: int = 1, stages: int = 2,
 
 
 def resident_machine(tiles: int = 3, stages: int = 2, wait_resident: bool = True, wait_full: bool = True) -> Machine:
-    """The pair kernel: w_b_up loaded once, then a ring of tiles; two warpgroups."""
+    """Value gradients: w_b_up loaded once, then a ring of tiles; two warpgroups."""
     m = Machine()
     m.counts["full", 0, "resident"] = 1
     for s in range(stages):

@@ -30,7 +30,7 @@ constexpr int kMaxDynamicSmem = 232448;  // sm_90: 227 KiB a block
 
 // ------------------------------------------------------------------------------------------------ segments
 // MAIN reads weights in the layout of the instance; the LOW kinds read w_b_up / w_a_up [R, N], which is N-contiguous
-// ("MN-major"). In a dual tile LOW_FIRST feeds only the gate half of the accumulators, at half the price (m64n128), and
+// ("MN-major"). In a gate-up tile LOW_FIRST feeds only the gate half of the accumulators, at half the price (m64n128), and
 // LOW_SECOND only the up half: at full price, its gate columns zero-filled by TMA, because an m64n128 on the upper 64 of 128
 // accumulators makes ptxas copy them and serialise the pipeline (C7511).
 enum SegmentKind : int { kMain = 0, kLow = 1, kLowSecond = 2, kLowFirst = 3 };

@@ -13,10 +13,10 @@
 
 namespace npt {
 
-template <int kBM_, int kBN_, int kStages_, int kCluster_, bool kMnMajor_, bool kDual_, bool kPingPong_, Dtype kType_>
+template <int kBM_, int kBN_, int kStages_, int kCluster_, bool kMnMajor_, bool kGateUp_, bool kPingPong_, Dtype kType_>
 struct TileConfig {
   static constexpr int kBM = kBM_, kBN = kBN_, kStages = kStages_, kCluster = kCluster_;
-  static constexpr bool kMnMajor = kMnMajor_, kDual = kDual_, kPingPong = kPingPong_;
+  static constexpr bool kMnMajor = kMnMajor_, kGateUp = kGateUp_, kPingPong = kPingPong_;
   static constexpr Dtype kType = kType_;
   // 64-row slabs of one consumer warpgroup: cooperative warpgroups split a tile's rows, ping-pong ones take tiles in turn.
   static constexpr int kSlabs = kPingPong ? kBM / 64 : 1;
@@ -28,7 +28,7 @@ struct TileConfig {
   // ring, epilogue buffers, barriers (full, empty, 2 order, 4 epilogue), and slack to align the base to 1024
   static constexpr int kSmemBytes = kStages * int(kStageBytes) + kEpilogueBytes + 8 * (2 * kStages + 6) + 1024;
   static_assert((kBM == 128 || (kBM == 64 && kPingPong)) && kBN % 64 == 0 && kBN <= 256, "tile menu");
-  static_assert(!kDual || kBN == 256, "a dual tile is 128 gate + 128 up columns");
+  static_assert(!kGateUp || kBN == 256, "a gate-up tile is 128 gate + 128 up columns");
   static_assert((kBN / kCluster) * kRowBytes % 1024 == 0, "a multicast slice must start at a swizzle atom");
   static_assert(kSmemBytes <= kMaxDynamicSmem, "shared memory");
   static_assert(kSlabs * kAccumulators <= 192, "accumulators must leave 40 of 232 registers");
@@ -80,33 +80,33 @@ NPT_DEVICE void load_block(const Segment& seg, int kind, uint32_t a_dst, uint32_
     }
   };
   if (!C::kMnMajor && kind == kMain) {
-    // Two boxes of BN/2 rows; in a cluster each block fetches one and multicasts it. Box h of a dual tile is gate or up.
+    // Two boxes of BN/2 rows; in a cluster each block fetches one and multicasts it. Box h of a gate-up tile is gate or up.
     constexpr int kHalf = C::kBN / 2;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (C::kCluster == 1 || uint32_t(h) == rank) {
-        load_b(b_dst + h * kHalf * kRowBytes, &seg.b[h], k, C::kDual ? n : n + h * kHalf);
+        load_b(b_dst + h * kHalf * kRowBytes, &seg.b[h], k, C::kGateUp ? n : n + h * kHalf);
       }
     }
   } else {
     // 64-column boxes, one per 8 KiB chunk; in a cluster each block fetches its half of the 64 rows of K.
     constexpr int kRows = kBlockK / C::kCluster;
-    const int chunks = (C::kDual && kind == kLowFirst ? C::kBN / 2 : C::kBN) / kChunkCols;
+    const int chunks = (C::kGateUp && kind == kLowFirst ? C::kBN / 2 : C::kBN) / kChunkCols;
 #pragma unroll
     for (int c = 0; c < C::kBN / kChunkCols; ++c) {
       if (c < chunks) {
-        int x = n + (C::kDual ? c % 2 : c) * kChunkCols;
-        if (C::kDual && c < 2 && kind == kLowSecond) x = kOutsideColumn;  // zeros for the gate half
-        load_b(b_dst + c * kMnChunkBytes + rank * kRows * kRowBytes, &seg.b[C::kDual ? c / 2 : 0], x, k + int(rank) * kRows);
+        int x = n + (C::kGateUp ? c % 2 : c) * kChunkCols;
+        if (C::kGateUp && c < 2 && kind == kLowSecond) x = kOutsideColumn;  // zeros for the gate half
+        load_b(b_dst + c * kMnChunkBytes + rank * kRows * kRowBytes, &seg.b[C::kGateUp ? c / 2 : 0], x, k + int(rank) * kRows);
       }
     }
   }
 }
 
-// Column of the output where tile n starts: a dual tile covers 128 columns of f.
+// Column of the output where tile n starts: a gate-up tile covers 128 columns of f.
 template <class C>
 NPT_DEVICE int tile_column(int n) {
-  return n * (C::kDual ? C::kBN / 2 : C::kBN);
+  return n * (C::kGateUp ? C::kBN / 2 : C::kBN);
 }
 
 // The producer thread: all tiles of this cluster, all segments, all k-blocks.
@@ -191,7 +191,7 @@ NPT_DEVICE void multiply_tile(float (&acc)[C::kSlabs][C::kAccumulators], const S
     multiply<C, C::kBN, false>(acc, p.main_blocks, s, base, bars, a_offset, lane);
     multiply<C, C::kBN, true>(acc, p.low_blocks, s, base, bars, a_offset, lane);
   }
-  if constexpr (C::kDual) {
+  if constexpr (C::kGateUp) {
     // wgmmas of different shapes on the same accumulators are not ordered by the hardware (PTX: only those of one shape are), so
     // m64n256 must be done before m64n128 adds to its first half. One drain a tile, and only where LOW_FIRST has blocks.
     if (p.first_blocks > 0) wgmma_wait<0>();

@@ -86,10 +86,10 @@ def test_dual_is_exact_on_integers(dtype: torch.dtype, rows: int, kinds: tuple[i
             if kind != LOW_FIRST:
                 up = up + c.double() @ (b2 if kind == LOW else b).double()
         outs = [torch.full((rows, f), float("nan"), device="cuda", dtype=dtype) for _ in range(3)]
-        launch.run(Epilogue.DUAL, segments, outs, store_pre=True)
+        launch.run(Epilogue.GATE_UP, segments, outs, store_pre=True)
         assert torch.equal(outs[1], gate.to(dtype)) and torch.equal(outs[2], up.to(dtype))
         only = torch.full_like(outs[0], float("nan"))
-        launch.run(Epilogue.DUAL, segments, [only])
+        launch.run(Epilogue.GATE_UP, segments, [only])
         assert torch.equal(only, outs[0])
         plain = torch.nn.functional.silu(gate.to(dtype)) * up.to(dtype)
         twice(only, plain, torch.nn.functional.silu(gate) * up)
@@ -246,14 +246,14 @@ def test_value_grads(rule: str, rank: int, terms: int) -> None:
 # ------------------------------------------------------------------------------------- decode: split K, overlap
 @pytest.mark.parametrize("split", [1, 2, 4, 8])
 @pytest.mark.parametrize("rows", (1, 7, 16, 33, 64))
-@pytest.mark.parametrize("epilogue", [Epilogue.STORE, Epilogue.ACT, Epilogue.DUAL])
+@pytest.mark.parametrize("epilogue", [Epilogue.STORE, Epilogue.ACT, Epilogue.GATE_UP])
 def test_split_decode(split: int, rows: int, epilogue: Epilogue) -> None:
     d, width, rank = 1032, 520, 24
     make = ternary
     x, c = make(rows, d, dtype=torch.bfloat16), make(rows, rank, dtype=torch.bfloat16)
     first, second = (make(width, d, dtype=torch.bfloat16) for _ in range(2))
     b = make(rank, width, dtype=torch.bfloat16)
-    dual = epilogue == Epilogue.DUAL
+    dual = epilogue == Epilogue.GATE_UP
     segments = [Segment(MAIN, x, first, second if dual else None), Segment(LOW_FIRST if dual else LOW, c, b.t())]
     config = replace(choose(epilogue, rows, width, d + rank), split=split)
     outs = [
@@ -305,7 +305,7 @@ def test_backward_in_place_is_the_same(gated: bool, rows: int) -> None:
     dout, weight, gate, up = (randn(*s, dtype=torch.bfloat16) for s in ((rows, d), (d, f), (rows, f), (rows, f)))
     segments = [Segment(MAIN, dout, weight.t())]
     inputs = [gate, up] if gated else [up]
-    epilogue = Epilogue.DUAL_BWD if gated else Epilogue.ACT_BWD
+    epilogue = Epilogue.GATE_UP_BWD if gated else Epilogue.ACT_BWD
     outs = [torch.full_like(up, float("nan")) for _ in inputs]
     launch.run(epilogue, segments, outs, inputs=inputs)
     copies = [t.clone() for t in inputs]

@@ -90,18 +90,18 @@ def test_wgmma_wrappers_are_up_to_date() -> None:
 # ------------------------------------------------------------------------------------- heuristics
 def test_choices() -> None:
     assert choose(Epilogue.STORE, 1, 4096, 4096).block_m == 8
-    assert choose(Epilogue.DUAL, 64, 14336, 4160).family == Family.DECODE
-    assert choose(Epilogue.DUAL, 65, 14336, 4160).family == Family.COOP
-    assert choose(Epilogue.DUAL_BWD, 1, 14336, 4096).family == Family.PINGPONG  # no decode form of the backward
+    assert choose(Epilogue.GATE_UP, 64, 14336, 4160).family == Family.DECODE
+    assert choose(Epilogue.GATE_UP, 65, 14336, 4160).family == Family.COOP
+    assert choose(Epilogue.GATE_UP_BWD, 1, 14336, 4096).family == Family.PINGPONG  # no decode form of the backward
     big = choose(Epilogue.STORE, 8192, 4096, 14336)
     assert (big.family, big.cluster, big.block_n) == (Family.COOP, 2, 256)
     assert choose(Epilogue.ACT, 8192, 3072, 768).family == Family.PINGPONG
-    assert choose(Epilogue.DUAL, 128, 14336, 4096).cluster == 1  # one row tile: half of the pair would be empty
-    assert choose(Epilogue.DUAL, 300, 14336, 4096).cluster == 1  # three
-    assert choose(Epilogue.DUAL, 8000, 14336, 4096).cluster == 2
-    short = choose(Epilogue.DUAL, 8000, 1536, 576)  # SmolLM2
+    assert choose(Epilogue.GATE_UP, 128, 14336, 4096).cluster == 1  # one row tile: half of the pair would be empty
+    assert choose(Epilogue.GATE_UP, 300, 14336, 4096).cluster == 1  # three
+    assert choose(Epilogue.GATE_UP, 8000, 14336, 4096).cluster == 2
+    short = choose(Epilogue.GATE_UP, 8000, 1536, 576)  # SmolLM2
     assert (short.family, short.block_m, short.block_n, short.cluster) == (Family.PINGPONG, 64, 256, 2)
-    assert choose(Epilogue.DUAL, 8000, 1536, 576, mn_major=True).family == Family.COOP  # no such instance
+    assert choose(Epilogue.GATE_UP, 8000, 1536, 576, mn_major=True).family == Family.COOP  # no such instance
 
 
 @needs_build
@@ -121,9 +121,9 @@ def test_print_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setenv("NPT_PRINT_CONFIG", "1")
     heuristics._print_once.cache_clear()
     for _ in range(2):
-        choose(Epilogue.DUAL, 8192, 14336, 4160)
+        choose(Epilogue.GATE_UP, 8192, 14336, 4160)
     printed = capsys.readouterr().err
-    assert printed.count("coop dual 128x256 cluster 2") == 1 and "K 4160" in printed
+    assert printed.count("coop gate_up 128x256 cluster 2") == 1 and "K 4160" in printed
 
 
 # ------------------------------------------------------------------------------------- argument checks
@@ -263,7 +263,7 @@ def _check_mlp(rule: str, targets: str, act: str, gated: bool, bias: bool, conv1
     want = mlp_eager.forward(*common, act, rule, k, 0.7, True)
     compare(got, want)
     kinds = CALLS[0][1]
-    assert CALLS[0][0] == (Epilogue.DUAL if gated else Epilogue.ACT)
+    assert CALLS[0][0] == (Epilogue.GATE_UP if gated else Epilogue.ACT)
     if gated and targets == "gate up down":
         assert kinds == ((MAIN, LOW, LOW) if rule == "self_key" and bias else
                          (MAIN, LOW) if rule == "self_key" else
@@ -287,7 +287,7 @@ def _check_mlp(rule: str, targets: str, act: str, gated: bool, bias: bool, conv1
             calls = len(CALLS)
             compare(mlp_cuda.backward(*again), want_grads)
             touched = [not torch.equal(t, before) for t, before in zip(wide, saved[3:5], strict=True) if t.numel()]
-            assert any(touched) == any(c[0] in (Epilogue.ACT_BWD, Epilogue.DUAL_BWD) for c in CALLS[calls:])
+            assert any(touched) == any(c[0] in (Epilogue.ACT_BWD, Epilogue.GATE_UP_BWD) for c in CALLS[calls:])
 
 
 def test_unfused_activation_and_rank_fall_back_and_say_so(on_cpu: None) -> None:
@@ -325,8 +325,8 @@ def test_no_tokens(on_cpu: None) -> None:
     ("rule", "total", "scaled", "overlaps", "launches"),
     [
         # c from our kernel, plainly launched, then gate and up; the down projection reads what those write.
-        ("self_key", 16, True, ["low", "all"], ["shrink", "launch", "launch"]),
-        ("rank1", 16, True, ["low", "low"], ["shrink", "shrink", "launch", "shrink", "launch"]),
+        ("self_key", 16, True, ["low", "all"], ["coefficients", "launch", "launch"]),
+        ("rank1", 16, True, ["low", "low"], ["coefficients", "coefficients", "launch", "coefficients", "launch"]),
         # c is z, made by the vendor's GEMM: nothing is known about how that was launched, so no overlap with it.
         ("self_key", 136, False, [None, "all"], ["launch", "launch"]),
         ("self_key", 136, True, ["low", "all"], ["rule", "launch", "launch"]),

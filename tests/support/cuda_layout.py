@@ -75,7 +75,7 @@ class Smem:
         A byte position beyond 31 bits is an illegal instruction on an H200, although PTX promises zeros there.
         """
         assert dst % 1024 == 0 and box_x == 64
-        assert -(1 << 31) < 2 * x and 2 * (x + box_x) < 1 << 31, "TMA computes byte positions in 31 bits"
+        assert 2 * x > -(1 << 31) and 2 * (x + box_x) < 1 << 31, "TMA computes byte positions in 31 bits"
         for r in range(box_y):
             for c in range(box_x):
                 inside = 0 <= y + r < tensor.shape[0] and 0 <= x + c < tensor.shape[1]

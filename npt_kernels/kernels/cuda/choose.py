@@ -27,9 +27,9 @@ class Epilogue(IntEnum):
 
     STORE = 0
     ACT = 1
-    DUAL = 2
+    GATE_UP = 2
     ACT_BWD = 3
-    DUAL_BWD = 4
+    GATE_UP_BWD = 4
 
 
 #: Decode pads the tokens to one of these; above 64 a 128-row tile wastes less than half of the tensor core.
@@ -86,7 +86,7 @@ def choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int = 132,
 
 @lru_cache(maxsize=4096)
 def _choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int, mn_major: bool) -> Config:
-    backward = epilogue in (Epilogue.ACT_BWD, Epilogue.DUAL_BWD)
+    backward = epilogue in (Epilogue.ACT_BWD, Epilogue.GATE_UP_BWD)
     if rows <= DECODE_TOKENS[-1] and not backward:
         tokens = next(n for n in DECODE_TOKENS if rows <= n)
         tiles, k_blocks = _div_up(cols, 64), _div_up(depth, 64)
@@ -96,7 +96,7 @@ def _choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int, mn_m
             why += f"; {tiles} tiles would leave {sms - tiles} of {sms} SMs idle"
         return Config(Family.DECODE, epilogue, 1, tokens, 64, 1, why, split)
 
-    short_dual = epilogue == Epilogue.DUAL and depth <= PINGPONG_MAX_DEPTH and not mn_major
+    short_dual = epilogue == Epilogue.GATE_UP and depth <= PINGPONG_MAX_DEPTH and not mn_major
     block_m = 64 if short_dual else 128
     row_tiles = _div_up(rows, block_m)
     waste = (row_tiles % 2) / (row_tiles + row_tiles % 2)
@@ -115,7 +115,7 @@ def _choose(epilogue: Epilogue, rows: int, cols: int, depth: int, sms: int, mn_m
         return config(Family.PINGPONG, 192, "its epilogue moves T·f elements, which the other warpgroup's K loop hides")
     if short_dual:
         return config(Family.PINGPONG, 256, f"K = {depth} is short, so the epilogue must overlap")
-    if epilogue == Epilogue.DUAL:
+    if epilogue == Epilogue.GATE_UP:
         return config(Family.COOP, 256, "gate and up share one stage of 128 + 128 weight rows")
     if depth <= PINGPONG_MAX_DEPTH:
         return config(Family.PINGPONG, 128, f"K = {depth} is short, so the epilogue must overlap")
