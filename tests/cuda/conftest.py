@@ -18,6 +18,7 @@ def _has_hopper() -> bool:
 
 
 collect_ignore = [] if _has_hopper() else ["test_gpu.py"]
+collect_ignore += [] if _has_hopper() else ["test_instances.py"]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,10 @@
-"""Numerics of the backend ``cuda`` on an H100/H200. Collected only there (conftest.py); has not run yet.
+"""Numerics of the backend ``cuda`` on an H100/H200. Collected only there (conftest.py).
 
 Float64 truth with the 2x rule, integer exactness, bitwise repeats; outputs are NaN before every launch (tests/conftest.py).
+
+An illegal instruction or address leaves the process without a GPU: every later test of the run errors too. Then run one part:
+``pytest tests/cuda/test_gpu.py -k "coefficients or pair or value_grads"`` (or store, dual, mlp, split_decode, in_place), and
+``pytest tests/cuda/test_instances.py -k coop`` (or pingpong, decode), which has a test for each kernel.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from npt_kernels.ops.registry import BACKENDS, BackendUnavailableError, Call, re
 from npt_kernels.rules import RULES
 
 sys.path.insert(0, str(Path(__file__).parent))
+from tests.support.cuda_instances import instances
 from tests.support.fake_launch import CALLS, LAUNCHES, LOW, LOW_FIRST, LOW_SECOND, MAIN, OVERLAPS, install
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,26 @@ def test_every_choice_is_an_instance() -> None:
         key = (int(c.family), int(epilogue), dtype, mn, c.cluster, c.block_m)
         assert key in existing, c
         assert sizes[key] == c.block_n
+
+
+@needs_build
+def test_every_instance_is_in_the_list_that_the_gpu_tests_run() -> None:
+    listed = {
+        (
+            int(i.config.family),
+            int(i.config.epilogue),
+            dtype,
+            i.mn_major,
+            i.config.cluster,
+            i.config.block_m,
+            i.config.block_n,
+        )
+        for i in instances(*Epilogue)
+        for dtype in (0, 1)
+    }
+    fields = ("family", "epilogue", "dtype", "mn_major", "cluster", "block_m", "block_n")
+    built = [tuple(k[f] for f in fields) for k in _cuda.extension().kernels()]
+    assert set(built) == listed and len(built) == len(listed)
 
 
 def test_print_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
