@@ -33,6 +33,8 @@ const std::vector<Kernel>& kernels() {
     add_pingpong_bwd_f16(list);
     add_decode_bf16(list);
     add_decode_f16(list);
+    add_split_bf16(list);
+    add_split_f16(list);
     return list;
   }();
   return all;
@@ -88,8 +90,19 @@ void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
   if (spec.split < 1 || spec.split > 8 || (spec.split & (spec.split - 1)) != 0) {
     fail("split = " + text(spec.split) + " must be 1, 2, 4 or 8 (blocks of a portable cluster)");
   }
-  if ((spec.split > 1 || spec.dependent_from >= 0) && kernel.family != Family::kDecode) {
-    fail("only the decode kernels split K or overlap with the kernel before");
+  if (spec.split * kernel.cluster > 8) {
+    fail("split = " + text(spec.split) + " times multicast groups of " + text(kernel.cluster) + " is more than a cluster's 8 blocks");
+  }
+  if (spec.split > 1 && kernel.family != Family::kDecode && kernel.family != Family::kSplit) {
+    fail("only the decode and split kernels split K");
+  }
+  if (spec.dependent_from >= 0 && kernel.family != Family::kDecode) {
+    fail("only the decode kernels overlap with the kernel before");
+  }
+  int64_t k_blocks = 0;
+  for (const SegmentSpec& s : spec.segments) k_blocks += div_up64(s.k, kBlockK);
+  if (kernel.family == Family::kSplit && k_blocks < spec.split) {
+    fail("split = " + text(spec.split) + " is more than the " + text(k_blocks) + " k-blocks of 64");
   }
   if (spec.dependent_from >= int(spec.segments.size())) fail("dependent_from = " + text(spec.dependent_from) + " names no segment");
   if (spec.group_m < 1) fail("group_m = " + text(spec.group_m) + " must be positive");
@@ -148,13 +161,14 @@ LaunchPlan launch(const LaunchSpec& spec) {
   p.tiles_m = decode ? 1 : div_up(p.rows, kernel.block_m * kernel.cluster);
   const int64_t tiles = int64_t(p.tiles_m) * p.tiles_n;
   // group_m · tiles_n and tile + grid must stay in 32 bits.
-  if (tiles > INT32_MAX / 4 || int64_t(spec.group_m) * p.tiles_n > INT32_MAX) fail("too many tiles: " + text(tiles));
+  if (tiles > INT32_MAX / 8 || int64_t(spec.group_m) * p.tiles_n > INT32_MAX) fail("too many tiles: " + text(tiles));
 
-  // A split tile is one cluster's: its blocks meet in decode_finish_split once.
+  // A split tile is one cluster's: its blocks meet once (decode_finish_split, segk_split).
   const int slots = std::max(1, sm_count(spec.device) / kernel.cluster);
-  const int blocks = spec.split > 1 ? p.tiles_n * spec.split : int(std::min<int64_t>(tiles, slots)) * kernel.cluster;
+  const bool one_tile = spec.split > 1 || kernel.family == Family::kSplit;
+  const int blocks = int(one_tile ? tiles : std::min<int64_t>(tiles, slots)) * kernel.cluster * spec.split;
   return launch_kernel(kernel.function,
-                       {blocks, 1, 1, kernel.threads, std::max(kernel.cluster, spec.split), kernel.smem, spec.dependent_from >= 0},
+                       {blocks, 1, 1, kernel.threads, kernel.cluster * spec.split, kernel.smem, spec.dependent_from >= 0},
                        &p, spec.device, spec.stream);
 }
 

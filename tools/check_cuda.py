@@ -19,7 +19,7 @@ from typing import Any
 
 import build_cuda
 
-FAMILIES = ("coop", "pingpong", "decode")
+FAMILIES = ("coop", "pingpong", "decode", "split")
 LOW_RANK = ("coefficients", "value_grads", "rule_forward", "rule_backward", "reduce")
 KEYS = ("no key", "key k", "key mn", "key vector")
 EPILOGUES = ("store", "act", "gate_up", "act_bwd", "gate_up_bwd")
@@ -118,7 +118,7 @@ def read_resources(binary: Path) -> dict[str, dict[str, int]]:
 
 def identify(name: str) -> dict[str, Any] | None:
     """Template arguments from the mangled name; ``None`` for a function that is no kernel of ours."""
-    family = re.search(r"segk_(coop|pingpong|decode)", name)
+    family = re.search(r"segk_(coop|pingpong|decode|split)", name)
     if family is None:
         return None
     ints = [int(v) for v in re.findall(r"Li(\d+)E", name)]
@@ -242,10 +242,26 @@ def check(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: int) ->
             need(not any(re.search(pattern, t) for t in loop.body), f"{what} in a K loop")
     seen = {n for loop in loops for n in loop.widths}
     need({w for w, _ in expected} <= seen, f"widths {seen} in K loops, expected {expected}")
+    if gate_up and not decode:
+        # In order of addresses: the last m64n256, a wait for all, the first m64n128 on the same accumulators.
+        kinds = "".join(
+            "w"
+            if f"64x{width}x16" in t
+            else "h"
+            if f"64x{width // 2}x16" in t
+            else "d"
+            if "DEPBAR.LE gsb0, 0x0" in t
+            else ""
+            for _, t in code.lines
+        )
+        need(re.search(r"w[wd]*dh", kinds) is not None, "m64n128 may begin while m64n256 still writes its accumulators")
     need(code.count(r"\b(LDL|STL)\b") == 0, "local memory")
     need(code.count("UTMALDG") > 0, "no TMA load")
     need((code.count(r"UTMALDG\S*MULTICAST") > 0) == (kernel["cluster"] > 1), "multicast does not match the cluster")
-    if not decode:
+    if kernel["family"] == "split":
+        need(code.count("UCGABAR_WAIT") > 0, "no cluster barrier: K cannot be split")
+        need(code.count("USETMAXREG") == 2, "no register reallocation")
+    elif not decode:
         need(code.count("UTMASTG") > 0, "no TMA store")
         need(code.count("USETMAXREG") == 2, "no register reallocation")
         need(code.count(r"\bSTSM\b") > 0, "no stmatrix")

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(384, 1) segk_coop(const __grid_constant__ Segk
     registers_grow<232>();
     const int consumer = group - 1, thread = threadIdx.x % 128, lane = thread % 32;
     const uint32_t a_offset = consumer * 64 * kRowBytes;
-    LoopState loop{{0, 0}, -1, 0};
+    LoopState loop{{0, 0}, -1, 0, 0};
     float acc[1][C::kAccumulators];
     const int tiles = p.tiles_m * p.tiles_n;
     for (int tile = blockIdx.x / C::kCluster; tile < tiles; tile += gridDim.x / C::kCluster) {

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(384, 1) segk_pingpong(const __grid_constant__ 
         p.main_blocks + p.low_blocks + (C::kGateUp ? p.first_blocks : 0);  // what the other warpgroup takes from the ring per tile
     const PingPongEpilogue<C> out{p, base + C::kStages * C::kStageBytes + consumer * 32768u,
                                   bars.epilogue + 16 * consumer, consumer, thread, thread / 32, lane};
-    LoopState loop{ring_advance({0, 0}, consumer * tile_blocks, C::kStages), -1, 0};
+    LoopState loop{ring_advance({0, 0}, consumer * tile_blocks, C::kStages), -1, 0, 0};
     uint32_t turn = 0;  // tiles this warpgroup has done
     float acc[C::kSlabs][C::kAccumulators];
     for (int tile = blockIdx.x / C::kCluster + consumer * stride; tile < tiles; tile += 2 * stride, ++turn) {

@@ -86,16 +86,6 @@ NPT_DEVICE void coefficients_multiply(float* acc, LowRankRing<C::kStages>& ring,
   if (held >= 0) ring.release(held, lane);
 }
 
-// Accumulators of 64 rows → rows of partial sums.
-template <int kCols>
-NPT_DEVICE void put_partials(uint32_t base, const float* acc, int row0, int column0, int width, int warp, int lane) {
-#pragma unroll
-  for (int i = 0; i < kCols / 2; i += 2) {
-    const int row = row0 + fragment_row(warp, lane, i), column = column0 + fragment_col(lane, i);
-    store_shared(base + partial_offset(row, column, width), acc[i], acc[i + 1]);
-  }
-}
-
 // Rows that this block finishes: the cluster's sums, the rule, the stores.
 template <class C>
 NPT_DEVICE void coefficients_finish(const CoefficientsParams& p, uint32_t base, uint32_t rank, uint32_t parts, int m, int rank0,

@@ -97,6 +97,21 @@ def test_findings(body: list[str], rest: list[str], use: dict[str, int], smem: i
     assert any(part in f for f in found), found
 
 
+GATE_UP = KERNEL | {"epilogue": 2}
+HALF = [t.replace("256x16", "128x16") for t in BODY[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("between", "clean"),
+    [(["WARPGROUP.DEPBAR.LE gsb0, 0x0"], True), ([], False), (["WARPGROUP.DEPBAR.LE gsb0, 0x1"], False)],
+)
+def test_half_segments_wait_for_the_full_ones(between: list[str], clean: bool) -> None:
+    lines = [*BODY, *between, *HALF]
+    back = f"@!P0 BRA {0x10 * (len(BODY) + len(between) + 1):#x}"
+    found = check_cuda.check(GATE_UP, code([*lines, back], REST), USE, 230512)
+    assert found == ([] if clean else ["m64n128 may begin while m64n256 still writes its accumulators"])
+
+
 COEFFICIENTS_NAME = (
     "_ZN3npt21low_rank_coefficientsINS_18CoefficientsConfigILi64ELb1ELNS_7KeyKindE3ELNS_5DtypeE1EEEEEv"
     "NS_18CoefficientsParamsE"

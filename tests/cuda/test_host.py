@@ -105,6 +105,34 @@ def test_choices() -> None:
     assert choose(Epilogue.GATE_UP, 8000, 1536, 576, mn_major=True).family == Family.COOP  # no such instance
 
 
+def test_split_tiles_where_their_number_leaves_most_sms_idle() -> None:
+    d, f = 4096, 14336 + 64
+    ways = {t: choose(Epilogue.STORE, t, d, f) for t in (65, 128, 192, 256, 384, 512)}
+    assert {t: (c.family, c.cluster, c.split) for t, c in ways.items()} == {
+        65: (Family.SPLIT, 1, 8), 128: (Family.SPLIT, 1, 8), 192: (Family.SPLIT, 2, 4), 256: (Family.SPLIT, 2, 4),
+        384: (Family.SPLIT, 1, 2), 512: (Family.SPLIT, 2, 2),
+    }  # fmt: skip
+    assert choose(Epilogue.STORE, 2048, d, f).family == Family.COOP  # 256 tiles
+    assert choose(Epilogue.STORE, 256, d, 1024).family == Family.PINGPONG  # two k-blocks a part: the meeting costs more
+    assert choose(Epilogue.ACT, 256, d, f).family != Family.SPLIT and choose(Epilogue.ACT_BWD, 256, d, f).split == 1
+    for rows, cols, depth in itertools.product((65, 200, 700, 3000), (8, 768, 4096, 8192), (64, 4096, 28672)):
+        c = choose(Epilogue.STORE, rows, cols, depth)
+        if c.family == Family.SPLIT:
+            tiles = -(-rows // (128 * c.cluster)) * -(-cols // 256)
+            assert c.cluster * c.split <= 8 and tiles * c.cluster * c.split <= 132 and c.split > 1
+            assert -(-depth // 64) >= c.split * heuristics.MIN_SPLIT_TILE_BLOCKS
+
+
+@needs_build
+def test_grid_of_a_split_product() -> None:
+    """One cluster for each pair of row tiles and each 256 columns, of a multicast group for each part."""
+    wide = {"rows": 300, "cols": 520, "outputs": [(1 << 20, 520)]}
+    plan = _cuda.extension().launch(**(GOOD | {"family": 3, "split": 4, **wide}))
+    assert (plan["grid"], plan["cluster"]) == ((2 * 3 * 8, 1, 1), 8)
+    alone = _cuda.extension().launch(**(GOOD | {"family": 3, "cluster": 1, **wide}))
+    assert (alone["grid"], alone["cluster"]) == ((3 * 3, 1, 1), 1)
+
+
 @needs_build
 def test_every_choice_is_an_instance() -> None:
     fields = ("family", "epilogue", "dtype", "mn_major", "cluster", "block_m")
@@ -175,7 +203,15 @@ GOOD: dict[str, Any] = {
         ({"epilogue": 2}, "second operand"),
         ({"family": 2, "cluster": 1, "block_m": 64, "rows": 65}, "rows = 65"),
         ({"family": 2, "cluster": 1, "block_m": 64, "rows": 64, "split": 3}, "split = 3"),
-        ({"split": 2}, "only the decode kernels"),
+        ({"split": 2}, "only the decode and split kernels"),
+        ({"family": 3, "split": 4}, None),
+        ({"family": 3, "split": 8}, "split = 8 times multicast groups of 2"),
+        (
+            {"family": 3, "cluster": 1, "split": 8, "segments": [(0, 4096, 512, 448, 8192, 512, 0, 0)]},
+            "more than the 7 k-blocks",
+        ),
+        ({"family": 3, "epilogue": 1}, "no instance for family 3"),
+        ({"family": 3, "dependent_from": 0}, "only the decode kernels"),
         ({"dependent_from": 0}, "only the decode kernels"),
         ({"family": 2, "cluster": 1, "block_m": 64, "rows": 64, "dependent_from": 1}, "dependent_from = 1"),
     ],

@@ -4,7 +4,7 @@
 fault may need one kind of segment in one family. Exact on integers, 2x rule for activations and their gradients.
 
 An illegal instruction or address leaves the process without a GPU: every later test of the run errors too. One family alone:
-``pytest tests/cuda/test_instances.py -k coop`` (or pingpong, decode; low_second; cluster2; mn; any part of an id).
+``pytest tests/cuda/test_instances.py -k coop`` (or pingpong, decode, split; low_second; cluster2; mn; any part of an id).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ GATE_UP_KINDS = ((), (LOW,), (LOW_FIRST,), (LOW_SECOND,), (LOW_SECOND, LOW_FIRST
 PLAIN_KINDS = ((), (LOW,), (LOW, LOW))
 #: Ragged K and R, one k-block and a bit more; columns over several tiles and an eighth of the next.
 DEPTH, COLUMNS, RANK = 328, 1032, 72
+#: 17 k-blocks: eight parts of two and, with segments of R, parts that begin in one segment and end in the next.
+SPLIT_DEPTH = 1032
 #: Rows of a GEMM: less than a tile; three row tiles of 128 (half of a pair is empty) or five of 64; more tiles than SMs, so that
 #: blocks take several and both warpgroups of a ping-pong kernel get one.
 GEMM_ROWS = (65, 300, 8200)
@@ -59,8 +61,9 @@ def operands(
 ) -> tuple[list[Segment], Tensor, Tensor]:
     """Segments of ternary numbers, and their exact sums: of the one product or of gate, and of up."""
     two = instance.config.epilogue == Epilogue.GATE_UP
-    x = ternary(rows, DEPTH, dtype=dtype)
-    first, second = (weight(COLUMNS, DEPTH, instance.mn_major, dtype) for _ in range(2))
+    depth = SPLIT_DEPTH if instance.config.family == Family.SPLIT else DEPTH
+    x = ternary(rows, depth, dtype=dtype)
+    first, second = (weight(COLUMNS, depth, instance.mn_major, dtype) for _ in range(2))
     segments = [Segment(MAIN, x, first, second if two else None)]
     gate, up = (x.double() @ w.double().t() for w in (first, second))
     for kind in kinds:

@@ -65,7 +65,9 @@ def test_decode_splits_narrow_outputs_only() -> None:
     assert choose(Epilogue.GATE_UP, 1, 14336, 4096).split == 1  # 224 tiles
     assert choose(Epilogue.STORE, 16, 768, 3072).split == 8
     assert choose(Epilogue.STORE, 16, 768, 256).split == 1  # 4 k-blocks: nothing to share
-    assert choose(Epilogue.STORE, 65, 768, 3072).split == 1  # no decode kernel
+    assert (
+        choose(Epilogue.GATE_UP, 65, 768, 3072).split == 1
+    )  # no decode kernel, and only stores have a split one above
     for cols in (8, 768, 4096, 8192):
         for depth in (64, 768, 4096, 28672):
             config = choose(Epilogue.ACT, 8, cols, depth)
@@ -248,7 +250,7 @@ def test_every_variant_that_the_host_asks_for_exists() -> None:
                     if kind == 0 and not compute_z:
                         continue
                     key = (32768, pitch) if kind else (0, 0)
-                    _cuda.extension().shrink(**(COEFFICIENTS | {
+                    _cuda.extension().coefficients(**(COEFFICIENTS | {
                         "dtype": dtype, "tile": tile, "key_kind": kind, "rule": rule, "key": key, "compute_z": compute_z,
                     }))  # fmt: skip
     assert len(_cuda.extension().low_rank_kernels()) == 44

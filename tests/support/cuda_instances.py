@@ -25,27 +25,30 @@ class Instance:
     def __str__(self) -> str:
         c = self.config
         layout = "mn" if self.mn_major else "k"
-        return f"{c.family.name}-{c.epilogue.name}-{c.block_m}x{c.block_n}-cluster{c.cluster}-{layout}".lower()
+        split = f"-split{c.split}" if c.family == Family.SPLIT else ""
+        return f"{c.family.name}-{c.epilogue.name}-{c.block_m}x{c.block_n}-cluster{c.cluster}{split}-{layout}".lower()
 
 
-def _shapes(epilogue: Epilogue, mn_major: bool) -> list[tuple[Family, int, int, int]]:
-    """(family, cluster, block_m, block_n)"""
+def _shapes(epilogue: Epilogue, mn_major: bool) -> list[tuple[Family, int, int, int, int]]:
+    """(family, cluster, block_m, block_n, split); decode kernels are split by ``test_split_decode``."""
     clusters = (1, 2)
     if epilogue in BACKWARD:
-        return [(Family.PINGPONG, n, 128, 192) for n in clusters]
-    coop = [(Family.COOP, n, 128, 256) for n in clusters]
-    decode = [(Family.DECODE, 1, tokens, 64) for tokens in DECODE_TOKENS]
+        return [(Family.PINGPONG, n, 128, 192, 1) for n in clusters]
+    coop = [(Family.COOP, n, 128, 256, 1) for n in clusters]
+    decode = [(Family.DECODE, 1, tokens, 64, 1) for tokens in DECODE_TOKENS]
     if epilogue != Epilogue.GATE_UP:
-        return [*coop, *((Family.PINGPONG, n, 128, 128) for n in clusters), *decode]
+        split = [(Family.SPLIT, n, 128, 256, parts) for n in clusters for parts in (1, 2, 4, 8) if n * parts <= 8]
+        narrow = [(Family.PINGPONG, n, 128, 128, 1) for n in clusters]
+        return [*coop, *narrow, *decode, *(split if epilogue == Epilogue.STORE else ())]
     # MN-major gate-up weights have no ping-pong kernel: csrc/README.md, traps.
-    return [*coop, *((Family.PINGPONG, n, 64, 256) for n in (() if mn_major else clusters)), *decode]
+    return [*coop, *((Family.PINGPONG, n, 64, 256, 1) for n in (() if mn_major else clusters)), *decode]
 
 
 def instances(*epilogues: Epilogue) -> list[Instance]:
-    """Every kernel with one of these epilogues."""
+    """Every kernel with one of these epilogues; one that splits K, once for each number of parts."""
     return [
-        Instance(Config(family, epilogue, cluster, block_m, block_n, 4, "test"), mn_major)
+        Instance(Config(family, epilogue, cluster, block_m, block_n, 4, "test", split), mn_major)
         for epilogue in epilogues
         for mn_major in (False, True)
-        for family, cluster, block_m, block_n in _shapes(epilogue, mn_major)
+        for family, cluster, block_m, block_n, split in _shapes(epilogue, mn_major)
     ]
