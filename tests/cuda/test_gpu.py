@@ -2,6 +2,10 @@
 
 Collected only there (conftest.py). Float64 truth with the 2x rule, integer exactness, bitwise repeats; outputs are
 NaN before every launch (tests/conftest.py).
+
+An illegal instruction or address leaves the process without a GPU: every later test of the run errors too. Then run one part:
+``pytest tests/cuda/test_gpu.py -k "coefficients or pair or value_grads"`` (or store, dual, mlp, split_decode, in_place), and
+``pytest tests/cuda/test_instances.py -k coop`` (or pingpong, decode), which has a test for each kernel.
 """
 
 from __future__ import annotations
@@ -98,10 +102,10 @@ def test_dual_is_exact_on_integers(dtype: torch.dtype, rows: int, kinds: tuple[i
             if kind != LOW_FIRST:
                 up = up + c.double() @ (b2 if kind == LOW else b).double()
         outs = [torch.full((rows, f), float("nan"), device=DEVICE, dtype=dtype) for _ in range(3)]
-        launch.run(Epilogue.DUAL, segments, outs, store_pre=True)
+        launch.run(Epilogue.GATE_UP, segments, outs, store_pre=True)
         assert torch.equal(outs[1], gate.to(dtype)) and torch.equal(outs[2], up.to(dtype))
         only = torch.full_like(outs[0], float("nan"))
-        launch.run(Epilogue.DUAL, segments, [only])
+        launch.run(Epilogue.GATE_UP, segments, [only])
         assert torch.equal(only, outs[0])
         plain = torch.nn.functional.silu(gate.to(dtype)) * up.to(dtype)
         twice(only, plain, torch.nn.functional.silu(gate) * up)
@@ -113,7 +117,7 @@ def test_dual_is_exact_on_integers(dtype: torch.dtype, rows: int, kinds: tuple[i
 @pytest.mark.parametrize(
     ("rows", "d", "f", "rank"),
     sizes(
-        [(5, 256, 512, 16), (300, 768, 3072, 64), (2048, 1600, 6400, 200)], [(40, 256, 512, 16), (200, 200, 264, 136)]
+        [(40, 256, 512, 16), (300, 768, 3072, 64), (2048, 1600, 6400, 200)], [(40, 256, 512, 16), (200, 200, 264, 136)]
     ),
 )
 def test_mlp(dtype: torch.dtype, rule: str, gated: bool, rows: int, d: int, f: int, rank: int) -> None:
@@ -146,7 +150,8 @@ def test_mlp(dtype: torch.dtype, rule: str, gated: bool, rows: int, d: int, f: i
     needs = [t is not None for t in low]
     needs[3:9] = [False] * 6
     results = []
-    for module, args, saved in ((mlp_cuda, low, got), (mlp_eager, low, plain), (mlp_eager, high, truth)):
+    # Both low-precision backwards from cuda's saved tensors (checked above): their rounding is no difference of the backwards.
+    for module, args, saved in ((mlp_cuda, low, got), (mlp_eager, low, got), (mlp_eager, high, truth)):
         grad = dout.to(saved[0].dtype)
         results.append(module.backward(
             grad, *args[:6], args[9], *args[10:], *saved[1:], gated, act, rule, 1, 1.0, needs
@@ -266,14 +271,14 @@ def test_value_grads(rule: str, rank: int, terms: int) -> None:
 # ------------------------------------------------------------------------------------- decode: split K, overlap
 @pytest.mark.parametrize("split", [1, 2, 4, 8])
 @pytest.mark.parametrize("rows", (1, 7, 16, 33, 64))
-@pytest.mark.parametrize("epilogue", [Epilogue.STORE, Epilogue.ACT, Epilogue.DUAL])
+@pytest.mark.parametrize("epilogue", [Epilogue.STORE, Epilogue.ACT, Epilogue.GATE_UP])
 def test_split_decode(split: int, rows: int, epilogue: Epilogue) -> None:
     d, width, rank = 1032, 520, 24
     make = ternary
     x, c = make(rows, d, dtype=torch.bfloat16), make(rows, rank, dtype=torch.bfloat16)
     first, second = (make(width, d, dtype=torch.bfloat16) for _ in range(2))
     b = make(rank, width, dtype=torch.bfloat16)
-    dual = epilogue == Epilogue.DUAL
+    dual = epilogue == Epilogue.GATE_UP
     segments = [Segment(MAIN, x, first, second if dual else None), Segment(LOW_FIRST if dual else LOW, c, b.t())]
     config = replace(choose(epilogue, rows, width, d + rank), split=split)
     outs = [
@@ -328,7 +333,7 @@ def test_backward_in_place_is_the_same(gated: bool, rows: int) -> None:
     dout, weight, gate, up = (randn(*s, dtype=torch.bfloat16) for s in ((rows, d), (d, f), (rows, f), (rows, f)))
     segments = [Segment(MAIN, dout, weight.t())]
     inputs = [gate, up] if gated else [up]
-    epilogue = Epilogue.DUAL_BWD if gated else Epilogue.ACT_BWD
+    epilogue = Epilogue.GATE_UP_BWD if gated else Epilogue.ACT_BWD
     outs = [torch.full_like(up, float("nan")) for _ in inputs]
     launch.run(epilogue, segments, outs, inputs=inputs)
     copies = [t.clone() for t in inputs]

@@ -42,7 +42,7 @@ def test_gpu_check_runs_cuda(on_cpu: None, tmp_path: Path, capsys: pytest.Captur
     for group in result["timings"]:
         assert not any("error" in entry for entry in group["contenders"].values()), group
     assert "FAILED" not in capsys.readouterr().out
-    assert {"shrink", "pair", "reduce", "launch"} <= set(LAUNCHES)
+    assert {"coefficients", "value_grads", "reduce", "launch"} <= set(LAUNCHES)
 
 
 def test_rows_compute_what_they_are_compared_with(on_cpu: None) -> None:
@@ -63,7 +63,7 @@ def test_sanitizer_shapes_reach_every_family(on_cpu: None) -> None:
     done = list(sanitize_cuda.exercise("cpu", (20, 70)))
     assert len(done) == 2 * 2 * 4
     assert {epilogue for epilogue, _ in CALLS} == set(Epilogue)
-    assert set(LAUNCHES) == {"launch", "shrink", "pair", "rule", "reduce"}
+    assert set(LAUNCHES) == {"launch", "coefficients", "value_grads", "rule", "reduce"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

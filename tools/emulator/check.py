@@ -32,19 +32,19 @@ class Row:
 
 
 def _jobs(family: str, bf16: bool) -> list[tuple[str, int]]:
-    """("gemm" or "skinny", index of the instance) of what is compiled and asked for."""
-    from names import DTYPES, gemm_kernels, skinny_kernels
+    """("gemm" or "low_rank", index of the instance) of what is compiled and asked for."""
+    from names import DTYPES, gemm_kernels, low_rank_kernels
 
     jobs = []
-    for kind, kernels in (("gemm", gemm_kernels()), ("skinny", skinny_kernels())):
+    for kind, kernels in (("gemm", gemm_kernels()), ("low_rank", low_rank_kernels())):
         jobs += [(kind, i) for i, k in enumerate(kernels) if not bf16 or "bfloat16" in str(DTYPES[k["dtype"]])]
     return [job for job in jobs if re.search(family, _label(job))]
 
 
 def _label(job: tuple[str, int]) -> str:
-    from names import gemm_kernels, gemm_label, skinny_kernels, skinny_kind
+    from names import gemm_kernels, gemm_label, low_rank_kernels, low_rank_kind
 
-    return gemm_label(gemm_kernels()[job[1]]) if job[0] == "gemm" else skinny_kind(skinny_kernels()[job[1]])["kind"]
+    return gemm_label(gemm_kernels()[job[1]]) if job[0] == "gemm" else low_rank_kind(low_rank_kernels()[job[1]])["kind"]
 
 
 def run_job(job: tuple[str, int], schedules: int, shapes: int, stop_at_fault: bool = False) -> list[Row]:
@@ -52,15 +52,15 @@ def run_job(job: tuple[str, int], schedules: int, shapes: int, stop_at_fault: bo
     import control
     import torch
     from gemm_cases import gemm_cases
-    from names import gemm_kernels, skinny_kernels
-    from skinny_cases import skinny_cases
+    from low_rank_cases import low_rank_cases
+    from names import gemm_kernels, low_rank_kernels
 
     torch.set_num_threads(1)
     kind, index = job
     cases = (
         gemm_cases(gemm_kernels()[index], index, shapes)
         if kind == "gemm"
-        else skinny_cases(skinny_kernels()[index], index, shapes)
+        else low_rank_cases(low_rank_kernels()[index], index, shapes)
     )
     emulator, rows = control.Emulator(), []
     for number, case in enumerate(cases):

@@ -23,6 +23,7 @@ from names import (
     gemm_label,
     is_decode,
     run_gemm,
+    splits,
 )  # fmt: skip
 from torch import Tensor
 
@@ -136,9 +137,11 @@ def gemm_case(
 def _shapes(kernel: dict[str, Any]) -> list[tuple[tuple[int, int, int, int], int]]:
     """(shape, split)."""
     if not is_decode(kernel):
-        return [(shape, 1) for shape in SHAPES]
+        deep = 4 if len(splits(kernel, 1 << 20)) > 1 else 1  # so that every part has a k-block
+        shapes = [(rows, cols, deep * depth, rank) for rows, cols, depth, rank in SHAPES]
+        return [(shape, random.choice(splits(kernel, shape[2]))) for shape in shapes]
     tokens = kernel["block_m"]
-    first = ((max(1, tokens - 3), 264, 520, 24), random.choice([1, 2, 4, 8]))
+    first = ((max(1, tokens - 3), 264, 520, 24), random.choice(splits(kernel, 520)))
     more = [
         ((tokens, 64, 64, 8), 8), ((max(1, tokens - 3), 520, 1032, 72), 1), ((tokens // 2 + 1, 264, 520, 8), 2),
         ((1, 8, 8, 8), 1), ((tokens, 72, 776, 40), 4), ((max(1, tokens - 1), 200, 1032, 24), 8), ((tokens, 136, 264, 24), 1),

@@ -41,11 +41,12 @@ MUTATIONS = [Mutation(**fault) for fault in yaml.safe_load((HERE / "faults.yaml"
 
 
 def plant(mutation: Mutation, csrc: Path) -> None:
-    """Change the copy ``csrc``. Raises ``LookupError`` if the text stands in no file, or in several."""
+    """Change the copy ``csrc``. Raises ``LookupError`` if the text stands nowhere."""
     files = [f for f in csrc.rglob("*") if f.is_file() and mutation.old in f.read_text()]
-    if len(files) != 1:
-        raise LookupError(f"{mutation.name}: {mutation.old!r} stands in {len(files)} files of csrc/, not in one")
-    files[0].write_text(files[0].read_text().replace(mutation.old, mutation.new))
+    if not files:
+        raise LookupError(f"{mutation.name}: {mutation.old!r} stands in no file of csrc/")
+    for file in files:
+        file.write_text(file.read_text().replace(mutation.old, mutation.new))
 
 
 def _run(command: list[str], module: Path, timeout: float) -> tuple[bool, str]:

@@ -41,20 +41,43 @@ from npt_kernels.kernels.cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Se
 from npt_kernels.ops.mlp import cuda as mlp
 
 __all__ = [
-    "ACT", "ACTIVATIONS", "ACT_BWD", "DTYPES", "GATE_UP", "GATE_UP_BWD", "LOW", "LOW_FIRST", "LOW_SECOND", "MAIN", "STORE",
-    "Segment", "extension", "forward_mlp", "gemm_kernels", "gemm_label", "is_decode", "run_coefficients", "run_gemm",
-    "run_reduce", "run_rule", "run_value_grads", "skinny_kernels", "skinny_kind", "use_module",
+    "ACT",
+    "ACTIVATIONS",
+    "ACT_BWD",
+    "DTYPES",
+    "GATE_UP",
+    "GATE_UP_BWD",
+    "LOW",
+    "LOW_FIRST",
+    "LOW_SECOND",
+    "MAIN",
+    "STORE",
+    "Segment",
+    "extension",
+    "forward_mlp",
+    "gemm_kernels",
+    "gemm_label",
+    "is_decode",
+    "low_rank_kernels",
+    "low_rank_kind",
+    "run_coefficients",
+    "run_gemm",
+    "run_reduce",
+    "run_rule",
+    "run_value_grads",
+    "splits",
+    "use_module",
 ]  # fmt: skip
 
 DTYPES = {number: dtype for dtype, number in launch.DTYPES.items()}
 ACTIVATIONS = launch.FUSED_ACTIVATIONS
-STORE, ACT, GATE_UP = Epilogue.STORE, Epilogue.ACT, Epilogue.DUAL
-ACT_BWD, GATE_UP_BWD = Epilogue.ACT_BWD, Epilogue.DUAL_BWD
+STORE, ACT, GATE_UP = Epilogue.STORE, Epilogue.ACT, Epilogue.GATE_UP
+ACT_BWD, GATE_UP_BWD = Epilogue.ACT_BWD, Epilogue.GATE_UP_BWD
 
-_FAMILIES = {Family.COOP: "cooperative", Family.PINGPONG: "ping-pong", Family.DECODE: "decode"}
+_FAMILIES = {Family.COOP: "cooperative", Family.PINGPONG: "ping-pong", Family.DECODE: "decode", Family.SPLIT: "split"}
 _EPILOGUES = {STORE: "store", ACT: "act", GATE_UP: "gate_up", ACT_BWD: "act_bwd", GATE_UP_BWD: "gate_up_bwd"}
-#: csrc/skinny/dispatch.h, SkinnyFamily.
-_SKINNY = {0: "coefficients", 1: "value_grads", 2: "rule", 3: "rule_bwd", 4: "reduce"}
+#: csrc/low_rank_dispatch.h, LowRankFamily.
+_LOW_RANK = {0: "coefficients", 1: "value_grads", 2: "rule", 3: "rule_bwd", 4: "reduce"}
 
 
 def extension() -> ModuleType:
@@ -77,14 +100,23 @@ def is_decode(kernel: dict[str, Any]) -> bool:
     return kernel["family"] == Family.DECODE  # type: ignore[no-any-return]
 
 
-def skinny_kernels() -> list[dict[str, Any]]:
-    """Every skinny instance: family, dtype, tile, variant."""
-    return extension().skinny_kernels()  # type: ignore[no-any-return]
+def splits(kernel: dict[str, Any], depth: int) -> list[int]:
+    """Into how many parts it can split a K of ``depth``."""
+    if kernel["family"] == Family.DECODE:
+        return [1, 2, 4, 8]
+    if kernel["family"] == Family.SPLIT:
+        return [n for n in (1, 2, 4, 8) if n * kernel["cluster"] <= 8 and n * 64 <= max(depth, 64)]
+    return [1]
 
 
-def skinny_kind(kernel: dict[str, Any]) -> dict[str, Any]:
+def low_rank_kernels() -> list[dict[str, Any]]:
+    """Every low-rank instance: family, dtype, tile, variant."""
+    return extension().low_rank_kernels()  # type: ignore[no-any-return]
+
+
+def low_rank_kind(kernel: dict[str, Any]) -> dict[str, Any]:
     """What an instance computes: ``kind`` and, by kind, ``key_kind``, ``compute_z``, ``vector``, ``shares``."""
-    kind, variant = _SKINNY[kernel["family"]], kernel["variant"]
+    kind, variant = _LOW_RANK[kernel["family"]], kernel["variant"]
     if kind == "coefficients":
         return {"kind": kind, "key_kind": variant // 10, "compute_z": bool(variant % 10)}
     if kind.startswith("rule"):
@@ -133,12 +165,12 @@ def run_coefficients(
     width = z.shape[1] // terms
     plan = skinny.ShrinkPlan(tile, parts, "test")
     arguments = skinny.shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan)
-    extension().shrink(*arguments, sms, 0)
+    extension().coefficients(*arguments, sms, 0)
 
 
 def run_value_grads(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int, sms: int) -> None:
     """Shares of dc and d w_b_up, fp32."""
-    extension().pair(*skinny.pair_arguments(dy, c, w_b_up, dc, db, ranges), sms, 0)
+    extension().value_grads(*skinny.pair_arguments(dy, c, w_b_up, dc, db, ranges), sms, 0)
 
 
 def run_reduce(shares: Tensor, out: Tensor, sms: int, size: int | None = None) -> None:

@@ -14,10 +14,11 @@ def _check(family: str) -> tuple[str, ...]:
 
 UNITS = {
     "cooperative": ("coop_bf16", _check("cooperative")),
+    "split": ("split_bf16", _check("split")),
     "pingpong": ("pingpong_bf16", _check("ping-pong (store|act|gate_up)$")),
     "pingpong_bwd": ("pingpong_bwd_bf16", _check("bwd")),
     "decode": ("decode_bf16", _check("decode")),
     "overlap": ("decode_bf16", ("overlap.py", "6")),
-    "coefficients": ("shrink_bf16", _check("coefficients")),
-    "value_grads": ("skinny_bf16", _check("value_grads")),
+    "coefficients": ("coefficients_bf16", _check("coefficients")),
+    "value_grads": ("low_rank_bf16", _check("value_grads")),
 }

@@ -127,7 +127,7 @@ def padded_vector(column: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bias_segment(x: Tensor, first: Tensor | None, second: Tensor | None, width: int) -> Segment:
-    """Biases of a dual tile as one more K block: ones [T, 8] times [bias; 0]."""
+    """Biases of a gate-up tile as one more K block: ones [T, 8] times [bias; 0]."""
     ones = x.new_ones(x.shape[0], 8)
     rows = x.new_zeros(2, 8, width)
     for index, bias in enumerate((first, second)):

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from checking import Case, Output, normal, pitched, ternary
-from names import DTYPES, run_coefficients, run_reduce, run_rule, run_value_grads, skinny_kind
+from names import DTYPES, low_rank_kind, run_coefficients, run_reduce, run_rule, run_value_grads
 from torch import Tensor
 
 from npt_kernels.rules import get_rule
 
-__all__ = ["coefficients_case", "skinny_cases", "value_grads_case"]
+__all__ = ["coefficients_case", "low_rank_cases", "value_grads_case"]
 
 SCALE, SMS = 0.7, 132
 #: Rounding of z and p inside, then a product (or a sum over a term), then the element.
@@ -192,11 +192,11 @@ def _rules(dtype: torch.dtype, backward: bool, vector: int, shares: bool, count:
     return cases
 
 
-def skinny_cases(kernel: dict[str, Any], index: int, shapes: int) -> list[Case]:
+def low_rank_cases(kernel: dict[str, Any], index: int, shapes: int) -> list[Case]:
     """Cases of one instance; those that sum shares come with value_grads."""
     random.seed(index)
     torch.manual_seed(index)
-    kind, dtype = skinny_kind(kernel), DTYPES[kernel["dtype"]]
+    kind, dtype = low_rank_kind(kernel), DTYPES[kernel["dtype"]]
     if kind["kind"] == "coefficients":
         return _coefficients(dtype, kernel, kind, shapes)
     if kind["kind"] == "value_grads":
