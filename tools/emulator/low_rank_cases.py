@@ -83,7 +83,7 @@ def value_grads_case(dtype: torch.dtype, rows: int, width: int, rank: int, range
     db_parts = torch.stack([
         c[first:last].double().t() @ dy[first:last].double() for first, last in itertools.pairwise(edges)
     ])  # fmt: skip
-    # 512 fp32 additions, each rounded: a standard deviation of 0.4 · 512 · eps / sqrt(512) = 9 eps of the mean size; 64 is 6 of them.
+    # 512 fp32 additions, each rounded: a standard deviation of 0.4 · sqrt(512) = 9 eps of the mean size; 64 is 6 of them.
     sums = (64.0, 64.0)
     outputs = [
         Output("dc shares", dc_parts, torch.float32, exact, slack=sums, compact=True),
