@@ -8,7 +8,7 @@ The model mirrors, line by line where marked in the sources:
 * ``csrc/low_rank/ring.cuh``: the ring of two warpgroups again; ``csrc/low_rank/value_grads.cuh``: the resident operand [S4] [S5].
 * ``csrc/low_rank/coefficients.cuh`` [S1] [S2] [S3] and ``decode_finish_split`` of ``csrc/decode/segk_swapab.cuh`` [D2] [D3]: a
   cluster's blocks leave partial sums in the memory of their rings, meet, read each other's, meet again.
-* ``csrc/gemm/segk_split.cuh`` [S1] [S2] [S3]: the same after a ring with multicast.
+* ``csrc/gemm/segk_split.cuh`` [S6] [S7] [S8]: the same after a ring with multicast.
 * ``csrc/decode/segk_swapab.cuh``: overlap with the kernel before [D1] [D4].
 * ``csrc/gemm/segk_coop.cuh``: ``CoopEpilogue::store`` (two buffers in rotation) and the final ``cluster_sync``.
 

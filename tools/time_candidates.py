@@ -1,8 +1,8 @@
-"""Times what ``choose`` weighs for 65 to 512 tokens beside the vendor's GEMM:
-``PYTHONPATH=. python tools/time_candidates.py OUT.json``.
+"""Times instances that ``choose`` weighs beside the vendor's GEMM: ``PYTHONPATH=. python tools/time_candidates.py OUT.json``.
 
-Down projections: K split over a cluster (as chosen, and the other splits) against tiles of 128 x 128 and 128 x 256. Gate and up:
-tiles of 128 and of 64 rows. bf16, R = 64, layers of Llama 8B and 1B; contenders interleaved, inputs rotate past the L2 cache
+Down projections of 65 to 512 tokens: K split over a cluster (as chosen, and the other splits) against tiles of 128 x 128 and
+128 x 256. Gate and up of as many: tiles of 128 and of 64 rows. One token: decode kernels of 8, 16 and 32. Short K at 8192 tokens:
+ping-pong kernels with and without a cluster. bf16, R = 64; contenders interleaved, inputs rotate past the L2 cache
 (npt_kernels/measure/timing.py). Needs an sm_90 GPU; under a minute. The predictions stand in npt_kernels/kernels/cuda/choose.py.
 """
 
@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ TOKENS = (65, 128, 192, 256, 512)
 #: Name → hidden and MLP width.
 LAYERS = {"8B": (4096, 14336), "1B": (2048, 8192)}
 RANK = 64
+#: Tokens, columns and K of the short products: GPT-2's MLP.
+SHORT = (8192, 3072, 768)
 
 
 def down_configs(tokens: int, width: int, depth: int, sms: int) -> dict[str, Config]:
@@ -58,6 +61,18 @@ def gate_up_configs(tokens: int, width: int, depth: int, sms: int) -> dict[str, 
     return found
 
 
+def decode_configs(epilogue: Epilogue, width: int, depth: int, sms: int) -> dict[str, Config]:
+    """One token on the decode kernels of 8 (as chosen), 16 and 32."""
+    chosen = choose(epilogue, 1, width, depth, sms)
+    return {"chosen": chosen} | {f"{n} tokens": replace(chosen, block_m=n) for n in (16, 32)}
+
+
+def short_configs(epilogue: Epilogue, tokens: int, width: int, depth: int, sms: int) -> dict[str, Config]:
+    """The chosen ping-pong kernel with a cluster of 2 and without."""
+    chosen = choose(epilogue, tokens, width, depth, sms)
+    return {f"cluster {n}": replace(chosen, cluster=n, group_m=16 // n) for n in (1, 2)}
+
+
 def normal(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, dtype=DTYPE, device=device).mul_(shape[-1] ** -0.5)
 
@@ -67,14 +82,20 @@ def contenders(
 ) -> dict[str, Call]:
     """cuBLAS without the delta, then ours with it: ``x @ stored[i]ᵀ + c @ value``, gate and up stored one above the other."""
     two = stored[0].shape[0] == 2 * width
-    out = x.new_empty(x.shape[0], width)
+    epilogue = next(iter(configs.values())).epilogue
+    count = {Epilogue.ACT: 2, Epilogue.GATE_UP_BWD: 2}.get(epilogue, 1)  # ACT as in training, with its input saved
+    outs = [x.new_empty(x.shape[0], width) for _ in range(count)]
+    inputs = {Epilogue.ACT_BWD: 1, Epilogue.GATE_UP_BWD: 2}.get(epilogue, 0)
+    saved = [torch.randn_like(outs[0]) for _ in range(inputs)]
     plain = x.new_empty(x.shape[0], stored[0].shape[0])
     low = low_rank(c, values[0], LOW, values[1] if two else None)
 
     def ours(config: Config) -> Call:
         def call(i: int) -> None:
             main = Segment(MAIN, x, stored[i][:width], stored[i][width:] if two else None)
-            launch.run(config.epilogue, [main, low], [out], config=config)
+            launch.run(
+                config.epilogue, [main, low], outs, inputs=saved, store_pre=epilogue == Epilogue.ACT, config=config
+            )
 
         return call
 
@@ -95,6 +116,18 @@ def cases(device: torch.device) -> Iterator[tuple[str, dict[str, Call], int, str
                 x, c = normal(device, tokens, depth), normal(device, tokens, RANK)
                 calls = contenders(x, stored, c, values, configs, width)
                 yield f"{op} {layer} T={tokens}", calls, count, str(configs["chosen"])
+            configs = decode_configs(Epilogue.STORE if op == "down" else Epilogue.GATE_UP, width, depth + RANK, sms)
+            calls = contenders(normal(device, 1, depth), stored, normal(device, 1, RANK), values, configs, width)
+            yield f"{op} {layer} T=1", calls, count, str(configs["chosen"])
+    tokens, width, depth = SHORT
+    values = [normal(device, RANK, width) for _ in range(2)]
+    x, c = normal(device, tokens, depth), normal(device, tokens, RANK)
+    for epilogue in Epilogue:
+        stored = [normal(device, (2 if epilogue == Epilogue.GATE_UP else 1) * width, depth)]
+        configs = short_configs(epilogue, tokens, width, depth + RANK, sms)
+        calls = contenders(x, stored, c, values, configs, width)
+        picked = str(choose(epilogue, tokens, width, depth + RANK, sms))
+        yield f"short {epilogue.name.lower()} T={tokens}", calls, 1, picked
 
 
 def main() -> int:

@@ -73,7 +73,7 @@ NPT_DEVICE void init_barriers(const Barriers& b) {
 template <class C>
 NPT_DEVICE void load_block(const Segment& seg, int kind, uint32_t a_dst, uint32_t b_dst, uint32_t bar, int k, int m, int n,
                            uint32_t rank, uint32_t group) {
-  constexpr uint32_t kAll = (1u << C::kCluster) - 1;
+  constexpr uint16_t kAll = (1u << C::kCluster) - 1;
   tma_load(a_dst, &seg.a, bar, k, m);
   const auto load_b = [&](uint32_t dst, const CUtensorMap* map, int x, int y) {
     if constexpr (C::kCluster > 1) {

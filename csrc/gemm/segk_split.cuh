@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(384, 1) segk_split(const __grid_constant__ Seg
         before += p.segment_blocks[s];
       }
     }
-    cluster_sync();  // [S1]
+    cluster_sync();  // [S6]
   } else {
     registers_grow<232>();
     const int consumer = group - 1, thread = threadIdx.x % 128, lane = thread % 32;
@@ -107,12 +107,12 @@ __global__ void __launch_bounds__(384, 1) segk_split(const __grid_constant__ Seg
     }
     finish_tile<C>(acc, loop, bars, lane);
     // Both warpgroups have waited for every stage, the peer's multicasts included, so no load is in flight and the ring is free.
-    named_barrier(1, 256);  // [S2]
+    named_barrier(1, 256);  // [S7]
     put_partials<C::kBN>(base, acc[0], consumer * 64, 0, C::kBN, thread / 32, lane);
-    cluster_sync();  // [S1] every block's sums are in place
+    cluster_sync();  // [S6] every block's sums are in place
     split_finish<C>(p, base, part, parts, rank, m, n, 4 * consumer + thread / 32, lane);
   }
-  cluster_sync();  // [S3] no block leaves while another reads its shared memory
+  cluster_sync();  // [S8] no block leaves while another reads its shared memory
 }
 
 }  // namespace npt

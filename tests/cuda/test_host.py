@@ -97,6 +97,8 @@ def test_choices() -> None:
     big = choose(Epilogue.STORE, 8192, 4096, 14336)
     assert (big.family, big.cluster, big.block_n) == (Family.COOP, 2, 256)
     assert choose(Epilogue.ACT, 8192, 3072, 768).family == Family.PINGPONG
+    short = choose(Epilogue.STORE, 8192, 3072, 768)
+    assert (short.family, short.cluster, short.block_n) == (Family.PINGPONG, 1, 128)
     assert choose(Epilogue.GATE_UP, 128, 14336, 4096).cluster == 1  # one row tile: half of the pair would be empty
     assert choose(Epilogue.GATE_UP, 300, 14336, 4096).cluster == 1  # three
     assert choose(Epilogue.GATE_UP, 8000, 14336, 4096).cluster == 2
