@@ -40,13 +40,14 @@ class Mutation:
 MUTATIONS = [Mutation(**fault) for fault in yaml.safe_load((HERE / "faults.yaml").read_text())]
 
 
-def plant(mutation: Mutation, csrc: Path) -> None:
-    """Change the copy ``csrc``. Raises ``LookupError`` if the text stands nowhere."""
+def plant(mutation: Mutation, csrc: Path) -> list[Path]:
+    """Change the copy ``csrc``; the files changed. Raises ``LookupError`` if the text stands nowhere."""
     files = [f for f in csrc.rglob("*") if f.is_file() and mutation.old in f.read_text()]
     if not files:
         raise LookupError(f"{mutation.name}: {mutation.old!r} stands in no file of csrc/")
     for file in files:
         file.write_text(file.read_text().replace(mutation.old, mutation.new))
+    return files
 
 
 def _run(command: list[str], module: Path, timeout: float) -> tuple[bool, str]:
@@ -69,13 +70,15 @@ def try_one(
     """Build and run one mutant: (whether it was caught, how). ``base``: a build of ``csrc`` as it is."""
     unit, command = UNITS[mutation.unit]
     shutil.copytree(csrc, folder / "csrc")
-    plant(mutation, folder / "csrc")
+    changed = [file.relative_to(folder / "csrc").with_suffix("") for file in plant(mutation, folder / "csrc")]
     generated, objects = folder / "generated", []
     translate_tree(folder / "csrc", generated)
     for source in build.sources(generated):
         mutant = source.name == f"{unit}.cu.cpp"
         out = build.object_path(toolchain, source, generated, folder if mutant else base / "objects")
         objects.append(build.compile_one(toolchain, source, generated, out) if mutant else out)
+        if mutant and not any(f"{generated / name}." in Path(f"{out}.d").read_text() for name in changed):
+            raise LookupError(f"{mutation.name}: {unit} reads none of the files with that text")
     module = build.link(toolchain, objects, folder / f"{build.MODULE}{build.SUFFIX}")
     return _run(_command(command), module, timeout)
 
