@@ -77,10 +77,17 @@ def try_one(
         mutant = source.name == f"{unit}.cu.cpp"
         out = build.object_path(toolchain, source, generated, folder if mutant else base / "objects")
         objects.append(build.compile_one(toolchain, source, generated, out) if mutant else out)
-        if mutant and not any(f"{generated / name}." in Path(f"{out}.d").read_text() for name in changed):
+        if mutant and not set(changed) & _reads(Path(f"{out}.d"), generated):
             raise LookupError(f"{mutation.name}: {unit} reads none of the files with that text")
     module = build.link(toolchain, objects, folder / f"{build.MODULE}{build.SUFFIX}")
     return _run(_command(command), module, timeout)
+
+
+def _reads(depfile: Path, generated: Path) -> set[Path]:
+    """Files of the translation that a compilation read, without their suffixes."""
+    names = depfile.read_text().replace("\\\n", " ").split()
+    files = [Path(name).resolve() for name in names if name.startswith(str(generated))]
+    return {file.relative_to(generated.resolve()).with_suffix("") for file in files}
 
 
 def _command(arguments: tuple[str, ...]) -> list[str]:
