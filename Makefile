@@ -11,7 +11,7 @@ OUT    ?= benchmarks/results
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench bench-report check-triton check-cuda gpu-check gpu-sanitize clean distclean
+.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated test-long gpu-check gpu-sanitize clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -31,6 +31,19 @@ check-cuda: $(VENV)/.cuda ## Build every CUDA kernel and check its machine code 
 	$(BIN)/python tools/gen_wgmma.py --check
 	$(BIN)/python tools/protocol_model.py
 	$(BIN)/python tools/check_cuda.py
+
+emulator: $(VENV)/.dev ## Build the CUDA kernels for this CPU; then NPT_EMULATE=1 runs the backend cuda on CPU tensors
+	$(BIN)/python tools/emulator/build_emulator.py --jobs $(JOBS)
+
+check-emulated: emulator ## Run every CUDA kernel on this CPU under adversarial schedules (no nvcc, driver or GPU)
+	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) $(ARGS)
+	$(BIN)/python tools/emulator/overlap.py
+	NPT_EMULATE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/cuda/test_gpu.py tests/cuda/test_emulated_model.py
+
+test-long: emulator ## What is too slow for CI: the emulator on many shapes, planted faults, AddressSanitizer (an hour)
+	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) --shapes 8
+	$(BIN)/python tools/emulator/mutations.py
+	$(BIN)/python tools/emulator/sanitize.py --jobs $(JOBS)
 
 format: $(VENV)/.dev ## Rewrite files in the house style
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,5 @@
 // Python module npt_kernels._cuda: addresses, sizes and a stream as integers, so no torch headers. Callers:
-// npt_kernels/ops/_cuda/launch.py, which checks tensors first.
+// npt_kernels/kernels/cuda/launch.py, which checks tensors first.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "skinny/dispatch.h"
+#include "low_rank_dispatch.h"
 
 namespace py = pybind11;
 
@@ -80,25 +80,26 @@ PYBIND11_MODULE(_cuda, m) {
       NPT_SPEC_ARGUMENTS,
       "Check, encode tensor maps and launch on `stream` (asynchronous); device DRY_RUN: no driver and no launch.");
   m.def(
-      "shrink",
+      "coefficients",
       [](int dtype, int rule, int width, float scale, const Matrix& a, const Matrix& u, const Matrix& w_down, const Matrix& key,
          int key_kind, const Matrix& z, const Matrix& p, const Matrix& c, bool compute_z, uint64_t key_scale, int64_t rows,
          int64_t d_a, int64_t d_u, int64_t rank, int tile, int parts, int device, uint64_t stream) {
-        return described(npt::launch_shrink({static_cast<npt::Dtype>(dtype), matrix(a), matrix(u), matrix(w_down), matrix(key),
-                                             key_kind, matrix(z), matrix(p), matrix(c), compute_z, pointer(key_scale), rows, d_a,
-                                             d_u, rank, rule, width, tile, parts, scale, device, pointer(stream)}));
+        return described(npt::launch_coefficients({static_cast<npt::Dtype>(dtype), matrix(a), matrix(u), matrix(w_down),
+                                                   matrix(key), key_kind, matrix(z), matrix(p), matrix(c), compute_z,
+                                                   pointer(key_scale), rows, d_a, d_u, rank, rule, width, tile, parts, scale,
+                                                   device, pointer(stream)}));
       },
       py::arg("dtype"), py::arg("rule"), py::arg("width"), py::arg("scale"), py::arg("a"), py::arg("u"), py::arg("w_down"),
       py::arg("key"), py::arg("key_kind"), py::arg("z"), py::arg("p"), py::arg("c"), py::arg("compute_z"), py::arg("key_scale"),
       py::arg("rows"), py::arg("d_a"), py::arg("d_u"), py::arg("rank"), py::arg("tile"), py::arg("parts"), py::arg("device"),
       py::arg("stream"), "z, p and c of a rule from one reading of a and u.");
   m.def(
-      "pair",
+      "value_grads",
       [](int dtype, const Matrix& dy, const Matrix& c, const Matrix& b, uint64_t dc, uint64_t db, int64_t rows, int64_t cols,
          int64_t rank, int ranges, int device, uint64_t stream) {
-        return described(npt::launch_pair({static_cast<npt::Dtype>(dtype), matrix(dy), matrix(c), matrix(b),
-                                           static_cast<float*>(pointer(dc)), static_cast<float*>(pointer(db)), rows, cols, rank,
-                                           ranges, device, pointer(stream)}));
+        return described(npt::launch_value_grads({static_cast<npt::Dtype>(dtype), matrix(dy), matrix(c), matrix(b),
+                                                  static_cast<float*>(pointer(dc)), static_cast<float*>(pointer(db)), rows, cols,
+                                                  rank, ranges, device, pointer(stream)}));
       },
       py::arg("dtype"), py::arg("dy"), py::arg("c"), py::arg("b"), py::arg("dc"), py::arg("db"), py::arg("rows"), py::arg("cols"),
       py::arg("rank"), py::arg("ranges"), py::arg("device"), py::arg("stream"),
@@ -142,14 +143,14 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "Every compiled instance of the segmented-K GEMMs.");
   m.def(
-      "skinny_kernels",
+      "low_rank_kernels",
       [] {
         py::list list;
-        for (const npt::SkinnyKernel& k : npt::skinny_kernels()) {
+        for (const npt::LowRankKernel& k : npt::low_rank_kernels()) {
           list.append(py::dict(py::arg("family") = int(k.family), py::arg("dtype") = int(k.dtype), py::arg("tile") = k.tile,
                                py::arg("variant") = k.variant, py::arg("threads") = k.threads, py::arg("smem") = k.smem));
         }
         return list;
       },
-      "Every compiled skinny instance.");
+      "Every compiled low-rank instance.");
 }

@@ -9,13 +9,13 @@
 namespace npt {
 namespace {
 
-bool is_dual(Epilogue e) { return e == Epilogue::kDual; }
-int num_inputs(Epilogue e) { return e == Epilogue::kDualBwd ? 2 : e == Epilogue::kActBwd ? 1 : 0; }
+bool is_gate_up(Epilogue e) { return e == Epilogue::kGateUp; }
+int num_inputs(Epilogue e) { return e == Epilogue::kGateUpBwd ? 2 : e == Epilogue::kActBwd ? 1 : 0; }
 int num_outputs(Epilogue e, bool store_pre) {
   switch (e) {
-    case Epilogue::kDualBwd: return 2;
+    case Epilogue::kGateUpBwd: return 2;
     case Epilogue::kAct: return store_pre ? 2 : 1;
-    case Epilogue::kDual: return store_pre ? 3 : 1;
+    case Epilogue::kGateUp: return store_pre ? 3 : 1;
     default: return 1;
   }
 }
@@ -33,6 +33,8 @@ const std::vector<Kernel>& kernels() {
     add_pingpong_bwd_f16(list);
     add_decode_bf16(list);
     add_decode_f16(list);
+    add_split_bf16(list);
+    add_split_f16(list);
     return list;
   }();
   return all;
@@ -50,8 +52,8 @@ const Kernel& find_kernel(Family family, Epilogue epilogue, Dtype dtype, bool mn
 }
 
 void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
-  if (spec.rows < 1 || spec.rows > INT32_MAX - 65536) fail("rows = " + text(spec.rows) + " is outside [1, 2^31)");
-  if (spec.cols < 1 || spec.cols > INT32_MAX / 2) fail("cols = " + text(spec.cols) + " is outside [1, 2^31)");
+  if (spec.rows < 1 || spec.rows > INT32_MAX - 65536) fail("rows = " + text(spec.rows) + " is outside [1, 2^31 - 65537]");
+  if (spec.cols < 1 || spec.cols > kMaxColumns) fail("cols = " + text(spec.cols) + " is outside [1, 2^30 - 1024]");
   if (spec.cols % 8 != 0) fail("cols = " + text(spec.cols) + " must be a multiple of 8");
   if (kernel.family == Family::kDecode && spec.rows > kernel.block_m) {
     fail("rows = " + text(spec.rows) + " does not fit the decode instance of " + text(kernel.block_m) + " tokens");
@@ -65,12 +67,12 @@ void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
     if (s.kind < kMain || s.kind > kLowFirst) fail("segment " + text(int64_t(i)) + " has kind " + text(s.kind));
     if (i == 0 && s.kind != kMain) fail("the first segment must be of kind 0 (it overwrites the accumulators)");
     if (s.kind < last) fail("segments must be ordered by kind; segment " + text(int64_t(i)) + " has kind " + text(s.kind));
-    if (s.kind >= kLowSecond && !is_dual(spec.epilogue)) fail("half segments exist only in a dual tile");
-    const bool two = is_dual(spec.epilogue) && s.kind < kLowSecond;
+    if (s.kind >= kLowSecond && !is_gate_up(spec.epilogue)) fail("half segments exist only in a gate-up tile");
+    const bool two = is_gate_up(spec.epilogue) && s.kind < kLowSecond;
     if (two != (s.b1 != nullptr)) {
       fail("segment " + text(int64_t(i)) + (two ? " needs a second operand" : " takes one operand, got two"));
     }
-    if (s.k < 1 || s.k > INT32_MAX - 64) fail("segment " + text(int64_t(i)) + " has K = " + text(s.k));
+    if (s.k < 1 || s.k > kMaxColumns) fail("segment " + text(int64_t(i)) + " has K = " + text(s.k));
     last = s.kind;
   }
   if (int(spec.in.size()) != num_inputs(spec.epilogue)) fail("got " + text(int64_t(spec.in.size())) + " epilogue inputs");
@@ -78,7 +80,7 @@ void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
     fail("got " + text(int64_t(spec.out.size())) + " outputs, need " + text(num_outputs(spec.epilogue, spec.store_pre)));
   }
   for (const MatrixSpec& m : spec.out) {
-    if (m.ptr == nullptr && spec.epilogue == Epilogue::kDualBwd) continue;  // that gradient is not wanted
+    if (m.ptr == nullptr && spec.epilogue == Epilogue::kGateUpBwd) continue;  // that gradient is not wanted
     if (m.ptr == nullptr || m.ld < spec.cols) fail("an output has row pitch " + text(m.ld) + " below its width " + text(spec.cols));
   }
   if (spec.bias != nullptr && spec.epilogue != Epilogue::kStore && spec.epilogue != Epilogue::kAct) {
@@ -88,8 +90,19 @@ void check_launch(const LaunchSpec& spec, const Kernel& kernel) {
   if (spec.split < 1 || spec.split > 8 || (spec.split & (spec.split - 1)) != 0) {
     fail("split = " + text(spec.split) + " must be 1, 2, 4 or 8 (blocks of a portable cluster)");
   }
-  if ((spec.split > 1 || spec.dependent_from >= 0) && kernel.family != Family::kDecode) {
-    fail("only the decode kernels split K or overlap with the kernel before");
+  if (spec.split * kernel.cluster > 8) {
+    fail("split = " + text(spec.split) + " times multicast groups of " + text(kernel.cluster) + " is more than a cluster's 8 blocks");
+  }
+  if (spec.split > 1 && kernel.family != Family::kDecode && kernel.family != Family::kSplit) {
+    fail("only the decode and split kernels split K");
+  }
+  if (spec.dependent_from >= 0 && kernel.family != Family::kDecode) {
+    fail("only the decode kernels overlap with the kernel before");
+  }
+  int64_t k_blocks = 0;
+  for (const SegmentSpec& s : spec.segments) k_blocks += div_up64(s.k, kBlockK);
+  if (kernel.family == Family::kSplit && k_blocks < spec.split) {
+    fail("split = " + text(spec.split) + " is more than the " + text(k_blocks) + " k-blocks of 64");
   }
   if (spec.dependent_from >= int(spec.segments.size())) fail("dependent_from = " + text(spec.dependent_from) + " names no segment");
   if (spec.group_m < 1) fail("group_m = " + text(spec.group_m) + " must be positive");
@@ -101,7 +114,7 @@ LaunchPlan launch(const LaunchSpec& spec) {
   use_device(spec.device);
   TensorMapCache& cache = maps(spec.device);
 
-  const bool decode = kernel.family == Family::kDecode, dual = is_dual(spec.epilogue);
+  const bool decode = kernel.family == Family::kDecode, gate_up = is_gate_up(spec.epilogue);
   const int b_rows = decode ? 64 : kernel.block_n / 2, b_depth = kBlockK / kernel.cluster;
   SegkParams p{};
   p.num_segments = int(spec.segments.size());
@@ -143,18 +156,19 @@ LaunchPlan launch(const LaunchSpec& spec) {
   p.act_a = spec.act_a;
   p.act_b = spec.act_b;
   p.group_m = spec.group_m;
-  const int columns = decode ? 64 : dual ? kernel.block_n / 2 : kernel.block_n;
+  const int columns = decode ? 64 : gate_up ? kernel.block_n / 2 : kernel.block_n;
   p.tiles_n = div_up(p.cols, columns);
   p.tiles_m = decode ? 1 : div_up(p.rows, kernel.block_m * kernel.cluster);
   const int64_t tiles = int64_t(p.tiles_m) * p.tiles_n;
   // group_m · tiles_n and tile + grid must stay in 32 bits.
-  if (tiles > INT32_MAX / 4 || int64_t(spec.group_m) * p.tiles_n > INT32_MAX) fail("too many tiles: " + text(tiles));
+  if (tiles > INT32_MAX / 8 || int64_t(spec.group_m) * p.tiles_n > INT32_MAX) fail("too many tiles: " + text(tiles));
 
-  // A split tile is one cluster's: its blocks meet in decode_finish_split once.
-  const int blocks = spec.split > 1 ? p.tiles_n * spec.split
-                                    : int(std::min<int64_t>(tiles, sm_count(spec.device) / kernel.cluster)) * kernel.cluster;
+  // A split tile is one cluster's: its blocks meet once (decode_finish_split, segk_split).
+  const int slots = std::max(1, sm_count(spec.device) / kernel.cluster);
+  const bool one_tile = spec.split > 1 || kernel.family == Family::kSplit;
+  const int blocks = int(one_tile ? tiles : std::min<int64_t>(tiles, slots)) * kernel.cluster * spec.split;
   return launch_kernel(kernel.function,
-                       {blocks, 1, 1, kernel.threads, std::max(kernel.cluster, spec.split), kernel.smem, spec.dependent_from >= 0},
+                       {blocks, 1, 1, kernel.threads, kernel.cluster * spec.split, kernel.smem, spec.dependent_from >= 0},
                        &p, spec.device, spec.stream);
 }
 

@@ -10,7 +10,7 @@
 
 namespace npt {
 
-enum class Family : int { kCoop = 0, kPingPong = 1, kDecode = 2 };
+enum class Family : int { kCoop = 0, kPingPong = 1, kDecode = 2, kSplit = 3 };
 
 // One compiled kernel.
 struct Kernel {
@@ -27,7 +27,7 @@ struct SegmentSpec {
   const void* a;  // [rows, k]
   int64_t lda, k;
   const void* b0;  // [cols, k] K-major or [k, cols] MN-major
-  const void* b1;  // second operand of a dual tile, or null
+  const void* b1;  // second operand of a gate-up tile, or null
   int64_t ldb0, ldb1;
 };
 
@@ -49,7 +49,7 @@ struct LaunchSpec {
   float act_a, act_b;
   bool store_pre;
   int group_m;
-  int split;           // decode: blocks that share a tile's K (1, 2, 4 or 8)
+  int split;           // kDecode, kSplit: parts of a tile's K (1, 2, 4 or 8), each a block or a multicast group of them
   int dependent_from;  // decode: see SegkParams; -1 for a plain launch
   int device;          // kDryRun: no launch
   void* stream;
@@ -71,5 +71,7 @@ void add_pingpong_bwd_bf16(std::vector<Kernel>&);
 void add_pingpong_bwd_f16(std::vector<Kernel>&);
 void add_decode_bf16(std::vector<Kernel>&);
 void add_decode_f16(std::vector<Kernel>&);
+void add_split_bf16(std::vector<Kernel>&);
+void add_split_f16(std::vector<Kernel>&);
 
 }  // namespace npt

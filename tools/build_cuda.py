@@ -118,11 +118,7 @@ def write_ninja(build_dir: Path, output: Path, nvcc: Path) -> None:
         f"rule link\n  command = '{nvcc}' -shared -cudart static {ARCH} $in -o $out",
     ]
     objects = []
-    sources = [
-        *sorted((CSRC / "inst").glob("*.cu")),
-        *sorted((CSRC / "skinny").glob("*.cu")),
-        *sorted(CSRC.glob("*.cpp")),
-    ]
+    sources = [*sorted((CSRC / "inst").glob("*.cu")), *sorted(CSRC.glob("*.cpp"))]
     for source in sources:
         built = build_dir / f"{source.stem}.o"
         lines.append(f"build {escape(built)}: {'device' if source.suffix == '.cu' else 'host'} {escape(source)}")

@@ -19,13 +19,13 @@ from typing import Any
 
 import build_cuda
 
-FAMILIES = ("coop", "pingpong", "decode")
-SKINNY = ("shrink", "pair", "rule_forward", "rule_backward", "reduce")
+FAMILIES = ("coop", "pingpong", "decode", "split")
+LOW_RANK = ("coefficients", "value_grads", "rule_forward", "rule_backward", "reduce")
 KEYS = ("no key", "key k", "key mn", "key vector")
-EPILOGUES = ("store", "act", "dual", "act_bwd", "dual_bwd")
+EPILOGUES = ("store", "act", "gate_up", "act_bwd", "gate_up_bwd")
 ENTRY_REGISTERS = 168  # 65536 / 384: the register file at launch; setmaxnreg then gives 40 and 232
 DECODE_REGISTERS = 160
-SKINNY_REGISTERS = 168  # 9 warps: three share a quarter of the register file
+LOW_RANK_REGISTERS = 168  # 9 warps: three share a quarter of the register file
 RULE_REGISTERS = 64  # four blocks of 256 threads an SM: they hide memory latency by occupancy
 SMEM_LIMIT = 232448
 
@@ -118,7 +118,7 @@ def read_resources(binary: Path) -> dict[str, dict[str, int]]:
 
 def identify(name: str) -> dict[str, Any] | None:
     """Template arguments from the mangled name; ``None`` for a function that is no kernel of ours."""
-    family = re.search(r"segk_(coop|pingpong|decode)", name)
+    family = re.search(r"segk_(coop|pingpong|decode|split)", name)
     if family is None:
         return None
     ints = [int(v) for v in re.findall(r"Li(\d+)E", name)]
@@ -135,29 +135,27 @@ def identify(name: str) -> dict[str, Any] | None:
     return kernel | {"block_m": ints[0], "block_n": ints[1], "stages": ints[2], "cluster": ints[3]}
 
 
-def identify_skinny(name: str) -> dict[str, Any] | None:
-    """As :func:`identify` for the kernels of csrc/skinny."""
-    found = re.search(r"(skinny_shrink|skinny_pair|rule_forward|rule_backward|reduce_shares)", name)
+def identify_low_rank(name: str) -> dict[str, Any] | None:
+    """As :func:`identify` for the kernels of csrc/low_rank."""
+    found = re.search(r"(low_rank_coefficients|low_rank_value_grads|rule_forward|rule_backward|reduce_shares)", name)
     if found is None:
         return None
-    family = {"skinny_shrink": "shrink", "skinny_pair": "pair", "reduce_shares": "reduce"}.get(
-        found.group(1), found.group(1)
-    )
+    family = "reduce" if found.group(1) == "reduce_shares" else found.group(1).removeprefix("low_rank_")
     dtype = int(re.findall(r"DtypeE(\d)E", name)[0])
     ints = [int(v) for v in re.findall(r"Li(\d+)E", name)]
     flags = [int(v) for v in re.findall(r"Lb([01])E", name)]
     kernel: dict[str, Any] = {"family": family, "dtype": dtype, "tile": 0, "variant": 0}
-    if family == "shrink":
+    if family == "coefficients":
         kernel |= {"tile": ints[0], "variant": 10 * int(re.findall(r"KeyKindE(\d)E", name)[0]) + flags[0]}
-    elif family == "pair":
+    elif family == "value_grads":
         kernel["tile"] = 64
     elif family != "reduce":
         kernel["variant"] = ints[0] + (10 * flags[0] if flags else 0)
     return kernel
 
 
-def check_skinny(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: int) -> list[str]:
-    """What is wrong with one skinny kernel."""
+def check_low_rank(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: int) -> list[str]:
+    """What is wrong with one low-rank kernel."""
     bad: list[str] = []
 
     def need(condition: bool, what: str) -> None:
@@ -168,8 +166,8 @@ def check_skinny(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: 
     need(code.count(r"\b(LDL|STL)\b") == 0, "local memory")
     need(use.get("STACK", 1) == 0, f"{use.get('STACK')} bytes of stack")
     need(code.count(r"\b(ATOM|RED|ATOMG|REDG)\b") == 0, "an atomic: sums must have one order")
-    if family in ("shrink", "pair"):
-        need(use.get("REG", 999) <= SKINNY_REGISTERS, f"{use.get('REG')} registers, plan {SKINNY_REGISTERS}")
+    if family in ("coefficients", "value_grads"):
+        need(use.get("REG", 999) <= LOW_RANK_REGISTERS, f"{use.get('REG')} registers, plan {LOW_RANK_REGISTERS}")
         need(0 < smem <= SMEM_LIMIT, f"{smem} bytes of shared memory")
         need(code.count("UTMALDG") > 0, "no TMA load")
         need(bool(loops), "no K loop found")
@@ -183,7 +181,7 @@ def check_skinny(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: 
     else:
         need(use.get("REG", 999) <= RULE_REGISTERS, f"{use.get('REG')} registers, plan {RULE_REGISTERS}")
         need(not loops, "a tensor-core loop in a kernel that has none")
-    if family == "shrink":
+    if family == "coefficients":
         key, computes_z = divmod(kernel["variant"], 10)
         expected = ({kernel["tile"]} if computes_z or key in (1, 2) else set()) | ({8} if key == 3 else set())
         need({n for loop in loops for n in loop.widths} == expected, f"widths in K loops, expected {expected}")
@@ -197,7 +195,7 @@ def check_skinny(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: 
             )
         need(code.count("UCGABAR_WAIT") > 0, "no cluster barrier")
         need(code.count("PREEXIT") > 0, "the next kernel is not allowed to start")
-    elif family == "pair":
+    elif family == "value_grads":
         need([loop.widths for loop in loops] == [{256: 4, 32: 32}], f"loops {[loop.widths for loop in loops]}")
         for loop in loops:
             waits = sum("WARPGROUP.DEPBAR" in t for t in loop.body)
@@ -214,17 +212,17 @@ def check(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: int) ->
     """What is wrong with one kernel."""
     bad: list[str] = []
     epilogue, decode = EPILOGUES[kernel["epilogue"]], kernel["family"] == "decode"
-    dual, backward = epilogue == "dual", epilogue.endswith("bwd")
+    gate_up, backward = epilogue == "gate_up", epilogue.endswith("bwd")
 
     def need(condition: bool, what: str) -> None:
         if not condition:
             bad.append(what)
 
-    # HGMMA per k-block of 64: 4 k16 steps x slabs (ping-pong: two of 64 rows) or x weight tiles (decode, dual).
+    # HGMMA per k-block of 64: 4 k16 steps x slabs (ping-pong: two of 64 rows) or x weight tiles (decode, gate and up).
     width = kernel["block_m"] if decode else kernel["block_n"]
-    per_block = 4 * (kernel["block_m"] // 64) if kernel["family"] == "pingpong" else 8 if decode and dual else 4
+    per_block = 4 * (kernel["block_m"] // 64) if kernel["family"] == "pingpong" else 8 if decode and gate_up else 4
     expected = [(width, per_block)]
-    if dual:
+    if gate_up:
         expected.append((width, 4) if decode else (width // 2, 4))
     loops = code.loops()
     need(bool(loops), "no K loop found")
@@ -234,7 +232,7 @@ def check(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: int) ->
         ((n, count),) = loop.widths.items() if len(loop.widths) == 1 else ((0, 0),)
         unit = [u for w, u in expected if w == n]
         blocks = count // unit[0] if unit and count % unit[0] == 0 else 0
-        if not blocks and decode and dual and n == width and count % 4 == 0:
+        if not blocks and decode and gate_up and n == width and count % 4 == 0:
             blocks = count // 4
         need(blocks >= 1, f"a K loop has {loop.widths} HGMMA, expected {expected}")
         waits = sum("WARPGROUP.DEPBAR" in t for t in loop.body)
@@ -244,10 +242,26 @@ def check(kernel: dict[str, Any], code: Code, use: dict[str, int], smem: int) ->
             need(not any(re.search(pattern, t) for t in loop.body), f"{what} in a K loop")
     seen = {n for loop in loops for n in loop.widths}
     need({w for w, _ in expected} <= seen, f"widths {seen} in K loops, expected {expected}")
+    if gate_up and not decode:
+        # In order of addresses: the last m64n256, a wait for all, the first m64n128 on the same accumulators.
+        kinds = "".join(
+            "w"
+            if f"64x{width}x16" in t
+            else "h"
+            if f"64x{width // 2}x16" in t
+            else "d"
+            if "DEPBAR.LE gsb0, 0x0" in t
+            else ""
+            for _, t in code.lines
+        )
+        need(re.search(r"w[wd]*dh", kinds) is not None, "m64n128 may begin while m64n256 still writes its accumulators")
     need(code.count(r"\b(LDL|STL)\b") == 0, "local memory")
     need(code.count("UTMALDG") > 0, "no TMA load")
     need((code.count(r"UTMALDG\S*MULTICAST") > 0) == (kernel["cluster"] > 1), "multicast does not match the cluster")
-    if not decode:
+    if kernel["family"] == "split":
+        need(code.count("UCGABAR_WAIT") > 0, "no cluster barrier: K cannot be split")
+        need(code.count("USETMAXREG") == 2, "no register reallocation")
+    elif not decode:
         need(code.count("UTMASTG") > 0, "no TMA store")
         need(code.count("USETMAXREG") == 2, "no register reallocation")
         need(code.count(r"\bSTSM\b") > 0, "no stmatrix")
@@ -278,16 +292,16 @@ def planned_smem(module: Any) -> dict[tuple[Any, ...], int]:
     return {
         (FAMILIES[k["family"]], k["epilogue"], k["dtype"], k["mn_major"], k["cluster"], k["block_m"]): k["smem"]
         for k in module.kernels()
-    } | {(SKINNY[k["family"]], k["dtype"], k["tile"], k["variant"]): k["smem"] for k in module.skinny_kernels()}
+    } | {(LOW_RANK[k["family"]], k["dtype"], k["tile"], k["variant"]): k["smem"] for k in module.low_rank_kernels()}
 
 
-def skinny_row(kernel: dict[str, Any], use: dict[str, int], smem: int, loops: str, result: str) -> tuple[Any, ...]:
+def low_rank_row(kernel: dict[str, Any], use: dict[str, int], smem: int, loops: str, result: str) -> tuple[Any, ...]:
     """One line of the table."""
     family, variant = kernel["family"], kernel["variant"]
     what, tile = "", ""
-    if family == "shrink":
+    if family == "coefficients":
         what, tile = KEYS[variant // 10] + ("" if variant % 10 else ", z given"), f"128x{kernel['tile']}"
-    elif family == "pair":
+    elif family == "value_grads":
         tile = "64x512"
     elif variant:
         what = ("shares " if variant > 10 else "") + f"x{variant % 10}"
@@ -326,13 +340,13 @@ def main() -> int:
     rows, findings, met = [], [], set()
     for name, code in codes.items():
         loops = " ".join("+".join(f"{c}x n{n}" for n, c in loop.widths.items()) for loop in code.loops())
-        kernel = identify_skinny(name)
+        kernel = identify_low_rank(name)
         if kernel is not None:
             key = tuple(kernel[f] for f in ("family", "dtype", "tile", "variant"))
             met.add(key)
             use = resources.get(name, {})
-            bad = check_skinny(kernel, code, use, smem.get(key, 0))
-            rows.append(skinny_row(kernel, use, smem.get(key, 0), loops, "ok" if not bad else "; ".join(bad)))
+            bad = check_low_rank(kernel, code, use, smem.get(key, 0))
+            rows.append(low_rank_row(kernel, use, smem.get(key, 0), loops, "ok" if not bad else "; ".join(bad)))
             findings += [f"{key}: {b}" for b in bad]
             continue
         kernel = identify(name)

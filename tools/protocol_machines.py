@@ -257,6 +257,27 @@ def meeting_machine(blocks: int = 2, groups: int = 2, k_blocks: tuple[int, ...] 
     return m
 
 
+def split_machine(sc: Scenario, drained: bool = True, meet_last: bool = True) -> Machine:
+    """One multicast group of ``segk_split``: the ring of ``ring_machine``, then sums as in ``meeting_machine``. The groups
+    of a cluster share nothing but the meetings."""
+    m = ring_machine(sc, Faults(final_sync=False))
+    m.counts["meet"] = len(m.programs)
+    for process, cta in m.exits.items():
+        program, each = m.programs[process], 1 + sc.consumers
+        meet = [[("arrive", "meet"), ("wait", "meet", phase)] for phase in (0, 1)]
+        if process % each == 0:  # the producer
+            program += meet[0]
+        else:
+            m.counts["local", cta] = sc.consumers
+            if drained:
+                program += [("arrive", ("local", cta)), ("wait", ("local", cta), 0)]
+            program += [("deposit", cta, process % each - 1), *meet[0]]
+            program += [("collect", other, sc.consumers) for other in range(sc.cluster)]
+        if meet_last:
+            program += meet[1]
+    return m
+
+
 def overlap_machine(k_blocks: int = 3, dependent_from: int = 1, stages: int = 2, ahead: bool = True, wait_loads: bool = True,
                     wait_stores: bool = True) -> Machine:  # fmt: skip
     """A decode kernel that starts while the kernel before still runs: that one writes the activations of k-blocks from
@@ -308,7 +329,7 @@ def overlap_machine(k_blocks: int = 3, dependent_from: int = 1, stages: int = 2,
 
 
 def resident_machine(tiles: int = 3, stages: int = 2, wait_resident: bool = True, wait_full: bool = True) -> Machine:
-    """The pair kernel: w_b_up loaded once, then a ring of tiles; two warpgroups."""
+    """Value gradients: w_b_up loaded once, then a ring of tiles; two warpgroups."""
     m = Machine()
     m.counts["full", 0, "resident"] = 1
     for s in range(stages):

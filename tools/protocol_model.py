@@ -5,9 +5,10 @@ The model mirrors, line by line where marked in the sources:
 * ``csrc/gemm/mainloop.cuh``: ``init_barriers`` [P1] [P2], ``produce`` [P3] [P4], ``multiply`` [P5], ``release`` [P6],
   ``finish_tile`` [P7]; ``csrc/decode/segk_swapab.cuh`` is the same with one consumer and no cluster.
 * ``csrc/gemm/segk_pingpong.cuh``: the turn order [O1] [O2] and the epilogue's fetches and stores [E1] to [E4].
-* ``csrc/skinny/ring.cuh``: the ring of two warpgroups again; ``csrc/skinny/pair.cuh``: the resident operand [S4] [S5].
-* ``csrc/skinny/shrink.cuh`` [S1] [S2] [S3] and ``decode_finish_split`` of ``csrc/decode/segk_swapab.cuh`` [D2] [D3]: a cluster's
-  blocks leave partial sums in the memory of their rings, meet, read each other's, meet again.
+* ``csrc/low_rank/ring.cuh``: the ring of two warpgroups again; ``csrc/low_rank/value_grads.cuh``: the resident operand [S4] [S5].
+* ``csrc/low_rank/coefficients.cuh`` [S1] [S2] [S3] and ``decode_finish_split`` of ``csrc/decode/segk_swapab.cuh`` [D2] [D3]: a
+  cluster's blocks leave partial sums in the memory of their rings, meet, read each other's, meet again.
+* ``csrc/gemm/segk_split.cuh`` [S6] [S7] [S8]: the same after a ring with multicast.
 * ``csrc/decode/segk_swapab.cuh``: overlap with the kernel before [D1] [D4].
 * ``csrc/gemm/segk_coop.cuh``: ``CoopEpilogue::store`` (two buffers in rotation) and the final ``cluster_sync``.
 
@@ -36,12 +37,13 @@ from protocol_machines import (
     overlap_machine,
     resident_machine,
     ring_machine,
+    split_machine,
     store_machine,
 )
 
 __all__ = [
     "CASES", "FULL", "HALF", "Faults", "Machine", "Scenario", "Search", "Violation", "fetch_machine", "meeting_machine",
-    "overlap_machine", "resident_machine", "ring_machine", "store_machine",
+    "overlap_machine", "resident_machine", "ring_machine", "split_machine", "store_machine",
 ]  # fmt: skip
 
 
@@ -243,7 +245,7 @@ CASES: dict[str, Callable[[], Machine]] = {
         Scenario(stages=3, pingpong=True, tiles=((FULL,),) * 5)
     ),
     "ping-pong, 2 stages, even tiles": lambda: ring_machine(Scenario(pingpong=True, tiles=((FULL, FULL),) * 4)),
-    "ping-pong, ragged segment (dual), cluster of 2": lambda: ring_machine(
+    "ping-pong, ragged segment (gate_up), cluster of 2": lambda: ring_machine(
         Scenario(cluster=2, pingpong=True, tiles=((FULL, HALF),) * 3)
     ),
     "ping-pong, cluster of 2": lambda: ring_machine(
@@ -256,10 +258,14 @@ CASES: dict[str, Callable[[], Machine]] = {
     "split tile, 2 blocks, 2 warpgroups": lambda: meeting_machine(),
     "split tile, 2 blocks, one without k-blocks": lambda: meeting_machine(k_blocks=(3, 0)),
     "split tile, 3 blocks, 1 warpgroup (decode)": lambda: meeting_machine(blocks=3, groups=1),
+    "split tile, multicast pair, 2 warpgroups each": lambda: split_machine(Scenario(cluster=2, tiles=((FULL, FULL),))),
+    "split tile, multicast pair, 3 k-blocks": lambda: split_machine(
+        Scenario(cluster=2, consumers=1, tiles=((FULL, FULL, FULL),))
+    ),
     "overlap, low-rank segment depends": lambda: overlap_machine(),
     "overlap, all activations depend, weights ahead": lambda: overlap_machine(k_blocks=4, dependent_from=0),
     "overlap, ring longer than the K loop": lambda: overlap_machine(k_blocks=2, dependent_from=0, stages=3),
-    "pair, resident operand and 2 stages": lambda: resident_machine(),
+    "value gradients, resident operand and 2 stages": lambda: resident_machine(),
 }
 
 

@@ -20,11 +20,17 @@ constexpr int kBlockK = 64;            // elements of K per stage: 128 bytes of 
 constexpr int kRowBytes = 128;         // bytes of one swizzled row
 constexpr int kChunkCols = 64;         // columns of one TMA box along a contiguous dimension
 constexpr int kMaxSegments = 4;
+// x coordinate of a box that lies wholly left of every tensor: TMA reads nothing and writes zeros. Small and negative, because
+// TMA computes byte positions in 31 bits: with INT32_MAX / 2 (times 2 bytes, plus the box) every such load died with
+// cudaErrorIllegalInstruction (H200, driver 580, 2026-11-26).
+constexpr int kOutsideColumn = -2 * kChunkCols;
+// Widest matrix whose last box, up to 512 columns beyond the edge, still ends below byte 2^31 of its row.
+constexpr int64_t kMaxColumns = (int64_t(1) << 30) - 1024;
 constexpr int kMaxDynamicSmem = 232448;  // sm_90: 227 KiB a block
 
 // ------------------------------------------------------------------------------------------------ segments
 // MAIN reads weights in the layout of the instance; the LOW kinds read w_b_up / w_a_up [R, N], which is N-contiguous
-// ("MN-major"). In a dual tile LOW_FIRST feeds only the gate half of the accumulators, at half the price (m64n128), and
+// ("MN-major"). In a gate-up tile LOW_FIRST feeds only the gate half of the accumulators, at half the price (m64n128), and
 // LOW_SECOND only the up half: at full price, its gate columns zero-filled by TMA, because an m64n128 on the upper 64 of 128
 // accumulators makes ptxas copy them and serialise the pipeline (C7511).
 enum SegmentKind : int { kMain = 0, kLow = 1, kLowSecond = 2, kLowFirst = 3 };

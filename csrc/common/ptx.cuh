@@ -162,6 +162,16 @@ NPT_DEVICE uint32_t load_pair(const void* base, int pair) {
 }
 
 // ------------------------------------------------------------------------------------------------ registers ↔ tiles
+// Accumulators of 64 rows → rows of partial sums.
+template <int kCols>
+NPT_DEVICE void put_partials(uint32_t base, const float* acc, int row0, int column0, int width, int warp, int lane) {
+#pragma unroll
+  for (int i = 0; i < kCols / 2; i += 2) {
+    const int row = row0 + fragment_row(warp, lane, i), column = column0 + fragment_col(lane, i);
+    store_shared(base + partial_offset(row, column, width), acc[i], acc[i + 1]);
+  }
+}
+
 template <Dtype kType>
 NPT_DEVICE uint32_t pack(float lo, float hi) {
   uint32_t packed;

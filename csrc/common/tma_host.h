@@ -48,8 +48,8 @@ inline void check_map(const MapKey& k, const std::string& what) {
   if (address == 0) fail("is a null pointer");
   if (address % 16 != 0) fail("starts at " + std::string(hex) + ", which is not a multiple of 16 bytes");
   if (k.inner < 1 || k.outer < 1) fail("has an empty side: [" + std::to_string(k.outer) + ", " + std::to_string(k.inner) + "]");
-  if (k.inner > INT32_MAX || k.outer > INT32_MAX) {
-    fail("is [" + std::to_string(k.outer) + ", " + std::to_string(k.inner) + "]; TMA coordinates are 32-bit");
+  if (k.inner > kMaxColumns || k.outer > INT32_MAX) {
+    fail("is [" + std::to_string(k.outer) + ", " + std::to_string(k.inner) + "]; TMA's limits here are [2^31 - 1, 2^30 - 1024]");
   }
   if (k.ld < k.inner) fail("has row pitch " + std::to_string(k.ld) + " below its width " + std::to_string(k.inner));
   if (k.ld % 8 != 0) fail("has row pitch " + std::to_string(k.ld) + " elements; TMA needs a multiple of 16 bytes (8 elements)");

@@ -1,5 +1,5 @@
 // Segmented-K product for at most 64 tokens, operands swapped: the weights are the 64-row side of wgmma, the tokens its
-// columns, so no tensor-core row is padding that costs weight bandwidth. Epilogues kStore, kAct, kDual.
+// columns, so no tensor-core row is padding that costs weight bandwidth. Epilogues kStore, kAct, kGateUp.
 //
 // One block streams 64 weight rows at a time through a deep ring (8 stages of 17-24 KiB, or 12 of 9-16 KiB): by Little's law
 // 4.3 TB/s at ~700 ns needs about 23 KiB in flight per SM. Weights carry an evict-first hint; low-rank segments come last.
@@ -19,14 +19,14 @@
 
 namespace npt {
 
-template <int kTokens_, bool kMnMajor_, bool kDual_, Dtype kType_>
+template <int kTokens_, bool kMnMajor_, bool kGateUp_, Dtype kType_>
 struct DecodeConfig {
   static constexpr int kTokens = kTokens_, kRows = 64;
-  static constexpr bool kMnMajor = kMnMajor_, kDual = kDual_;
+  static constexpr bool kMnMajor = kMnMajor_, kGateUp = kGateUp_;
   static constexpr Dtype kType = kType_;
-  static constexpr int kStages = kDual ? 8 : 12;
+  static constexpr int kStages = kGateUp ? 8 : 12;
   static constexpr uint32_t kTileBytes = kRows * kRowBytes;  // one 64 x 64 weight tile, either layout
-  static constexpr uint32_t kWeightBytes = kTileBytes * (kDual ? 2 : 1), kTokenBytes = kTokens * kRowBytes;
+  static constexpr uint32_t kWeightBytes = kTileBytes * (kGateUp ? 2 : 1), kTokenBytes = kTokens * kRowBytes;
   static constexpr uint32_t kStageBytes = kWeightBytes + kTokenBytes;
   static constexpr int kThreads = 160;  // consumer warpgroup, then one producer warp
   static constexpr int kSmemBytes = kStages * int(kStageBytes) + 16 * kStages + 1024;
@@ -62,7 +62,7 @@ NPT_DEVICE void decode_produce(const SegkParams& p, const DecodeShare& share, ui
       const Segment& seg = p.segment[s];
       const int kind = p.segment_kind[s];
       const bool mn = C::kMnMajor || kind != kMain;
-      const int tiles = C::kDual && kind < kLowSecond ? 2 : 1;
+      const int tiles = C::kGateUp && kind < kLowSecond ? 2 : 1;
       const int begin = max(share.first - before, 0), end = min(share.last - before, p.segment_blocks[s]);
       const auto load_weights = [&](int i) {
         const uint32_t stage = base + at.stage * C::kStageBytes, full = full0 + 8 * at.stage;
@@ -171,7 +171,7 @@ NPT_DEVICE float decode_bias_at(const void* bias, int column, int cols) {
 template <class C, Epilogue kEpilogue>
 NPT_DEVICE void decode_finish_split(const SegkParams& p, const DecodeShare& share, float (&acc)[2][C::kTokens / 2], uint32_t base,
                                     int n, int warp, int lane) {
-  constexpr int kPairs = C::kTokens / 4, kHalves = C::kDual ? 2 : 1;
+  constexpr int kPairs = C::kTokens / 4, kHalves = C::kGateUp ? 2 : 1;
   static_assert(kHalves * kPairs * 128 * 8 <= C::kStages * int(C::kStageBytes), "partial sums overwrite the ring");
   const auto slot = [&](int half, int pair) { return base + split_slot(half, pair, kPairs, int(threadIdx.x)); };
   named_barrier(1, 128);  // every warp has read the last stage
@@ -200,7 +200,7 @@ NPT_DEVICE void decode_finish_split(const SegkParams& p, const DecodeShare& shar
         if (token + e < p.rows) out[int64_t(token + e) * p.out_ld[which]] = uint16_t(pack<C::kType>(value[e], value[e]) & 0xFFFFu);
       }
     };
-    if constexpr (!C::kDual) {
+    if constexpr (!C::kGateUp) {
       const float add = decode_bias_at<C>(p.bias, column, p.cols);
       v[0][0] += add;
       v[0][1] += add;
@@ -208,10 +208,10 @@ NPT_DEVICE void decode_finish_split(const SegkParams& p, const DecodeShare& shar
     if constexpr (kEpilogue != Epilogue::kStore) {
       if (p.store_pre) {
         put(1, v[0]);
-        if constexpr (C::kDual) put(2, v[1]);
+        if constexpr (C::kGateUp) put(2, v[1]);
       }
 #pragma unroll
-      for (int e = 0; e < 2; ++e) v[0][e] = act_forward(v[0][e], p.act_a, p.act_b) * (C::kDual ? v[1][e] : 1.0f);
+      for (int e = 0; e < 2; ++e) v[0][e] = act_forward(v[0][e], p.act_a, p.act_b) * (C::kGateUp ? v[1][e] : 1.0f);
     }
     put(0, v[0]);
   }
@@ -220,7 +220,7 @@ NPT_DEVICE void decode_finish_split(const SegkParams& p, const DecodeShare& shar
 
 template <class C, Epilogue kEpilogue>
 __global__ void __launch_bounds__(160, 1) segk_decode(const __grid_constant__ SegkParams p) {
-  static_assert(C::kDual == (kEpilogue == Epilogue::kDual));
+  static_assert(C::kGateUp == (kEpilogue == Epilogue::kGateUp));
   extern __shared__ uint8_t raw_smem[];
   const uint32_t base = (smem_address(raw_smem) + 1023u) & ~1023u;
   const uint32_t full0 = base + C::kStages * C::kStageBytes, empty0 = full0 + 8 * C::kStages;
@@ -252,11 +252,11 @@ __global__ void __launch_bounds__(160, 1) segk_decode(const __grid_constant__ Se
   float acc[2][C::kTokens / 2];
   for (int tile = share.tile; tile < p.tiles_n; tile += share.tile_step) {
     int held = -1;
-    constexpr int kBoth = C::kDual ? 1 : 0;
+    constexpr int kBoth = C::kGateUp ? 1 : 0;
     int fed[2] = {0, 0};  // 0: the next product overwrites that half (zeroing it made ptxas serialise the pipeline, C7515)
     decode_multiply<C, C::kMnMajor, 0, kBoth>(acc, main_blocks, at, held, fed, base, full0, empty0, lane);
     decode_multiply<C, true, 0, kBoth>(acc, low_blocks, at, held, fed, base, full0, empty0, lane);
-    if constexpr (C::kDual) {
+    if constexpr (C::kGateUp) {
       decode_multiply<C, true, 1, 1>(acc, second_blocks, at, held, fed, base, full0, empty0, lane);
       decode_multiply<C, true, 0, 0>(acc, first_blocks, at, held, fed, base, full0, empty0, lane);
     }
@@ -274,8 +274,8 @@ __global__ void __launch_bounds__(160, 1) segk_decode(const __grid_constant__ Se
       decode_finish_split<C, kEpilogue>(p, share, acc, base, n, warp, lane);
       break;
     }
-    if constexpr (!C::kDual) decode_bias<C>(acc[0], p.bias, n, p.cols, warp, lane);  // dual: a segment, as in segk_coop.cuh
-    if constexpr (kEpilogue == Epilogue::kDual) {
+    if constexpr (!C::kGateUp) decode_bias<C>(acc[0], p.bias, n, p.cols, warp, lane);  // gate-up: a segment, as in segk_coop.cuh
+    if constexpr (kEpilogue == Epilogue::kGateUp) {
       if (p.store_pre) {
         decode_store<C>(p, 1, acc[0], n, warp, lane);
         decode_store<C>(p, 2, acc[1], n, warp, lane);

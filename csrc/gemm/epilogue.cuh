@@ -28,7 +28,7 @@ NPT_DEVICE void put_tile(uint32_t tile, const float* v, int warp, int lane) {
 }
 
 // v[0..32) = acc[0..32) + bias[column ..]; `column` is that of the 64-column chunk. Pairs never straddle `cols`, a multiple
-// of 8. A copy and no branch around it: adding in place under `if (bias)` made ptxas serialise the dual kernel (C7511).
+// of 8. A copy and no branch around it: adding in place under `if (bias)` made ptxas serialise the gate-up kernel (C7511).
 template <Dtype kType>
 NPT_DEVICE void add_bias(float* v, const float* acc, const void* bias, int column, int cols, int lane) {
   const int end = bias == nullptr ? 0 : cols;

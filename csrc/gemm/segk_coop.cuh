@@ -1,4 +1,4 @@
-// Cooperative segmented-K GEMM: two consumer warpgroups share a 128 x 256 tile (64 rows each). Epilogues kStore, kAct, kDual.
+// Cooperative segmented-K GEMM: two consumer warpgroups share a 128 x 256 tile (64 rows each). Epilogues kStore, kAct, kGateUp.
 //
 // The epilogue is not overlapped with the next tile's wgmma, only its TMA stores are; that suits large K, where a tile's
 // K loop is long. Short K and read-heavy epilogues: segk_pingpong.cuh.
@@ -32,14 +32,14 @@ struct CoopEpilogue {
 
 template <class C, Epilogue kEpilogue>
 __global__ void __launch_bounds__(384, 1) segk_coop(const __grid_constant__ SegkParams p) {
-  static_assert(C::kDual == (kEpilogue == Epilogue::kDual) && !C::kPingPong);
+  static_assert(C::kGateUp == (kEpilogue == Epilogue::kGateUp) && !C::kPingPong);
   extern __shared__ uint8_t raw_smem[];
   const uint32_t base = ring_base<C>(raw_smem);
   const Barriers bars = barrier_addresses<C>(base);
   const uint32_t rank = C::kCluster > 1 ? cluster_rank() : 0;
   init_barriers<C>(bars);
 
-  const int group = threadIdx.x / 128;  // not warpgroup(): that costs the dual MN-major instance its registers (C7511)
+  const int group = threadIdx.x / 128;  // not warpgroup(): that costs the gate-up MN-major instance its registers (C7511)
   if (group == 0) {
     registers_shrink<40>();
     if (threadIdx.x == 0) produce<C>(p, base, bars, rank);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(384, 1) segk_coop(const __grid_constant__ Segk
     registers_grow<232>();
     const int consumer = group - 1, thread = threadIdx.x % 128, lane = thread % 32;
     const uint32_t a_offset = consumer * 64 * kRowBytes;
-    LoopState loop{{0, 0}, -1, 0};
+    LoopState loop{{0, 0}, -1, 0, 0};
     float acc[1][C::kAccumulators];
     const int tiles = p.tiles_m * p.tiles_n;
     for (int tile = blockIdx.x / C::kCluster; tile < tiles; tile += gridDim.x / C::kCluster) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(384, 1) segk_coop(const __grid_constant__ Segk
       const int column = tile_column<C>(c.n);
       const CoopEpilogue<C> out{p, base + C::kStages * C::kStageBytes + consumer * 16384u, 1 + consumer, thread,
                                 thread / 32, lane, (c.m * C::kCluster + int(rank)) * C::kBM + consumer * 64};
-      if constexpr (kEpilogue == Epilogue::kDual) {
+      if constexpr (kEpilogue == Epilogue::kGateUp) {
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
           // No bias here: with the half segments' loops it left ptxas too few registers (C7511). The host passes a bias as

@@ -11,16 +11,16 @@ namespace npt {
 enum class Epilogue : int {
   kStore = 0,      // out0 = Y + bias
   kAct = 1,        // out0 = act(Y + bias); out1 = Y + bias if store_pre                   (plain MLP)
-  kDual = 2,       // gate, up from one B stage; out0 = act(gate) · up; out1, out2 = gate, up if store_pre
+  kGateUp = 2,       // gate, up from one B stage; out0 = act(gate) · up; out1, out2 = gate, up if store_pre
   kActBwd = 3,     // Y = d act(pre); in0 = pre; out0 = Y · act'(pre)
-  kDualBwd = 4,    // Y = d inter; in0 = gate, in1 = up; out0 = d gate, out1 = d up
+  kGateUpBwd = 4,    // Y = d inter; in0 = gate, in1 = up; out0 = d gate, out1 = d up
 };
 
 // One term of the sum. Boxes: a {64 of K, BM rows}; K-major b {64 of K, BN/2 rows}; MN-major b {64 columns, 64/cluster of K}.
 // Decode: a {64 of K, 8..64 tokens}; b {64 of K, 64 rows} or {64 columns, 64 of K}.
 struct Segment {
   CUtensorMap a;
-  CUtensorMap b[2];  // second: the up half of a dual tile (MAIN, LOW); elsewhere a copy of the first
+  CUtensorMap b[2];  // second: the up half of a gate-up tile (MAIN, LOW); elsewhere a copy of the first
 };
 
 // Passed by value as __grid_constant__, so a captured CUDA graph keeps it; the maps are read by TMA from there.
@@ -36,7 +36,7 @@ struct SegkParams {
   // k-blocks as consumers loop over them. GEMM: low includes LOW_SECOND and second is 0; decode keeps them apart.
   int32_t main_blocks, low_blocks, second_blocks, first_blocks;
   int32_t num_segments;
-  int32_t rows, cols;                    // M and N of the outputs (dual: N = f)
+  int32_t rows, cols;                    // M and N of the outputs (gate-up: N = f)
   int32_t tiles_m, tiles_n, group_m;     // tiles_m counts clusters of tiles
   int32_t store_pre;
   int32_t wanted;                        // backward: bit i set if out[i] is to be stored

@@ -1,6 +1,6 @@
 // Ping-pong segmented-K GEMM: two consumer warpgroups take tiles in turn, one in its K loop while the other is in its
-// epilogue. Epilogues kDualBwd and kActBwd, which read and write T·f elements (128 x 192), and where K is short kStore, kAct
-// (128 x 128: with 192 columns these two spilled 4-32 bytes) and kDual (64 x 256, K-major weights).
+// epilogue. Epilogues kGateUpBwd and kActBwd, which read and write T·f elements (128 x 192), and where K is short kStore, kAct
+// (128 x 128: with 192 columns these two spilled 4-32 bytes) and kGateUp (64 x 256, K-major weights).
 //
 // Order (tools/protocol_model.py mirrors it): order[w] says "warpgroup w may start its K loop" and is completed by the
 // other one after it has waited for its last full stage. Besides keeping the tensor core with one tile at a time, this is
@@ -78,12 +78,12 @@ struct PingPongEpilogue {
 
 template <class C, Epilogue kEpilogue>
 __global__ void __launch_bounds__(384, 1) segk_pingpong(const __grid_constant__ SegkParams p) {
-  static_assert(C::kPingPong && C::kDual == (kEpilogue == Epilogue::kDual));
-  constexpr bool kBackward = kEpilogue == Epilogue::kDualBwd || kEpilogue == Epilogue::kActBwd;
-  constexpr int kInputs = kEpilogue == Epilogue::kDualBwd ? 2 : 1;
+  static_assert(C::kPingPong && C::kGateUp == (kEpilogue == Epilogue::kGateUp));
+  constexpr bool kBackward = kEpilogue == Epilogue::kGateUpBwd || kEpilogue == Epilogue::kActBwd;
+  constexpr int kInputs = kEpilogue == Epilogue::kGateUpBwd ? 2 : 1;
   constexpr int kChunks = C::kBN / kChunkCols, kParts = C::kSlabs * kChunks;
   static_assert(kBackward ? kParts % 2 == 0 && kParts / 2 % 2 == 1 : kParts % 4 == 0, "buffer rotation and parity below");
-  static_assert(!C::kDual || C::kSlabs == 1, "gate and up of one slab");
+  static_assert(!C::kGateUp || C::kSlabs == 1, "gate and up of one slab");
   extern __shared__ uint8_t raw_smem[];
   const uint32_t base = ring_base<C>(raw_smem);
   const Barriers bars = barrier_addresses<C>(base);
@@ -99,10 +99,10 @@ __global__ void __launch_bounds__(384, 1) segk_pingpong(const __grid_constant__ 
     const int consumer = group - 1, thread = threadIdx.x % 128, lane = thread % 32;
     const int tiles = p.tiles_m * p.tiles_n, stride = gridDim.x / C::kCluster;
     const int tile_blocks =
-        p.main_blocks + p.low_blocks + (C::kDual ? p.first_blocks : 0);  // what the other warpgroup takes from the ring per tile
+        p.main_blocks + p.low_blocks + (C::kGateUp ? p.first_blocks : 0);  // what the other warpgroup takes from the ring per tile
     const PingPongEpilogue<C> out{p, base + C::kStages * C::kStageBytes + consumer * 32768u,
                                   bars.epilogue + 16 * consumer, consumer, thread, thread / 32, lane};
-    LoopState loop{ring_advance({0, 0}, consumer * tile_blocks, C::kStages), -1, 0};
+    LoopState loop{ring_advance({0, 0}, consumer * tile_blocks, C::kStages), -1, 0, 0};
     uint32_t turn = 0;  // tiles this warpgroup has done
     float acc[C::kSlabs][C::kAccumulators];
     for (int tile = blockIdx.x / C::kCluster + consumer * stride; tile < tiles; tile += 2 * stride, ++turn) {
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(384, 1) segk_pingpong(const __grid_constant__ 
       finish_tile<C>(acc, loop, bars, lane);
       loop.at = ring_advance(loop.at, tile_blocks, C::kStages);
 
-      if constexpr (C::kDual) {
+      if constexpr (C::kGateUp) {
         // Two stores a tile, or six: their buffers go on in rotation from tile to tile.
         const int base_number = int(turn) * (p.store_pre ? 6 : 2);
 #pragma unroll

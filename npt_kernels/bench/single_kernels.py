@@ -124,15 +124,15 @@ def _dual(tokens: int, width: int, depth: int, rank: int) -> Make:
         both = torch.empty(tokens, 2 * width, dtype=DTYPE, device=device)
         inter = torch.empty(tokens, width, dtype=DTYPE, device=device)
 
-        chosen = choose(Epilogue.DUAL, tokens, width, depth, launch.multiprocessors(device))
-        other = choose(Epilogue.DUAL, tokens, width, depth, launch.multiprocessors(device), mn_major=True)
+        chosen = choose(Epilogue.GATE_UP, tokens, width, depth, launch.multiprocessors(device))
+        other = choose(Epilogue.GATE_UP, tokens, width, depth, launch.multiprocessors(device), mn_major=True)
 
         def ours(i: int, kind: int | None, config: Config | None = None) -> Tensor:
             t = sets[i]
             segments = [Segment(MAIN, t["x"], t["w"][:width], t["w"][width:])]
             if kind is not None:
                 segments.append(low_rank(t["c"], t["w_b"], kind, t["w_b2"] if kind == LOW else None))
-            launch.run(Epilogue.DUAL, segments, [inter], config=config)
+            launch.run(Epilogue.GATE_UP, segments, [inter], config=config)
             return inter
 
         def vendor(i: int) -> Tensor:
@@ -165,7 +165,7 @@ def _backward(tokens: int, width: int, depth: int) -> Make:
         def ours(i: int, to: list[Tensor]) -> list[Tensor]:
             t = sets[i]
             segments = [Segment(MAIN, t["dout"], t["w"].t())]
-            launch.run(Epilogue.DUAL_BWD, segments, to, inputs=[t["gate"], t["up"]])
+            launch.run(Epilogue.GATE_UP_BWD, segments, to, inputs=[t["gate"], t["up"]])
             return to
 
         def vendor(i: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The numerics on a GPU are collected only where an sm_90 GPU is; everything else here runs on any machine."""
+"""The numerics are collected only where an sm_90 GPU is or NPT_EMULATE=1; everything else here runs on any machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from npt_kernels.kernels.cuda import EMULATED
 from tests.support.cuda_layout import build_layout
 
 
@@ -17,7 +18,9 @@ def _has_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
-collect_ignore = [] if _has_hopper() else ["test_gpu.py"]
+collect_ignore = [] if _has_hopper() or EMULATED else ["test_gpu.py"]
+collect_ignore += [] if _has_hopper() else ["test_instances.py"]
+collect_ignore += [] if EMULATED else ["test_emulated_model.py"]
 
 
 @pytest.fixture(scope="session")

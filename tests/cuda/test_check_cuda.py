@@ -97,23 +97,51 @@ def test_findings(body: list[str], rest: list[str], use: dict[str, int], smem: i
     assert any(part in f for f in found), found
 
 
-SHRINK_NAME = "_ZN3npt13skinny_shrinkINS_12ShrinkConfigILi64ELb1ELNS_7KeyKindE3ELNS_5DtypeE1EEEEEvNS_12ShrinkParamsE"
-PAIR_NAME = "_ZN3npt11skinny_pairINS_10PairConfigILNS_5DtypeE0EEEEEvNS_10PairParamsE"
+GATE_UP = KERNEL | {"epilogue": 2}
+HALF = [t.replace("256x16", "128x16") for t in BODY[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("between", "clean"),
+    [(["WARPGROUP.DEPBAR.LE gsb0, 0x0"], True), ([], False), (["WARPGROUP.DEPBAR.LE gsb0, 0x1"], False)],
+)
+def test_half_segments_wait_for_the_full_ones(between: list[str], clean: bool) -> None:
+    lines = [*BODY, *between, *HALF]
+    back = f"@!P0 BRA {0x10 * (len(BODY) + len(between) + 1):#x}"
+    found = check_cuda.check(GATE_UP, code([*lines, back], REST), USE, 230512)
+    assert found == ([] if clean else ["m64n128 may begin while m64n256 still writes its accumulators"])
+
+
+COEFFICIENTS_NAME = (
+    "_ZN3npt21low_rank_coefficientsINS_18CoefficientsConfigILi64ELb1ELNS_7KeyKindE3ELNS_5DtypeE1EEEEEv"
+    "NS_18CoefficientsParamsE"
+)
+VALUE_GRADS_NAME = "_ZN3npt20low_rank_value_gradsINS_16ValueGradsConfigILNS_5DtypeE0EEEEEvNS_16ValueGradsParamsE"
 RULE_NAME = "_ZN3npt13rule_backwardILNS_5DtypeE0ELi2ELb1EEEvNS_10RuleParamsE"
 
 
-def test_skinny_kernels_are_recognised() -> None:
-    assert check_cuda.identify_skinny(SHRINK_NAME) == {"family": "shrink", "dtype": 1, "tile": 64, "variant": 31}
-    assert check_cuda.identify_skinny(PAIR_NAME) == {"family": "pair", "dtype": 0, "tile": 64, "variant": 0}
-    assert check_cuda.identify_skinny(RULE_NAME) == {"family": "rule_backward", "dtype": 0, "tile": 0, "variant": 12}
-    assert check_cuda.identify_skinny("_ZN3npt9segk_coopI") is None
+def test_low_rank_kernels_are_recognised() -> None:
+    assert check_cuda.identify_low_rank(COEFFICIENTS_NAME) == {
+        "family": "coefficients",
+        "dtype": 1,
+        "tile": 64,
+        "variant": 31,
+    }
+    assert check_cuda.identify_low_rank(VALUE_GRADS_NAME) == {
+        "family": "value_grads",
+        "dtype": 0,
+        "tile": 64,
+        "variant": 0,
+    }
+    assert check_cuda.identify_low_rank(RULE_NAME) == {"family": "rule_backward", "dtype": 0, "tile": 0, "variant": 12}
+    assert check_cuda.identify_low_rank("_ZN3npt9segk_coopI") is None
 
 
-def skinny_loop(width: int) -> list[str]:
+def low_rank_loop(width: int) -> list[str]:
     return [*[f"HGMMA.64x{width}x16.F32.BF16 R24, gdesc[UR8], R24"] * 4, "WARPGROUP.DEPBAR.LE gsb0, 0x1", "@!P0 BRA"]
 
 
-def skinny_code(loops: list[list[str]], rest: list[str]) -> check_cuda.Code:
+def low_rank_code(loops: list[list[str]], rest: list[str]) -> check_cuda.Code:
     lines, at = [], 0x10
     for body in loops:
         start = at
@@ -123,43 +151,67 @@ def skinny_code(loops: list[list[str]], rest: list[str]) -> check_cuda.Code:
     return check_cuda.Code("k", [*lines, *((at + 0x10 * i, t) for i, t in enumerate(rest))])
 
 
-SHRINK_REST = ["UTMALDG.2D [UR8], [UR4]", "UCGABAR_WAIT", "PREEXIT", "EXIT"]
-PAIR_LOOP = [*skinny_loop(256)[:4], *["HGMMA.64x32x16.F32.BF16 R152, gdesc[UR8], R152"] * 32,
+COEFFICIENTS_REST = ["UTMALDG.2D [UR8], [UR4]", "UCGABAR_WAIT", "PREEXIT", "EXIT"]
+VALUE_GRADS_LOOP = [*low_rank_loop(256)[:4], *["HGMMA.64x32x16.F32.BF16 R152, gdesc[UR8], R152"] * 32,
              "WARPGROUP.DEPBAR.LE gsb0, 0x0", *["STG.E.64 [R2], R152"] * 8, "@!P0 BRA"]  # fmt: skip
-PAIR_REST = ["UTMALDG.2D [UR8], [UR4]", "USETMAXREG 0xe8", "USETMAXREG 0x28", "EXIT"]
+VALUE_GRADS_REST = ["UTMALDG.2D [UR8], [UR4]", "USETMAXREG 0xe8", "USETMAXREG 0x28", "EXIT"]
 
 
 @pytest.mark.parametrize(
     ("name", "loops", "rest", "use", "part"),
     [
-        (SHRINK_NAME, [skinny_loop(64), skinny_loop(8)], SHRINK_REST, USE, None),
-        (SHRINK_NAME, [skinny_loop(64)], SHRINK_REST, USE, "widths in K loops"),
+        (COEFFICIENTS_NAME, [low_rank_loop(64), low_rank_loop(8)], COEFFICIENTS_REST, USE, None),
+        (COEFFICIENTS_NAME, [low_rank_loop(64)], COEFFICIENTS_REST, USE, "widths in K loops"),
         (
-            SHRINK_NAME,
-            [skinny_loop(64)[:3] + skinny_loop(64)[4:], skinny_loop(8)],
-            SHRINK_REST,
+            COEFFICIENTS_NAME,
+            [low_rank_loop(64)[:3] + low_rank_loop(64)[4:], low_rank_loop(8)],
+            COEFFICIENTS_REST,
             USE,
             "expected 4 a k-block",
         ),
-        (SHRINK_NAME, [[*skinny_loop(64)[:4], "@!P0 BRA"], skinny_loop(8)], SHRINK_REST, USE, "wgmma waits"),
-        (SHRINK_NAME, [["LDS R1, [R2]", *skinny_loop(64)], skinny_loop(8)], SHRINK_REST, USE, "plain memory access"),
-        (SHRINK_NAME, [skinny_loop(64), skinny_loop(8)], SHRINK_REST[:1] + SHRINK_REST[2:], USE, "cluster barrier"),
-        (SHRINK_NAME, [skinny_loop(64), skinny_loop(8)], SHRINK_REST, USE | {"REG": 170}, "170 registers"),
-        (PAIR_NAME, [PAIR_LOOP], PAIR_REST, USE, None),
-        (PAIR_NAME, [PAIR_LOOP[1:]], PAIR_REST, USE, "loops"),
-        (PAIR_NAME, [PAIR_LOOP], PAIR_REST[:1], USE, "register reallocation"),
-        (PAIR_NAME, [["RED.E.ADD.F32 [R2], R3", *PAIR_LOOP]], PAIR_REST, USE, "atomic"),
+        (
+            COEFFICIENTS_NAME,
+            [[*low_rank_loop(64)[:4], "@!P0 BRA"], low_rank_loop(8)],
+            COEFFICIENTS_REST,
+            USE,
+            "wgmma waits",
+        ),
+        (
+            COEFFICIENTS_NAME,
+            [["LDS R1, [R2]", *low_rank_loop(64)], low_rank_loop(8)],
+            COEFFICIENTS_REST,
+            USE,
+            "plain memory access",
+        ),
+        (
+            COEFFICIENTS_NAME,
+            [low_rank_loop(64), low_rank_loop(8)],
+            COEFFICIENTS_REST[:1] + COEFFICIENTS_REST[2:],
+            USE,
+            "cluster barrier",
+        ),
+        (
+            COEFFICIENTS_NAME,
+            [low_rank_loop(64), low_rank_loop(8)],
+            COEFFICIENTS_REST,
+            USE | {"REG": 170},
+            "170 registers",
+        ),
+        (VALUE_GRADS_NAME, [VALUE_GRADS_LOOP], VALUE_GRADS_REST, USE, None),
+        (VALUE_GRADS_NAME, [VALUE_GRADS_LOOP[1:]], VALUE_GRADS_REST, USE, "loops"),
+        (VALUE_GRADS_NAME, [VALUE_GRADS_LOOP], VALUE_GRADS_REST[:1], USE, "register reallocation"),
+        (VALUE_GRADS_NAME, [["RED.E.ADD.F32 [R2], R3", *VALUE_GRADS_LOOP]], VALUE_GRADS_REST, USE, "atomic"),
         (RULE_NAME, [], ["LDG.E R2, [R4]", "EXIT"], USE | {"REG": 40}, None),
         (RULE_NAME, [], ["STL [R1], R2", "EXIT"], USE | {"REG": 40}, "local memory"),
         (RULE_NAME, [], ["EXIT"], USE | {"REG": 80}, "80 registers"),
     ],
 )
-def test_skinny_findings(
+def test_low_rank_findings(
     name: str, loops: list[list[str]], rest: list[str], use: dict[str, int], part: str | None
 ) -> None:
-    kernel = check_cuda.identify_skinny(name)
+    kernel = check_cuda.identify_low_rank(name)
     assert kernel is not None
-    found = check_cuda.check_skinny(kernel, skinny_code(loops, rest), use, 197728)
+    found = check_cuda.check_low_rank(kernel, low_rank_code(loops, rest), use, 197728)
     if part is None:
         assert found == []
     else:

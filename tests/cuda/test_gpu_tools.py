@@ -47,7 +47,7 @@ def test_the_check_runs_cuda(on_cpu: None, tmp_path: Path) -> None:
         row["provider"] == "cuda" and row["status"] == "checked" for row in timed if row.get("suite") == "kernels"
     )
     assert "FAILED" not in outcome.output
-    assert {"shrink", "pair", "reduce", "launch"} <= set(LAUNCHES)
+    assert {"coefficients", "value_grads", "reduce", "launch"} <= set(LAUNCHES)
 
 
 def test_rows_compute_what_they_are_compared_with(on_cpu: None) -> None:
@@ -68,7 +68,7 @@ def test_sanitizer_shapes_reach_every_family(on_cpu: None) -> None:
     done = list(sanitize_cuda.exercise("cpu", (20, 70)))
     assert len(done) == 2 * 2 * 4
     assert {epilogue for epilogue, _ in CALLS} == set(Epilogue)
-    assert set(LAUNCHES) == {"launch", "shrink", "pair", "rule", "reduce"}
+    assert set(LAUNCHES) == {"launch", "coefficients", "value_grads", "rule", "reduce"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

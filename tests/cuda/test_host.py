@@ -29,6 +29,7 @@ from npt_kernels.ops.registry import BACKENDS, BackendUnavailableError, Call, re
 from npt_kernels.rules import RULES
 
 sys.path.insert(0, str(Path(__file__).parent))
+from tests.support.cuda_instances import instances
 from tests.support.fake_launch import CALLS, LAUNCHES, LOW, LOW_FIRST, LOW_SECOND, MAIN, OVERLAPS, install
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,18 +91,48 @@ def test_wgmma_wrappers_are_up_to_date() -> None:
 # ------------------------------------------------------------------------------------- heuristics
 def test_choices() -> None:
     assert choose(Epilogue.STORE, 1, 4096, 4096).block_m == 8
-    assert choose(Epilogue.DUAL, 64, 14336, 4160).family == Family.DECODE
-    assert choose(Epilogue.DUAL, 65, 14336, 4160).family == Family.COOP
-    assert choose(Epilogue.DUAL_BWD, 1, 14336, 4096).family == Family.PINGPONG  # no decode form of the backward
+    assert choose(Epilogue.GATE_UP, 64, 14336, 4160).family == Family.DECODE
+    assert choose(Epilogue.GATE_UP, 65, 14336, 4160).family == Family.COOP
+    assert choose(Epilogue.GATE_UP_BWD, 1, 14336, 4096).family == Family.PINGPONG  # no decode form of the backward
     big = choose(Epilogue.STORE, 8192, 4096, 14336)
     assert (big.family, big.cluster, big.block_n) == (Family.COOP, 2, 256)
     assert choose(Epilogue.ACT, 8192, 3072, 768).family == Family.PINGPONG
-    assert choose(Epilogue.DUAL, 128, 14336, 4096).cluster == 1  # one row tile: half of the pair would be empty
-    assert choose(Epilogue.DUAL, 300, 14336, 4096).cluster == 1  # three
-    assert choose(Epilogue.DUAL, 8000, 14336, 4096).cluster == 2
-    short = choose(Epilogue.DUAL, 8000, 1536, 576)  # SmolLM2
+    short = choose(Epilogue.STORE, 8192, 3072, 768)
+    assert (short.family, short.cluster, short.block_n) == (Family.PINGPONG, 1, 128)
+    assert choose(Epilogue.GATE_UP, 128, 14336, 4096).cluster == 1  # one row tile: half of the pair would be empty
+    assert choose(Epilogue.GATE_UP, 300, 14336, 4096).cluster == 1  # three
+    assert choose(Epilogue.GATE_UP, 8000, 14336, 4096).cluster == 2
+    short = choose(Epilogue.GATE_UP, 8000, 1536, 576)  # SmolLM2
     assert (short.family, short.block_m, short.block_n, short.cluster) == (Family.PINGPONG, 64, 256, 2)
-    assert choose(Epilogue.DUAL, 8000, 1536, 576, mn_major=True).family == Family.COOP  # no such instance
+    assert choose(Epilogue.GATE_UP, 8000, 1536, 576, mn_major=True).family == Family.COOP  # no such instance
+
+
+def test_split_tiles_where_their_number_leaves_most_sms_idle() -> None:
+    d, f = 4096, 14336 + 64
+    ways = {t: choose(Epilogue.STORE, t, d, f) for t in (65, 128, 192, 256, 384, 512)}
+    assert {t: (c.family, c.cluster, c.split) for t, c in ways.items()} == {
+        65: (Family.SPLIT, 1, 8), 128: (Family.SPLIT, 1, 8), 192: (Family.SPLIT, 2, 4), 256: (Family.SPLIT, 2, 4),
+        384: (Family.SPLIT, 1, 2), 512: (Family.SPLIT, 2, 2),
+    }  # fmt: skip
+    assert choose(Epilogue.STORE, 2048, d, f).family == Family.COOP  # 256 tiles
+    assert choose(Epilogue.STORE, 256, d, 1024).family == Family.PINGPONG  # two k-blocks a part: the meeting costs more
+    assert choose(Epilogue.ACT, 256, d, f).family != Family.SPLIT and choose(Epilogue.ACT_BWD, 256, d, f).split == 1
+    for rows, cols, depth in itertools.product((65, 200, 700, 3000), (8, 768, 4096, 8192), (64, 4096, 28672)):
+        c = choose(Epilogue.STORE, rows, cols, depth)
+        if c.family == Family.SPLIT:
+            tiles = -(-rows // (128 * c.cluster)) * -(-cols // 256)
+            assert c.cluster * c.split <= 8 and tiles * c.cluster * c.split <= 132 and c.split > 1
+            assert -(-depth // 64) >= c.split * heuristics.MIN_SPLIT_TILE_BLOCKS
+
+
+@needs_build
+def test_grid_of_a_split_product() -> None:
+    """One cluster for each pair of row tiles and each 256 columns, of a multicast group for each part."""
+    wide = {"rows": 300, "cols": 520, "outputs": [(1 << 20, 520)]}
+    plan = _cuda.extension().launch(**(GOOD | {"family": 3, "split": 4, **wide}))
+    assert (plan["grid"], plan["cluster"]) == ((2 * 3 * 8, 1, 1), 8)
+    alone = _cuda.extension().launch(**(GOOD | {"family": 3, "cluster": 1, **wide}))
+    assert (alone["grid"], alone["cluster"]) == ((3 * 3, 1, 1), 1)
 
 
 @needs_build
@@ -117,13 +148,33 @@ def test_every_choice_is_an_instance() -> None:
         assert sizes[key] == c.block_n
 
 
+@needs_build
+def test_every_instance_is_in_the_list_that_the_gpu_tests_run() -> None:
+    listed = {
+        (
+            int(i.config.family),
+            int(i.config.epilogue),
+            dtype,
+            i.mn_major,
+            i.config.cluster,
+            i.config.block_m,
+            i.config.block_n,
+        )
+        for i in instances(*Epilogue)
+        for dtype in (0, 1)
+    }
+    fields = ("family", "epilogue", "dtype", "mn_major", "cluster", "block_m", "block_n")
+    built = [tuple(k[f] for f in fields) for k in _cuda.extension().kernels()]
+    assert set(built) == listed and len(built) == len(listed)
+
+
 def test_print_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("NPT_PRINT_CONFIG", "1")
     heuristics._print_once.cache_clear()
     for _ in range(2):
-        choose(Epilogue.DUAL, 8192, 14336, 4160)
+        choose(Epilogue.GATE_UP, 8192, 14336, 4160)
     printed = capsys.readouterr().err
-    assert printed.count("coop dual 128x256 cluster 2") == 1 and "K 4160" in printed
+    assert printed.count("coop gate_up 128x256 cluster 2") == 1 and "K 4160" in printed
 
 
 # ------------------------------------------------------------------------------------- argument checks
@@ -154,7 +205,15 @@ GOOD: dict[str, Any] = {
         ({"epilogue": 2}, "second operand"),
         ({"family": 2, "cluster": 1, "block_m": 64, "rows": 65}, "rows = 65"),
         ({"family": 2, "cluster": 1, "block_m": 64, "rows": 64, "split": 3}, "split = 3"),
-        ({"split": 2}, "only the decode kernels"),
+        ({"split": 2}, "only the decode and split kernels"),
+        ({"family": 3, "split": 4}, None),
+        ({"family": 3, "split": 8}, "split = 8 times multicast groups of 2"),
+        (
+            {"family": 3, "cluster": 1, "split": 8, "segments": [(0, 4096, 512, 448, 8192, 512, 0, 0)]},
+            "more than the 7 k-blocks",
+        ),
+        ({"family": 3, "epilogue": 1}, "no instance for family 3"),
+        ({"family": 3, "dependent_from": 0}, "only the decode kernels"),
         ({"dependent_from": 0}, "only the decode kernels"),
         ({"family": 2, "cluster": 1, "block_m": 64, "rows": 64, "dependent_from": 1}, "dependent_from = 1"),
     ],
@@ -263,7 +322,7 @@ def _check_mlp(rule: str, targets: str, act: str, gated: bool, bias: bool, conv1
     want = mlp_eager.forward(*common, act, rule, k, 0.7, True)
     compare(got, want)
     kinds = CALLS[0][1]
-    assert CALLS[0][0] == (Epilogue.DUAL if gated else Epilogue.ACT)
+    assert CALLS[0][0] == (Epilogue.GATE_UP if gated else Epilogue.ACT)
     if gated and targets == "gate up down":
         assert kinds == ((MAIN, LOW, LOW) if rule == "self_key" and bias else
                          (MAIN, LOW) if rule == "self_key" else
@@ -287,7 +346,7 @@ def _check_mlp(rule: str, targets: str, act: str, gated: bool, bias: bool, conv1
             calls = len(CALLS)
             compare(mlp_cuda.backward(*again), want_grads)
             touched = [not torch.equal(t, before) for t, before in zip(wide, saved[3:5], strict=True) if t.numel()]
-            assert any(touched) == any(c[0] in (Epilogue.ACT_BWD, Epilogue.DUAL_BWD) for c in CALLS[calls:])
+            assert any(touched) == any(c[0] in (Epilogue.ACT_BWD, Epilogue.GATE_UP_BWD) for c in CALLS[calls:])
 
 
 def test_unfused_activation_and_rank_fall_back_and_say_so(on_cpu: None) -> None:
@@ -325,8 +384,8 @@ def test_no_tokens(on_cpu: None) -> None:
     ("rule", "total", "scaled", "overlaps", "launches"),
     [
         # c from our kernel, plainly launched, then gate and up; the down projection reads what those write.
-        ("self_key", 16, True, ["low", "all"], ["shrink", "launch", "launch"]),
-        ("rank1", 16, True, ["low", "low"], ["shrink", "shrink", "launch", "shrink", "launch"]),
+        ("self_key", 16, True, ["low", "all"], ["coefficients", "launch", "launch"]),
+        ("rank1", 16, True, ["low", "low"], ["coefficients", "coefficients", "launch", "coefficients", "launch"]),
         # c is z, made by the vendor's GEMM: nothing is known about how that was launched, so no overlap with it.
         ("self_key", 136, False, [None, "all"], ["launch", "launch"]),
         ("self_key", 136, True, ["low", "all"], ["rule", "launch", "launch"]),

@@ -54,7 +54,7 @@ def test_every_tile_once(lib: ctypes.CDLL, m: int, n: int, group: int) -> None:
 
 # ------------------------------------------------------------------------------------- whole tiles
 def load_stage(smem: Smem, kind: int, mn: bool, dual: bool, cluster: int, bn: int, a: np.ndarray, b: list[np.ndarray],
-               k: int, m: int, n: int, bm: int = 128) -> int:  # fmt: skip
+               k: int, m: int, n: int, bm: int, outside: int) -> int:  # fmt: skip
     """``load_block`` of mainloop.cuh by all ranks of a cluster into one block: bytes that its barrier counts."""
     a_dst, b_dst, total = 0, bm * 128, 0
     total += smem.tma_load(a_dst, a, k, m, 64, bm)
@@ -69,7 +69,7 @@ def load_stage(smem: Smem, kind: int, mn: bool, dual: bool, cluster: int, bn: in
             for c in range((bn // 2 if dual and kind == LOW_FIRST else bn) // 64):
                 x = n + (c % 2 if dual else c) * 64
                 if dual and c < 2 and kind == LOW_SECOND:
-                    x = (1 << 30) - 1
+                    x = outside
                 source = b[c // 2 if dual else 0]
                 total += smem.tma_load(b_dst + c * 8192 + rank * rows * 128, source, x, k + rank * rows, 64, rows)
     return total
@@ -96,7 +96,8 @@ def test_stage_to_accumulators(
     weights = [rng.integers(-3, 4, (width, depth)).astype(float) for _ in range(2)]
     stored = [w.T if mn else w for w in weights]
     smem = Smem()
-    counted = load_stage(smem, kind, mn, dual, cluster, bn, a, stored if dual else [stored[0]] * 2, k, m, n, bm)
+    pair = stored if dual else [stored[0]] * 2
+    counted = load_stage(smem, kind, mn, dual, cluster, bn, a, pair, k, m, n, bm, lib.l_outside())
     assert counted == lib.l_stage(bm, bn, kind)
 
     columns = bn // 2 if kind == LOW_FIRST else bn
@@ -123,6 +124,18 @@ def test_stage_to_accumulators(
             gate, up = (x @ w[n : n + 128].T for w in wide)
             expected = gate if kind == LOW_FIRST else np.hstack([gate * (kind != LOW_SECOND), up])
         np.testing.assert_array_equal(d, expected)
+
+
+def test_coordinates_stay_within_31_bits_of_bytes(lib: ctypes.CDLL) -> None:
+    """The column outside every tensor was once INT32_MAX / 2: an illegal instruction on the first GPU that saw it."""
+    outside, widest = lib.l_outside(), lib.l_columns()
+    assert outside + 64 <= 0, "the whole box lies left of the tensor"
+    assert 2 * (widest + 512 + 64) <= 1 << 31, "the last column block of the widest kernel hangs over by less than 512"
+    smem, tensor = Smem(), np.ones((64, 8))
+    assert smem.tma_load(0, tensor, outside, 0, 64, 64) == 8192
+    assert not smem.data[:4096].any(), "zeros, not what was there"
+    with pytest.raises(AssertionError, match="31 bits"):
+        smem.tma_load(0, tensor, (1 << 30) - 1, 0, 64, 64)
 
 
 def addresses(lib: ctypes.CDLL, tile: int, warp: int, pair: int) -> list[int]:

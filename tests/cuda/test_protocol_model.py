@@ -52,12 +52,18 @@ MUTANTS = {
     "sums read before they are written": lambda: model.meeting_machine(meet_first=False),
     "block leaves while its sums are read": lambda: model.meeting_machine(meet_last=False),
     "the producer does not come to the meeting": lambda: model.meeting_machine(producer_meets=False),
+    "split: sums over a stage that the other warpgroup still reads": lambda: model.split_machine(
+        SC(cluster=2, tiles=((F, F),)), drained=False
+    ),
+    "split: block leaves while its sums are read": lambda: model.split_machine(
+        SC(cluster=2, consumers=1, tiles=((F, F),)), meet_last=False
+    ),
     "overlap: activations before their writer ends": lambda: model.overlap_machine(wait_loads=False),
     "overlap: output before the kernel before ends": lambda: model.overlap_machine(
         k_blocks=2, dependent_from=2, wait_stores=False
     ),
-    "pair: resident operand not waited for": lambda: model.resident_machine(wait_resident=False),
-    "pair: tile not waited for": lambda: model.resident_machine(wait_full=False),
+    "value gradients: resident operand not waited for": lambda: model.resident_machine(wait_resident=False),
+    "value gradients: tile not waited for": lambda: model.resident_machine(wait_full=False),
 }
 
 
@@ -72,8 +78,9 @@ def test_marked_lines_exist() -> None:
     marks = {
         "gemm/mainloop.cuh": [f"P{i}" for i in range(1, 8)],
         "gemm/segk_pingpong.cuh": ["O1", "O2", "E1", "E2", "E3", "E4"],
-        "skinny/shrink.cuh": ["S1", "S2", "S3"],
-        "skinny/pair.cuh": ["S4", "S5"],
+        "low_rank/coefficients.cuh": ["S1", "S2", "S3"],
+        "gemm/segk_split.cuh": ["S6", "S7", "S8"],
+        "low_rank/value_grads.cuh": ["S4", "S5"],
         "decode/segk_swapab.cuh": ["D1", "D2", "D3", "D4"],
     }
     for path, wanted in marks.items():

@@ -62,10 +62,12 @@ def test_pair_pays_up_to_64() -> None:
 
 def test_decode_splits_narrow_outputs_only() -> None:
     assert choose(Epilogue.STORE, 1, 4096, 14336).split == 2  # 64 tiles on 132 SMs
-    assert choose(Epilogue.DUAL, 1, 14336, 4096).split == 1  # 224 tiles
+    assert choose(Epilogue.GATE_UP, 1, 14336, 4096).split == 1  # 224 tiles
     assert choose(Epilogue.STORE, 16, 768, 3072).split == 8
     assert choose(Epilogue.STORE, 16, 768, 256).split == 1  # 4 k-blocks: nothing to share
-    assert choose(Epilogue.STORE, 65, 768, 3072).split == 1  # no decode kernel
+    assert (
+        choose(Epilogue.GATE_UP, 65, 768, 3072).split == 1
+    )  # no decode kernel, and only stores have a split one above
     for cols in (8, 768, 4096, 8192):
         for depth in (64, 768, 4096, 28672):
             config = choose(Epilogue.ACT, 8, cols, depth)
@@ -83,7 +85,7 @@ def test_one_kernel_makes_z_p_and_c(rule: str, rank: int, scaled: bool) -> None:
     a, u, w_down, key = rand(tokens, 24), rand(tokens, d), rand(24, rank), key_for(rule, rank, d)
     key_scale = rand(tokens).abs() if scaled else None
     z, p, c, own = coefficients(u, key, key_scale, rule, terms, 0.7, a=a, w_down=w_down)
-    assert LAUNCHES == ["shrink"] and own
+    assert LAUNCHES == ["coefficients"] and own
     expected_z = a @ w_down
     torch.testing.assert_close(z, expected_z)
     expected_p = torch.empty(0)
@@ -125,7 +127,7 @@ def test_wide_ranks_run_in_tiles_when_asked() -> None:
     """R = 320 with terms of 64: no term crosses a tile of 128."""
     a, u, w_down, key = rand(130, 48), rand(130, 48), rand(48, 320), rand(320, 48)
     c = coefficients(u, key, None, "rank1", 5, a=a, w_down=w_down, method="fused").c
-    assert LAUNCHES == ["shrink"]
+    assert LAUNCHES == ["coefficients"]
     torch.testing.assert_close(c, get_rule("rank1").coefficients(a @ w_down, u @ key.t(), 5, 1.0))
     if PLANS:
         assert PLANS[0]["grid"] == (2 * PLANS[0]["cluster"], 3, 1)
@@ -155,7 +157,7 @@ def test_value_grads(rule: str, method: Any, scaled: bool) -> None:
     else:
         torch.testing.assert_close(dp, want_dp, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(db, get_rule(rule).coefficients(z_in, p, terms, 0.7).t() @ dy, rtol=1e-5, atol=1e-5)
-    assert ("pair" in LAUNCHES) == (method != "vendor")
+    assert ("value_grads" in LAUNCHES) == (method != "vendor")
     if method != "vendor" and rule != "self_key":
         assert LAUNCHES[-2:] == ["rule", "reduce"], "dc itself is never written"
 
@@ -167,7 +169,7 @@ def test_value_grads_makes_only_what_is_asked_for(needs: tuple[bool, bool, bool]
     dy, value, z, p = rand(300, 520), rand(16, 520), rand(300, 16), rand(300, 16)
     got = value_grads(dy, None if needs == (False, False, True) else value, z, p, None, "rank1", 1, 1.0, *needs)
     assert [g is not None for g in got] == list(needs)
-    assert "pair" not in LAUNCHES  # one product reads dy once either way
+    assert "value_grads" not in LAUNCHES  # one product reads dy once either way
 
 
 def test_wide_terms_are_summed_before_the_rule() -> None:
@@ -175,7 +177,7 @@ def test_wide_terms_are_summed_before_the_rule() -> None:
     rank = skinny.MAX_SHARED_WIDTH + 8
     dy, value, z, p = rand(64, 16), rand(rank, 16), rand(64, rank), rand(64, rank)
     dz, _, _ = value_grads(dy, value, z, p, None, "rank1", 1, 1.0, True, True, True, method="fused")
-    assert LAUNCHES == ["rule", "pair", "reduce", "rule", "reduce"]
+    assert LAUNCHES == ["rule", "value_grads", "reduce", "rule", "reduce"]
     want = get_rule("rank1").backward(dy @ value.t(), z, p, 1, 1.0, True, False)[0]
     torch.testing.assert_close(dz, want, rtol=1e-4, atol=1e-3)
 
@@ -188,12 +190,12 @@ def test_impossible_pair_says_why() -> None:
 
 
 # ------------------------------------------------------------------------------------- the launcher's own checks
-SHRINK: dict[str, Any] = {
+COEFFICIENTS: dict[str, Any] = {
     "dtype": 0, "rule": 0, "width": 64, "scale": 1.0, "a": (4096, 128), "u": (8192, 256), "w_down": (16384, 64),
     "key": (32768, 256), "key_kind": 1, "z": (65536, 64), "p": (131072, 64), "c": (262144, 64), "compute_z": True,
     "key_scale": 0, "rows": 300, "d_a": 128, "d_u": 256, "rank": 64, "tile": 64, "parts": 4, "device": -1, "stream": 0,
 }  # fmt: skip
-PAIR: dict[str, Any] = {
+VALUE_GRADS: dict[str, Any] = {
     "dtype": 1, "dy": (4096, 1024), "c": (8192, 32), "b": (16384, 1024), "dc": 32768, "db": 65536, "rows": 300, "cols": 1024,
     "rank": 32, "ranges": 2, "device": -1, "stream": 0,
 }  # fmt: skip
@@ -209,20 +211,20 @@ REDUCE: dict[str, Any] = {"dtype": 0, "source": 4096, "out": 8192, "size": 2048,
 @pytest.mark.parametrize(
     ("name", "good", "change", "part"),
     [
-        ("shrink", SHRINK, {"rank": 60}, "R = 60 must be a multiple of 8"),
-        ("shrink", SHRINK, {"d_u": 100}, "d_u = 100"),
-        ("shrink", SHRINK, {"parts": 3}, "parts = 3"),
-        ("shrink", SHRINK, {"tile": 96}, "no skinny instance"),
-        ("shrink", SHRINK, {"rule": 3}, "does not go with key kind"),
-        ("shrink", SHRINK, {"width": 48}, "width 48 does not divide R = 64"),
-        ("shrink", SHRINK, {"rank": 192, "width": 96, "w_down": (16384, 192), "z": (65536, 192), "p": (131072, 192),
+        ("coefficients", COEFFICIENTS, {"rank": 60}, "R = 60 must be a multiple of 8"),
+        ("coefficients", COEFFICIENTS, {"d_u": 100}, "d_u = 100"),
+        ("coefficients", COEFFICIENTS, {"parts": 3}, "parts = 3"),
+        ("coefficients", COEFFICIENTS, {"tile": 96}, "no low-rank instance"),
+        ("coefficients", COEFFICIENTS, {"rule": 3}, "does not go with key kind"),
+        ("coefficients", COEFFICIENTS, {"width": 48}, "width 48 does not divide R = 64"),
+        ("coefficients", COEFFICIENTS, {"rank": 192, "width": 96, "w_down": (16384, 192), "z": (65536, 192), "p": (131072, 192),
                             "c": (262144, 192)}, "crosses the tiles of 64"),
-        ("shrink", SHRINK, {"compute_z": False, "z": (0, 0)}, "neither computed nor given"),
-        ("shrink", SHRINK, {"c": (262144, 63)}, "row pitch 63"),
-        ("shrink", SHRINK, {"a": (4098, 128)}, "a starts at 0x1002"),
-        ("pair", PAIR, {"ranges": 6}, r"ranges = 6 is outside \[1, 5\]"),
-        ("pair", PAIR, {"cols": 1020}, "N = 1020"),
-        ("pair", PAIR, {"db": 0}, "dc and db are needed"),
+        ("coefficients", COEFFICIENTS, {"compute_z": False, "z": (0, 0)}, "neither computed nor given"),
+        ("coefficients", COEFFICIENTS, {"c": (262144, 63)}, "row pitch 63"),
+        ("coefficients", COEFFICIENTS, {"a": (4098, 128)}, "a starts at 0x1002"),
+        ("value_grads", VALUE_GRADS, {"ranges": 6}, r"ranges = 6 is outside \[1, 5\]"),
+        ("value_grads", VALUE_GRADS, {"cols": 1020}, "N = 1020"),
+        ("value_grads", VALUE_GRADS, {"db": 0}, "dc and db are needed"),
         ("rule", RULE, {"terms": 3}, "3 terms of width 32 are not R = 64"),
         ("rule", RULE, {"rule": 1}, "only rank1 has terms"),
         ("rule", RULE, {"width": 1, "terms": 64}, "even width"),
@@ -248,10 +250,10 @@ def test_every_variant_that_the_host_asks_for_exists() -> None:
                     if kind == 0 and not compute_z:
                         continue
                     key = (32768, pitch) if kind else (0, 0)
-                    _cuda.extension().shrink(**(SHRINK | {
+                    _cuda.extension().coefficients(**(COEFFICIENTS | {
                         "dtype": dtype, "tile": tile, "key_kind": kind, "rule": rule, "key": key, "compute_z": compute_z,
                     }))  # fmt: skip
-    assert len(_cuda.extension().skinny_kernels()) == 44
+    assert len(_cuda.extension().low_rank_kernels()) == 44
 
 
 # ------------------------------------------------------------------------------------- overlap

@@ -18,7 +18,7 @@ def integers(rng: np.random.Generator, *shape: int) -> np.ndarray:
 @pytest.mark.parametrize("parts", [1, 2, 8])
 @pytest.mark.parametrize(("tile", "key"), [(64, "k"), (64, "mn"), (64, "vector"), (128, "k"), (64, "none")])
 def test_coefficients(lib: ctypes.CDLL, tile: int, key: str, parts: int) -> None:
-    """shrink.cuh: z and p of 100 of 128 rows, R = 40 of the tile's ranks; a part may have no k-block at all."""
+    """coefficients.cuh: z and p of 100 of 128 rows, R = 40 of the tile's ranks; a part may have no k-block at all."""
     rng = np.random.default_rng(0)
     tokens, rank, d_a, d_u = 100, 40, 136, 72
     a, u, w_down = integers(rng, tokens, d_a), integers(rng, tokens, d_u), integers(rng, d_a, rank)
@@ -90,7 +90,7 @@ def test_partial_sums_are_free_of_bank_conflicts(lib: ctypes.CDLL) -> None:
 
 
 def test_pair(lib: ctypes.CDLL) -> None:
-    """pair.cuh: one tile of dy in shared memory is A of dc and B of d w_b_up; T, N and R ragged, three token ranges of two."""
+    """value_grads.cuh: one tile of dy in shared memory is A of dc and B of d w_b_up; T, N, R ragged, 3 token ranges of two."""
     rng = np.random.default_rng(1)
     tokens, width, rank, ranges = 130, 552, 40, 2
     dy, c, b = integers(rng, tokens, width), integers(rng, tokens, rank), integers(rng, rank, width)

@@ -34,6 +34,8 @@ int l_overlap(int f, int l, int b, int c) { return npt::overlap_count(f, l, b, c
 unsigned l_slot(int h, int p, int n, int t) { return npt::split_slot(h, p, n, t); }
 unsigned l_partial(int r, int c, int w) { return npt::partial_offset(r, c, w); }
 int l_pitch(int w) { return npt::partial_pitch(w); }
+int l_outside() { return npt::kOutsideColumn; }
+long long l_columns() { return npt::kMaxColumns; }
 }
 """
 
@@ -51,6 +53,7 @@ def build_layout(folder: Path) -> ctypes.CDLL:
         getattr(library, name).restype = ctypes.c_uint
     for name in ("l_desc_k", "l_desc_mn", "l_step"):
         getattr(library, name).restype = ctypes.c_ulonglong
+    library.l_columns.restype = ctypes.c_longlong
     return library
 
 
@@ -67,8 +70,12 @@ class Smem:
         self.data = np.full(size // 2, np.nan)
 
     def tma_load(self, dst: int, tensor: np.ndarray, x: int, y: int, box_x: int, box_y: int) -> int:
-        """Box at (x, y) of a row-major tensor, zeros outside; returns the bytes counted."""
+        """Box at (x, y) of a row-major tensor, zeros outside; returns the bytes counted.
+
+        A byte position beyond 31 bits is an illegal instruction on an H200, although PTX promises zeros there.
+        """
         assert dst % 1024 == 0 and box_x == 64
+        assert 2 * x > -(1 << 31) and 2 * (x + box_x) < 1 << 31, "TMA computes byte positions in 31 bits"
         for r in range(box_y):
             for c in range(box_x):
                 inside = 0 <= y + r < tensor.shape[0] and 0 <= x + c < tensor.shape[1]

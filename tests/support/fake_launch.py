@@ -1,5 +1,5 @@
 """What the kernels compute, in torch on the CPU: segments and epilogues as csrc/gemm/segk_params.h says, the skinny kernels as
-csrc/skinny/skinny_params.h says.
+csrc/low_rank/low_rank_params.h says.
 
 With it the host side (which segments, which outputs, which gradients) runs without a GPU. Where the module is built, every call
 also goes through the launcher itself as a dry run, so that its checks see the real arguments.
@@ -55,7 +55,8 @@ def fake_shrink(
     z: Tensor, p: Tensor | None, c: Tensor | None, rule: str, width: int, scale: float, plan: skinny.ShrinkPlan,
 ) -> None:  # fmt: skip
     dry_run(
-        "shrink", skinny.shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan)
+        "coefficients",
+        skinny.shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan),
     )
     if a is not None:
         assert w_down is not None
@@ -74,7 +75,7 @@ def fake_shrink(
 
 
 def fake_pair(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int) -> None:
-    dry_run("pair", skinny.pair_arguments(dy, c, w_b_up, dc, db, ranges))
+    dry_run("value_grads", skinny.pair_arguments(dy, c, w_b_up, dc, db, ranges))
     tiles = -(-dy.shape[0] // 64)
     for block in range(dc.shape[0]):
         columns = slice(512 * block, 512 * (block + 1))
@@ -127,7 +128,7 @@ def fake_run(
     OVERLAPS.append(overlap)
     CALLS.append((epilogue, tuple(sorted(s.kind for s in segments))))
     assert 1 <= len(segments) <= 4 and any(s.kind == MAIN for s in segments)
-    dual = epilogue == Epilogue.DUAL
+    dual = epilogue == Epilogue.GATE_UP
     sums: list[Tensor | None] = [None, None]
     for s in segments:
         for t in (s.a, s.b0, *([s.b1] if s.b1 is not None else [])):
@@ -165,7 +166,7 @@ def fake_run(
         results = [y]
     elif epilogue == Epilogue.ACT:
         results = [act(y), y] if store_pre else [act(y)]
-    elif epilogue == Epilogue.DUAL:
+    elif epilogue == Epilogue.GATE_UP:
         assert sums[1] is not None
         results = [act(y) * sums[1], y, sums[1]] if store_pre else [act(y) * sums[1]]
     elif epilogue == Epilogue.ACT_BWD:
@@ -178,7 +179,7 @@ def fake_run(
         if out is not None:
             out.copy_(value)
         else:
-            assert epilogue == Epilogue.DUAL_BWD
+            assert epilogue == Epilogue.GATE_UP_BWD
 
 
 __all__ = [

@@ -7,12 +7,16 @@ run on a GPU. Hence the backend ``cuda`` runs only when asked for by name.
 from __future__ import annotations
 
 import importlib
+import os
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 
-__all__ = ["ABSENT", "OPS", "extension", "unavailable"]
+__all__ = ["ABSENT", "EMULATED", "OPS", "extension", "unavailable"]
+
+#: ``NPT_EMULATE=1``: the same kernels and host code on CPU tensors (tools/emulator, a development tool of a checkout).
+EMULATED = os.environ.get("NPT_EMULATE") == "1"
 
 #: Ops with a kernel.
 OPS = ("factored_linear", "mlp")
@@ -26,8 +30,10 @@ ABSENT = {
 @lru_cache(maxsize=None)
 def _import() -> ModuleType | str:
     try:
-        return importlib.import_module("npt_kernels._cuda")
+        return importlib.import_module("npt_kernels._cuda_emulated" if EMULATED else "npt_kernels._cuda")
     except ImportError as error:
+        if EMULATED:
+            return f"NPT_EMULATE=1, but the emulator is not built: run `make emulator` in a checkout ({error})"
         if "_cuda" in str(error) and "No module" in str(error):
             return (
                 "its kernels are not built in this installation; install the CUDA toolkit 12.5 or newer (nvcc on PATH), "
@@ -51,13 +57,16 @@ def _capability(index: int) -> tuple[int, int]:
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why its kernels cannot run there, or ``None``; the registry's ``check``."""
-    if device.type != "cuda":
-        return f"the tensors are on {device}, and it needs an sm_90 GPU (H100, H200)"
+    if device.type != ("cpu" if EMULATED else "cuda"):
+        where = "NPT_EMULATE=1 runs it on CPU tensors" if EMULATED else "it needs an sm_90 GPU (H100, H200)"
+        return f"the tensors are on {device}, and {where}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"dtype is {dtype}, and it has bfloat16 and float16"
     module = _import()
     if isinstance(module, str):
         return module
+    if EMULATED:
+        return None
     capability = _capability(device.index if device.index is not None else torch.cuda.current_device())
     if capability != (9, 0):
         return (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...activations import get_activation
-from . import extension
+from . import EMULATED, extension
 from .choose import Config, Epilogue, Family, choose
 
 __all__ = [
@@ -127,7 +127,7 @@ def padded_vector(column: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bias_segment(x: Tensor, first: Tensor | None, second: Tensor | None, width: int) -> Segment:
-    """Biases of a dual tile as one more K block: ones [T, 8] times [bias; 0]."""
+    """Biases of a gate-up tile as one more K block: ones [T, 8] times [bias; 0]."""
     ones = x.new_ones(x.shape[0], 8)
     rows = x.new_zeros(2, 8, width)
     for index, bias in enumerate((first, second)):
@@ -146,6 +146,8 @@ def multiprocessors(device: torch.device) -> int:
 
 def submit(name: str, arguments: Sequence[Any], device: torch.device) -> dict[str, Any]:
     """Call ``_cuda.<name>`` on the current stream of ``device``: the one place where a kernel is put on a stream."""
+    if EMULATED:  # a device's number is its number of SMs there
+        return getattr(extension(), name)(*arguments, multiprocessors(device), 0)  # type: ignore[no-any-return]
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         return getattr(extension(), name)(*arguments, device.index, stream)  # type: ignore[no-any-return]

@@ -1,12 +1,13 @@
 """The low-rank side of a layer on Hopper: coefficients of a rule, and the gradients through ``w_b_up``. Unverified on hardware.
 
-Coefficients (csrc/skinny/shrink.cuh): z = a @ w_down, p = u @ w_a_upᵀ and c = rule(z, p) from one reading of ``a`` and ``u``.
+Coefficients (csrc/low_rank/coefficients.cuh): z = a @ w_down, p = u @ w_a_upᵀ, c = rule(z, p) from one read of ``a`` and ``u``.
 Per token that reads ``(d_a + d_u)·2`` bytes for ``2·(d_a + d_u)·R`` flops: R flops a byte, and the chip balances 788 TFLOP/s
 against 4.3 TB/s at 183. So up to R = 128 one pass is all there is to gain. Above, the kernel would run in tiles of 128 ranks
 that read ``a`` and ``u`` again through L2 (at R = 256, T = 8192, d = 4096: 512 MB, ~90 µs, against ~60 µs for two vendor GEMMs):
 there z and p are the vendor's and :func:`rule_forward` makes c.
 
-The pair (csrc/skinny/pair.cuh): dc = dy @ w_b_upᵀ and d w_b_up = cᵀ @ dy from one reading of ``dy``; :func:`pair_bytes` decides.
+The pair (csrc/low_rank/value_grads.cuh): dc = dy @ w_b_upᵀ and d w_b_up = cᵀ @ dy from one reading of ``dy``;
+:func:`pair_bytes` decides.
 Its shares of dc are added by the kernel that applies the rule's gradient, so dc itself is not written.
 
 No float atomics anywhere: sums of parts run from the first to the last, two runs are bitwise equal.
@@ -110,7 +111,9 @@ def launch_shrink(
 ) -> None:  # fmt: skip
     """``z``, ``p``, ``c`` of a tile plan; z is computed if ``a`` is given, else read. ``key`` as stored (kinds 1 to 3)."""
     submit(
-        "shrink", shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan), z.device
+        "coefficients",
+        shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan),
+        z.device,
     )
 
 
@@ -118,7 +121,7 @@ def shrink_arguments(
     a: Tensor | None, u: Tensor | None, w_down: Tensor | None, key: Tensor | None, key_kind: int, key_scale: Tensor | None,
     z: Tensor, p: Tensor | None, c: Tensor | None, rule: str, width: int, scale: float, plan: ShrinkPlan,
 ) -> Sequence[Any]:  # fmt: skip
-    """The arguments of ``_cuda.shrink`` but device and stream."""
+    """The arguments of ``_cuda.coefficients`` but device and stream."""
     tokens, rank = z.shape
     key_pitch = (0, 0) if key is None else (key.data_ptr(), key.shape[0] if key.dim() == 1 else key.stride(0))
     return (
@@ -130,11 +133,11 @@ def shrink_arguments(
 
 def launch_pair(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int) -> None:
     """Shares ``dc [column blocks, T, R]`` and ``db [ranges, R, N]``, fp32."""
-    submit("pair", pair_arguments(dy, c, w_b_up, dc, db, ranges), dy.device)
+    submit("value_grads", pair_arguments(dy, c, w_b_up, dc, db, ranges), dy.device)
 
 
 def pair_arguments(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int) -> Sequence[Any]:
-    """The arguments of ``_cuda.pair`` but device and stream."""
+    """The arguments of ``_cuda.value_grads`` but device and stream."""
     (tokens, width), rank = dy.shape, w_b_up.shape[0]
     return (
         DTYPES[dy.dtype], _matrix(dy), _matrix(c), _matrix(w_b_up), dc.data_ptr(), db.data_ptr(),

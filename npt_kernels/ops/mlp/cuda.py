@@ -94,7 +94,7 @@ def _activate(
     if biases[0] is not None or biases[1] is not None:
         segments.append(bias_segment(x, biases[0], biases[1], width))
     run(
-        Epilogue.DUAL, segments, [inter, gate, up] if save else [inter],
+        Epilogue.GATE_UP, segments, [inter, gate, up] if save else [inter],
         activation=activation, store_pre=save, overlap=overlap,
     )  # fmt: skip
     return inter, gate, up
@@ -215,7 +215,7 @@ def _act_backward(
             return None, dup
         gate = rows_ok(gate)
         dgate = (gate if overwrite else torch.empty_like(gate)) if want_gate else None
-        run(Epilogue.DUAL_BWD, segments, [dgate, dup], inputs=[gate, up], activation=activation)
+        run(Epilogue.GATE_UP_BWD, segments, [dgate, dup], inputs=[gate, up], activation=activation)
         return dgate, dup
     if reason is not None:
         say_fallback("mlp backward", reason)

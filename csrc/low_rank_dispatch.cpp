@@ -1,25 +1,25 @@
-// From a skinny spec to a launch: checks, instance, tensor maps, grid.
+// From a low-rank spec to a launch: checks, instance, tensor maps, grid.
 #include <algorithm>
 
-#include "skinny/dispatch.h"
+#include "low_rank_dispatch.h"
 
 namespace npt {
 namespace {
 
-const SkinnyKernel& find(SkinnyFamily family, Dtype dtype, int tile, int variant) {
-  for (const SkinnyKernel& k : skinny_kernels()) {
+const LowRankKernel& find(LowRankFamily family, Dtype dtype, int tile, int variant) {
+  for (const LowRankKernel& k : low_rank_kernels()) {
     if (k.family == family && k.dtype == dtype && k.tile == tile && k.variant == variant) return k;
   }
-  fail("no skinny instance for family " + text(int(family)) + ", dtype " + text(int(dtype)) + ", tile " + text(tile) +
+  fail("no low-rank instance for family " + text(int(family)) + ", dtype " + text(int(dtype)) + ", tile " + text(tile) +
        ", variant " + text(variant));
 }
 
 void check_size(const char* name, int64_t value, int64_t multiple) {
-  if (value < 1 || value > INT32_MAX - 65536) fail(std::string(name) + " = " + text(value) + " is outside [1, 2^31)");
+  if (value < 1 || value > INT32_MAX - 65536) fail(std::string(name) + " = " + text(value) + " is outside [1, 2^31 - 65537]");
   if (value % multiple != 0) fail(std::string(name) + " = " + text(value) + " must be a multiple of " + text(multiple));
 }
 
-// Rows that the kernels access in pairs of elements.
+// Rows that the kernels access two elements at a time.
 void check_rows(const char* name, const MatrixArg& m, int64_t width) {
   if (m.ptr == nullptr) return;
   if (m.ld < width) fail(std::string(name) + " has row pitch " + text(m.ld) + " below its width " + text(width));
@@ -30,19 +30,19 @@ void check_rows(const char* name, const MatrixArg& m, int64_t width) {
 
 }  // namespace
 
-const std::vector<SkinnyKernel>& skinny_kernels() {
-  static const std::vector<SkinnyKernel> all = [] {
-    std::vector<SkinnyKernel> list;
-    add_shrink_bf16(list);
-    add_shrink_f16(list);
-    add_skinny_bf16(list);
-    add_skinny_f16(list);
+const std::vector<LowRankKernel>& low_rank_kernels() {
+  static const std::vector<LowRankKernel> all = [] {
+    std::vector<LowRankKernel> list;
+    add_coefficients_bf16(list);
+    add_coefficients_f16(list);
+    add_low_rank_bf16(list);
+    add_low_rank_f16(list);
     return list;
   }();
   return all;
 }
 
-LaunchPlan launch_shrink(const ShrinkSpec& s) {
+LaunchPlan launch_coefficients(const CoefficientsSpec& s) {
   check_size("T", s.rows, 1);
   check_size("R", s.rank, 8);
   const bool key = s.key_kind != 0, vector = s.key_kind == 3;
@@ -62,10 +62,10 @@ LaunchPlan launch_shrink(const ShrinkSpec& s) {
   check_rows("z", s.z, s.rank);
   check_rows("p", s.p, vector ? 1 : s.rank);
   check_rows("c", s.c, s.rank);
-  const SkinnyKernel& kernel = find(SkinnyFamily::kShrink, s.dtype, s.tile, 10 * s.key_kind + int(s.compute_z));
+  const LowRankKernel& kernel = find(LowRankFamily::kCoefficients, s.dtype, s.tile, 10 * s.key_kind + int(s.compute_z));
   use_device(s.device);
   TensorMapCache& cache = maps(s.device);
-  ShrinkParams p{};
+  CoefficientsParams p{};
   if (s.compute_z) {
     p.a = cache.get({s.a.ptr, s.d_a, s.rows, s.a.ld, kChunkCols, 128, s.dtype}, "a");
     p.w_z = cache.get({s.w_down.ptr, s.rank, s.d_a, s.w_down.ld, kChunkCols, kBlockK, s.dtype}, "w_down");
@@ -92,17 +92,17 @@ LaunchPlan launch_shrink(const ShrinkSpec& s) {
                        s.device, s.stream);
 }
 
-LaunchPlan launch_pair(const PairSpec& s) {
+LaunchPlan launch_value_grads(const ValueGradsSpec& s) {
   check_size("T", s.rows, 1);
   check_size("N", s.cols, 8);
   check_size("R", s.rank, 8);
-  PairParams p{};
+  ValueGradsParams p{};
   p.tiles = div_up(int(s.rows), 64);
   if (s.ranges < 1 || s.ranges > p.tiles || s.ranges > 65535) {
     fail("ranges = " + text(s.ranges) + " is outside [1, " + text(p.tiles) + "], the tiles of 64 tokens");
   }
   if (s.dc == nullptr || s.db == nullptr) fail("dc and db are needed");
-  const SkinnyKernel& kernel = find(SkinnyFamily::kPair, s.dtype, 64, 0);
+  const LowRankKernel& kernel = find(LowRankFamily::kValueGrads, s.dtype, 64, 0);
   use_device(s.device);
   TensorMapCache& cache = maps(s.device);
   p.dy = cache.get({s.dy.ptr, s.cols, s.rows, s.dy.ld, kChunkCols, 64, s.dtype}, "dy");
@@ -131,13 +131,14 @@ LaunchPlan launch_rule(const RuleSpec& s) {
   if (shares && p.parts < 1) fail("parts = " + text(p.parts) + " must be positive");
   if (shares && p.width > 1024) fail("shares are added for terms of up to 1024 columns, got " + text(p.width));
   if (s.vec == 2) {
-    if (p.width % 2 != 0) fail("pairs need terms of even width, got " + text(p.width));
+    if (p.width % 2 != 0) fail("two elements at a time need terms of even width, got " + text(p.width));
     for (const MatrixArg& m : {p.z, p.c, p.dc, p.dz}) check_rows("a tensor of the rule", m, p.rank);
     const int columns = p.rule == int(RuleId::kAnchored) ? 1 : p.rank;
     for (const MatrixArg& m : {p.p, p.dp}) check_rows("a tensor of the rule", m, columns);
   }
   const int variant = s.backward ? 10 * int(shares) + s.vec : s.vec;
-  const SkinnyKernel& kernel = find(s.backward ? SkinnyFamily::kRuleBackward : SkinnyFamily::kRuleForward, s.dtype, 0, variant);
+  const LowRankFamily family = s.backward ? LowRankFamily::kRuleBackward : LowRankFamily::kRuleForward;
+  const LowRankKernel& kernel = find(family, s.dtype, 0, variant);
   use_device(s.device);
   const int64_t warps = int64_t(p.rows) * p.terms, blocks = (warps + kernel.threads / 32 - 1) / (kernel.threads / 32);
   if (blocks > INT32_MAX) fail("too many rows and terms: " + text(warps));
@@ -151,7 +152,7 @@ LaunchPlan launch_reduce(const ReduceSpec& s) {
   if (reinterpret_cast<uintptr_t>(s.params.source) % 16 != 0 || reinterpret_cast<uintptr_t>(s.params.out) % 8 != 0) {
     fail("shares must start at a multiple of 16 bytes and their sum at one of 8");
   }
-  const SkinnyKernel& kernel = find(SkinnyFamily::kReduce, s.dtype, 0, 0);
+  const LowRankKernel& kernel = find(LowRankFamily::kReduce, s.dtype, 0, 0);
   const int64_t blocks = (s.params.size / 4 + kernel.threads - 1) / kernel.threads;
   if (blocks > INT32_MAX) fail("size = " + text(s.params.size) + " is too large");
   use_device(s.device);

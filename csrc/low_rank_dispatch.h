@@ -1,25 +1,26 @@
-// Host interface of the skinny kernels.
+// Host interface of the low-rank kernels.
 #pragma once
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "../host.h"
-#include "skinny_params.h"
+#include "host.h"
+#include "low_rank/low_rank_params.h"
 
 namespace npt {
 
-enum class SkinnyFamily : int { kShrink = 0, kPair = 1, kRuleForward = 2, kRuleBackward = 3, kReduce = 4 };
+enum class LowRankFamily : int { kCoefficients = 0, kValueGrads = 1, kRuleForward = 2, kRuleBackward = 3, kReduce = 4 };
 
-// One compiled kernel. `variant`: shrink 10·KeyKind + computes z; rules the vector width; backward 10·shares + vector width.
-struct SkinnyKernel {
+// One compiled kernel. `variant`: coefficients 10·KeyKind + computes z; rules the vector width; backward 10·shares + vector
+// width.
+struct LowRankKernel {
   const void* function;
-  SkinnyFamily family;
+  LowRankFamily family;
   Dtype dtype;
   int tile, variant, threads, smem;
 };
 
-struct ShrinkSpec {
+struct CoefficientsSpec {
   Dtype dtype;
   MatrixArg a, u, w_down, key;  // w_down row-major [d_a, R]; key [R, d_u] or [d_u, R] row-major, or [1, d_u]
   int key_kind;                 // KeyKind
@@ -33,7 +34,7 @@ struct ShrinkSpec {
   void* stream;
 };
 
-struct PairSpec {
+struct ValueGradsSpec {
   Dtype dtype;
   MatrixArg dy, c, b;
   float *dc, *db;
@@ -59,16 +60,16 @@ struct ReduceSpec {
   void* stream;
 };
 
-const std::vector<SkinnyKernel>& skinny_kernels();
+const std::vector<LowRankKernel>& low_rank_kernels();
 // Each checks first and raises std::invalid_argument with the bad value; kDryRun stops before the launch.
-LaunchPlan launch_shrink(const ShrinkSpec& spec);
-LaunchPlan launch_pair(const PairSpec& spec);
+LaunchPlan launch_coefficients(const CoefficientsSpec& spec);
+LaunchPlan launch_value_grads(const ValueGradsSpec& spec);
 LaunchPlan launch_rule(const RuleSpec& spec);
 LaunchPlan launch_reduce(const ReduceSpec& spec);
 
-void add_shrink_bf16(std::vector<SkinnyKernel>&);
-void add_shrink_f16(std::vector<SkinnyKernel>&);
-void add_skinny_bf16(std::vector<SkinnyKernel>&);
-void add_skinny_f16(std::vector<SkinnyKernel>&);
+void add_coefficients_bf16(std::vector<LowRankKernel>&);
+void add_coefficients_f16(std::vector<LowRankKernel>&);
+void add_low_rank_bf16(std::vector<LowRankKernel>&);
+void add_low_rank_f16(std::vector<LowRankKernel>&);
 
 }  // namespace npt

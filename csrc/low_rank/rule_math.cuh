@@ -6,7 +6,7 @@
 //   self_key  c = z                                dz = dc                                 –
 #pragma once
 #include "../common/ptx.cuh"
-#include "skinny_params.h"
+#include "low_rank_params.h"
 
 namespace npt {
 

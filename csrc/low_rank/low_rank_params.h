@@ -1,4 +1,5 @@
-// What the skinny kernels are told: coefficients of a rule, the pair (dc, d w_b_up), the rules alone, sums of partial sums.
+// What the low-rank kernels are told: coefficients of a rule, value gradients (dc and d w_b_up), the rules alone, sums of
+// partial sums.
 #pragma once
 #include <cuda.h>
 
@@ -8,7 +9,7 @@
 
 namespace npt {
 
-// Numbered as RULES in npt_kernels/ops/_cuda/skinny.py.
+// Numbered as RULES in npt_kernels/kernels/cuda.
 enum class RuleId : int { kRank1 = 0, kDiagonal = 1, kAnchored = 2, kSelfKey = 3 };
 
 // A row-major matrix of 16-bit elements in global memory; null where a kernel does not use it.
@@ -19,7 +20,7 @@ struct MatrixArg {
 
 // z [T, R] = a @ w_down, p = u @ w_a_upᵀ ([T, R], or [T, 1] for a vector key), c [T, R] = rule(key_scale ⊙ z, p).
 // Boxes: a, u {64 of K, 128 rows}; w_z {64 columns, 64 of K}; w_p likewise, {64 of K, BR rows} or, a vector, {64 of K, 8 rows}.
-struct ShrinkParams {
+struct CoefficientsParams {
   CUtensorMap a, u, w_z, w_p;
   MatrixArg z, p, c;     // z is read where the instance does not compute it; a null one is not written
   const void* key_scale;  // [T] or null
@@ -31,7 +32,7 @@ struct ShrinkParams {
 
 // dc [T, R] = dy @ w_b_upᵀ in shares over column blocks, d w_b_up [R, N] = cᵀ @ dy in shares over token ranges.
 // Boxes: dy and c {64 columns, 64 tokens}; b {64 columns, 64 ranks}.
-struct PairParams {
+struct ValueGradsParams {
   CUtensorMap dy, c, b;
   float* dc;  // [column blocks, T, R]
   float* db;  // [token ranges, R, N]

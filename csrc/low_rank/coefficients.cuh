@@ -6,17 +6,17 @@
 // launch; two runs are bitwise equal. Bound by reading a and u: 2·d·2 bytes a token against 2·2·d·R flops.
 //
 // Why BR <= 128: z and p take BR/2 registers each. Wider R runs in tiles of BR ranks, which read a and u again; then the
-// vendor's GEMM is the better choice (npt_kernels/ops/_cuda/skinny.py has the bytes). A rank-1 term must lie in one tile.
+// vendor's GEMM is the better choice (npt_kernels/kernels/cuda has the bytes). A rank-1 term must lie in one tile.
 #pragma once
 #include "ring.cuh"
-#include "rule.cuh"
+#include "rule_math.cuh"
 
 namespace npt {
 
 enum class KeyKind : int { kNone = 0, kMatrixK = 1, kMatrixMn = 2, kVector = 3 };
 
 template <int kBR_, bool kZ_, KeyKind kKey_, Dtype kType_>
-struct ShrinkConfig {
+struct CoefficientsConfig {
   static constexpr int kBR = kBR_, kBM = 128;
   static constexpr bool kZ = kZ_;  // z is computed here; else it is read (a layer's second and third target)
   static constexpr KeyKind kKey = kKey_;
@@ -37,17 +37,18 @@ struct ShrinkConfig {
 
 // Bytes of a stage: whole boxes, as TMA counts.
 template <class C, bool kIsZ>
-NPT_DEVICE constexpr uint32_t shrink_bytes() {
+NPT_DEVICE constexpr uint32_t coefficients_bytes() {
   return C::kABytes + (kIsZ || C::kMatrix ? C::kBBytes : 8u * kRowBytes);
 }
 
 // k-blocks [first, last) of one of the two products.
 template <class C, bool kIsZ>
-NPT_DEVICE void shrink_load(const ShrinkParams& p, SkinnyRing<C::kStages>& ring, int first, int last, int m, int rank0) {
+NPT_DEVICE void coefficients_load(const CoefficientsParams& p, LowRankRing<C::kStages>& ring, int first, int last, int m,
+                                  int rank0) {
   const CUtensorMap* const x = kIsZ ? &p.a : &p.u;
   const CUtensorMap* const w = kIsZ ? &p.w_z : &p.w_p;
   for (int i = first; i < last; ++i) {
-    const uint32_t full = ring.reserve(shrink_bytes<C, kIsZ>()), stage = ring.stage(), b = stage + C::kABytes;
+    const uint32_t full = ring.reserve(coefficients_bytes<C, kIsZ>()), stage = ring.stage(), b = stage + C::kABytes;
     const int k = i * kBlockK;
     tma_load(stage, x, full, k, m);
     if constexpr (kIsZ || C::kKey == KeyKind::kMatrixMn) {
@@ -62,7 +63,7 @@ NPT_DEVICE void shrink_load(const ShrinkParams& p, SkinnyRing<C::kStages>& ring,
 
 // The same k-blocks into acc; the warpgroup's 64 rows start at a_offset.
 template <class C, int kCols, bool kMn>
-NPT_DEVICE void shrink_multiply(float* acc, SkinnyRing<C::kStages>& ring, int blocks, uint32_t a_offset, int lane) {
+NPT_DEVICE void coefficients_multiply(float* acc, LowRankRing<C::kStages>& ring, int blocks, uint32_t a_offset, int lane) {
   int held = -1;  // stage whose wgmmas may still run
   for (int i = 0; i < blocks; ++i) {
     const uint32_t stage = ring.stage();
@@ -85,20 +86,10 @@ NPT_DEVICE void shrink_multiply(float* acc, SkinnyRing<C::kStages>& ring, int bl
   if (held >= 0) ring.release(held, lane);
 }
 
-// Accumulators of 64 rows → rows of partial sums.
-template <int kCols>
-NPT_DEVICE void put_partials(uint32_t base, const float* acc, int row0, int column0, int width, int warp, int lane) {
-#pragma unroll
-  for (int i = 0; i < kCols / 2; i += 2) {
-    const int row = row0 + fragment_row(warp, lane, i), column = column0 + fragment_col(lane, i);
-    store_shared(base + partial_offset(row, column, width), acc[i], acc[i + 1]);
-  }
-}
-
 // Rows that this block finishes: the cluster's sums, the rule, the stores.
 template <class C>
-NPT_DEVICE void shrink_finish(const ShrinkParams& p, uint32_t base, uint32_t rank, uint32_t parts, int m, int rank0, int warp,
-                              int lane) {
+NPT_DEVICE void coefficients_finish(const CoefficientsParams& p, uint32_t base, uint32_t rank, uint32_t parts, int m, int rank0,
+                                    int warp, int lane) {
   constexpr int kWidth = C::kZCols + C::kPCols, kPairs = C::kBR / 64;
   const int share = C::kBM / int(parts);
   for (int r = warp; r < share; r += 8) {
@@ -200,10 +191,10 @@ NPT_DEVICE void shrink_finish(const ShrinkParams& p, uint32_t base, uint32_t ran
 }
 
 template <class C>
-__global__ void __launch_bounds__(kSkinnyThreads, 1) skinny_shrink(const __grid_constant__ ShrinkParams p) {
+__global__ void __launch_bounds__(kLowRankThreads, 1) low_rank_coefficients(const __grid_constant__ CoefficientsParams p) {
   extern __shared__ uint8_t raw_smem[];
   const uint32_t base = (smem_address(raw_smem) + 1023u) & ~1023u;
-  SkinnyRing<C::kStages> ring(base, C::kStageBytes, base + C::kRingBytes);
+  LowRankRing<C::kStages> ring(base, C::kStageBytes, base + C::kRingBytes);
   if (threadIdx.x == 0) {
     ring.init();
     barrier_init_fence();
@@ -218,8 +209,8 @@ __global__ void __launch_bounds__(kSkinnyThreads, 1) skinny_shrink(const __grid_
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x >= 256) {
     if (threadIdx.x == 256) {
-      if constexpr (C::kZ) shrink_load<C, true>(p, ring, z_first, z_last, m, rank0);
-      if constexpr (C::kKey != KeyKind::kNone) shrink_load<C, false>(p, ring, p_first, p_last, m, rank0);
+      if constexpr (C::kZ) coefficients_load<C, true>(p, ring, z_first, z_last, m, rank0);
+      if constexpr (C::kKey != KeyKind::kNone) coefficients_load<C, false>(p, ring, p_first, p_last, m, rank0);
     }
     cluster_sync();  // [S1]
   } else {
@@ -231,9 +222,9 @@ __global__ void __launch_bounds__(kSkinnyThreads, 1) skinny_shrink(const __grid_
     for (int i = 0; i < C::kBR / 2; ++i) z[i] = 0.0f;  // zeros, not scale-d = 0: a part of a split may have no k-block
 #pragma unroll
     for (int i = 0; i < kPAcc / 2; ++i) q[i] = 0.0f;
-    if constexpr (C::kZ) shrink_multiply<C, C::kBR, true>(z, ring, z_last - z_first, a_offset, lane);
+    if constexpr (C::kZ) coefficients_multiply<C, C::kBR, true>(z, ring, z_last - z_first, a_offset, lane);
     if constexpr (C::kKey != KeyKind::kNone) {
-      shrink_multiply<C, kPAcc, C::kKey == KeyKind::kMatrixMn>(q, ring, p_last - p_first, a_offset, lane);
+      coefficients_multiply<C, kPAcc, C::kKey == KeyKind::kMatrixMn>(q, ring, p_last - p_first, a_offset, lane);
     }
 #pragma unroll
     for (int i = 0; i < C::kBR / 2; ++i) asm volatile("" : "+f"(z[i])::"memory");
@@ -245,7 +236,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, 1) skinny_shrink(const __grid_
     if constexpr (C::kZ) put_partials<C::kBR>(base, z, group * 64, 0, kWidth, warp % 4, lane);
     if constexpr (C::kKey != KeyKind::kNone) put_partials<kPAcc>(base, q, group * 64, C::kZCols, kWidth, warp % 4, lane);
     cluster_sync();  // [S1] every block's sums are in place
-    shrink_finish<C>(p, base, rank, parts, m, rank0, warp, lane);
+    coefficients_finish<C>(p, base, rank, parts, m, rank0, warp, lane);
   }
   cluster_sync();  // [S3] no block leaves while another reads its shared memory
 }

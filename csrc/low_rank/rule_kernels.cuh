@@ -1,6 +1,6 @@
 // The rules alone (a warp for each row and term) and the second stage of split sums. All bound by memory.
 #pragma once
-#include "rule.cuh"
+#include "rule_math.cuh"
 
 namespace npt {
 

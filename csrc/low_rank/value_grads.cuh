@@ -1,20 +1,19 @@
-// The skinny pair from one reading of dy [T, N]: dc = dy @ w_b_upᵀ [T, R] and d w_b_up = cᵀ @ dy [R, N].
+// Value gradients from one reading of dy [T, N]: dc = dy @ w_b_upᵀ [T, R] and d w_b_up = cᵀ @ dy [R, N].
 //
 // A block owns 512 columns of dy and a range of tokens. Its block of w_b_up and the accumulators of d w_b_up stay on chip, and
 // tiles of 64 tokens stream through: as the A operand (K-major) of dc and, the same bytes, as the B operand (MN-major) of
 // d w_b_up. Its share of dc (over its columns) goes to an fp32 workspace for every tile, its share of d w_b_up (over its tokens)
-// once at the end; rules.cuh adds the shares in a fixed order. No atomics.
+// once at the end; rule_kernels.cuh adds the shares in a fixed order. No atomics.
 //
 // Two stages of 64 KiB: 64-128 KiB in flight a SM, three times what 4.3 TB/s at 700 ns needs. Tensor core per tile at R = 64:
 // ~2,600 clocks (dc is bound by shared-memory reads at n32) against ~3,500 for the tile's bytes, so memory decides.
 #pragma once
 #include "ring.cuh"
-#include "rule.cuh"
 
 namespace npt {
 
 template <Dtype kType_>
-struct PairConfig {
+struct ValueGradsConfig {
   static constexpr Dtype kType = kType_;
   static constexpr int kTokens = 64, kRanks = 64, kColumns = 512, kChunks = kColumns / kChunkCols, kStages = 2;
   static constexpr uint32_t kChunkBytes = kTokens * kRowBytes;  // 8192
@@ -25,12 +24,12 @@ struct PairConfig {
 };
 
 template <class C>
-__global__ void __launch_bounds__(384, 1) skinny_pair(const __grid_constant__ PairParams p) {
+__global__ void __launch_bounds__(384, 1) low_rank_value_grads(const __grid_constant__ ValueGradsParams p) {
   extern __shared__ uint8_t raw_smem[];
   const uint32_t base = (smem_address(raw_smem) + 1023u) & ~1023u;
   const uint32_t resident = base + C::kStages * C::kStageBytes, barriers = resident + C::kResidentBytes;
   const uint32_t resident_full = barriers + 16 * C::kStages;
-  SkinnyRing<C::kStages> ring(base, C::kStageBytes, barriers);
+  LowRankRing<C::kStages> ring(base, C::kStageBytes, barriers);
   if (threadIdx.x == 0) {
     ring.init();
     barrier_init(resident_full, 1);

@@ -1,20 +1,20 @@
-// The ring of the skinny kernels: one producer thread, two consumer warpgroups that all read every stage, no cluster traffic.
+// The ring of the low-rank kernels: one producer thread, two consumer warpgroups that all read every stage, no cluster traffic.
 // Protocol: [P1]..[P7] of gemm/mainloop.cuh with a cluster of one, as tools/protocol_model.py says.
 #pragma once
 #include "../common/ptx.cuh"
 #include "../common/wgmma.inc"
-#include "skinny_params.h"
+#include "low_rank_params.h"
 
 namespace npt {
 
-constexpr int kSkinnyThreads = 288;  // two consumer warpgroups, then the producer warp
+constexpr int kLowRankThreads = 288;  // two consumer warpgroups, then the producer warp
 
 template <int kStages>
-struct SkinnyRing {
+struct LowRankRing {
   uint32_t base, stage_bytes, full, empty;
   RingPosition at{0, 0};
 
-  NPT_DEVICE SkinnyRing(uint32_t base_, uint32_t stage_bytes_, uint32_t barriers)
+  NPT_DEVICE LowRankRing(uint32_t base_, uint32_t stage_bytes_, uint32_t barriers)
       : base(base_), stage_bytes(stage_bytes_), full(barriers), empty(barriers + 8 * kStages) {}
   NPT_DEVICE void init() const {
     for (int s = 0; s < kStages; ++s) {
