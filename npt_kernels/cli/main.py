@@ -18,6 +18,7 @@ except ImportError:
 from .bench import bench
 from .errors import reports_errors
 from .eval import EVAL_HELP, evaluate
+from .learn import learn_command
 from .plan import plan_command
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ app = typer.Typer(
 
 app.add_typer(bench)
 plan_command(app)
+learn_command(app)
 app.command("eval", help=EVAL_HELP)(evaluate)
 
 

@@ -1,0 +1,267 @@
+"""What a context does to the residual stream, written into the weights in closed form: no gradients.
+
+Teacher: the model with the fact in front of a question. Student: the question alone. At the tokens that predict the answer, layer
+by layer upwards, the last MLP matrix is changed so that the layer returns what it returned with the context (token-independent
+"thought matrices" by least squares: Mazzawi et al. 2025, arXiv:2510.08734). With ``R [n, d]`` what is missing behind the layer,
+``K [n, in]`` the student's inputs of the matrix, ``C`` their second moments in ordinary text:
+
+    ΔW = Rᵀ (I + K M⁻¹ Kᵀ)⁻¹ K M⁻¹,    M = λ C
+
+which minimises ``‖K ΔWᵀ − R‖² + λ E‖ΔW k‖²``. Rows about *other* subjects, whose teacher is the unedited run, hold them in place.
+``conditional`` is the same solve for one fact at a time, acting only once its subject has been mentioned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .changes import LayerChange, Trigger
+from .conditional import Gate
+from .edit import Edit
+from .facts import Fact, encode, encode_answer, padded, start_ids, subject_variants
+from .hooks import ReachedLayerError, Sites, decoder_of, device_of, evaluating
+from .moments import SecondMoments
+from .probes import HELD_SUBJECTS
+from .recall import fits
+
+__all__ = ["ContextSettings", "conditional", "context", "default_layers"]
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """How the context is written.
+
+    Attributes:
+        strength: λ: what an answer's row weighs against ordinary text; smaller writes harder.
+        hold_others: Also keep what the model says of other subjects and the facts' ``keep`` texts.
+        plain_keys: ``C = I`` times the mean energy. For comparison only: it damages ordinary text.
+        ridge: Share of the mean diagonal added to ``C``.
+    """
+
+    strength: float = 100.0
+    hold_others: bool = True
+    plain_keys: bool = False
+    ridge: float = 1e-3
+
+
+def default_layers(num_layers: int) -> list[int]:
+    """The upper half: below it the answer is not yet a direction of the residual stream (measured on SmolLM2)."""
+    return list(range(num_layers // 2, num_layers))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Student texts with the rows to be matched, and what the teacher had there behind every layer."""
+
+    ids: Tensor  # [n, seq]
+    mask: Tensor
+    rows: Tensor  # [m]: row of ids
+    columns: Tensor  # [m]: token
+    fact: Tensor  # [m]: which fact
+    target: dict[int, Tensor]  # layer → [m, d], float64
+
+
+def _collect(
+    model: nn.Module, tokenizer: Any, sites: Sites, facts: Sequence[Fact], layers: Sequence[int], hold: bool
+) -> _Pairs:
+    students: list[tuple[int, ...]] = []
+    teachers: list[tuple[int, ...]] = []
+    spots: list[tuple[int, int, int, int]] = []  # (text, student token, teacher token, fact)
+    for number, fact in enumerate(facts):
+        for prompt in (fact.prompt, *fact.phrasings):
+            student = encode_answer(tokenizer, prompt, fact.answer)
+            teacher = encode_answer(tokenizer, f"{fact.fact}\n{prompt}", fact.answer)
+            for offset in range(len(student.ids) - student.start):
+                spots.append((len(students), student.start - 1 + offset, teacher.start - 1 + offset, number))
+            students.append(student.ids)
+            teachers.append(teacher.ids)
+        if hold:
+            for held in [fact.about(other) for other in HELD_SUBJECTS if other != fact.subject] + list(fact.keep):
+                ids = tuple(encode(tokenizer, held))
+                spots.append((len(students), len(ids) - 1, len(ids) - 1, number))
+                students.append(ids)
+                teachers.append(ids)
+    for sequence in (*students, *teachers):
+        fits(model, sequence, "a fact in front of its question")
+    fill, device = (start_ids(tokenizer) or [0])[0], device_of(model)
+    row, token, teacher_token, owner = (torch.tensor(column, device=device) for column in zip(*spots, strict=True))
+    target: dict[int, Tensor] = {}
+    tokens, mask = padded(teachers, fill, device)
+    _run(
+        model,
+        sites,
+        tokens,
+        mask,
+        layers,
+        lambda layer, h: target.__setitem__(layer, h[row, teacher_token].double().cpu()),
+    )
+    tokens, mask = padded(students, fill, device)
+    return _Pairs(tokens, mask, row, token, owner.cpu(), target)
+
+
+@torch.no_grad()
+def _run(
+    model: nn.Module,
+    sites: Sites,
+    ids: Tensor,
+    mask: Tensor,
+    layers: Sequence[int],
+    read: Callable[[int, Tensor], None],
+) -> None:
+    """One forward that ends behind the last of ``layers``; ``read(layer, h)`` gets each one's output."""
+    last = max(layers)
+
+    def read_and_stop(layer: int, h: Tensor) -> None:
+        read(layer, h)
+        if layer == last:
+            raise ReachedLayerError
+
+    with sites.reading_layer_outputs(list(layers), read_and_stop), contextlib.suppress(ReachedLayerError):
+        decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def solve(keys: Tensor, missing: Tensor, moments: SecondMoments, layer: int, settings: ContextSettings) -> Tensor:
+    """``(I + K M⁻¹ Kᵀ)⁻¹ K M⁻¹ [m, in]``, float64: the v_a whose v_b are the rows of ``missing``."""
+    wide = keys.double()
+    if settings.plain_keys:
+        energy = moments.matrix(layer).double().diagonal().mean()
+        solved = wide / (settings.strength * energy)
+    else:
+        solved = moments.whitener(layer, settings.ridge).solve(wide) / settings.strength
+    gram = torch.eye(len(wide), dtype=wide.dtype) + solved @ wide.t()
+    return torch.linalg.solve(gram, solved)
+
+
+def _at(model: nn.Module, sites: Sites, pairs: _Pairs, layer: int) -> tuple[Tensor, Tensor]:
+    """``(K [m, in], R [m, d])`` of a layer, on the model as it is now."""
+    read: dict[str, Tensor] = {}
+    spots = (pairs.rows, pairs.columns)
+    with sites.reading_inputs([layer], lambda _, k: read.__setitem__("k", k[spots].double().cpu())):
+        _run(model, sites, pairs.ids, pairs.mask, [layer], lambda _, h: read.__setitem__("h", h[spots].double().cpu()))
+    return read["k"], pairs.target[layer] - read["h"]
+
+
+@contextmanager
+def _restored(sites: Sites, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """The matrices' present values; they are put back at the end, whatever happens."""
+    before = {layer: sites.weight(layer).detach().clone() for layer in layers}
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for layer, weight in before.items():
+                sites.weight(layer).copy_(weight)
+
+
+@torch.no_grad()
+def context(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    moments: SecondMoments,
+    layers: Sequence[int],
+    settings: ContextSettings | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> tuple[dict[int, LayerChange], dict[str, Any]]:
+    """The change that gives ``model`` the effect of having ``facts`` in its context; the model is as before when it returns.
+
+    Args:
+        model, tokenizer: The model to be edited.
+        facts: All written in one solve per layer.
+        moments: Of ``layers`` at least.
+        layers: Which layers, written upwards.
+        settings: How.
+        advance: Called with 1 after every layer.
+
+    Returns:
+        ``({layer: change}, notes)``, notes with the share of the missing effect that was left behind the last layer.
+    """
+    settings = settings or ContextSettings()
+    sites, layers = Sites(model), sorted(layers)
+    for layer in layers:
+        sites.check(layer)
+    changes: dict[int, LayerChange] = {}
+    with evaluating(model), _restored(sites, layers) as before:
+        pairs = _collect(model, tokenizer, sites, facts, layers, settings.hold_others)
+        start = float(_at(model, sites, pairs, layers[-1])[1].norm())
+        for layer in layers:
+            keys, missing = _at(model, sites, pairs, layer)
+            v_a = solve(keys, missing, moments, layer, settings)
+            changes[layer] = LayerChange(v_a.float(), missing.float(), pairs.fact)
+            sites.weight(layer).copy_(changes[layer].added_to(before[layer]))
+            advance(1)
+        left = float(_at(model, sites, pairs, layers[-1])[1].norm())
+    return changes, {
+        **asdict(settings),
+        "layers": list(layers),
+        "rows": len(pairs.fact),
+        "effect_left": left / max(start, 1e-30),
+    }
+
+
+@torch.no_grad()
+def conditional(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    moments: SecondMoments,
+    layers: Sequence[int],
+    settings: ContextSettings | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> tuple[dict[int, LayerChange], list[Trigger], dict[str, Any]]:
+    """As :func:`context`, one fact at a time, acting from the subject's first mention on; no matrix is written to.
+
+    Other subjects need no rows: nothing acts on them. Returns ``({layer: change}, triggers, notes)``, one trigger a fact.
+    """
+    settings = ContextSettings(**{**asdict(settings or ContextSettings()), "hold_others": False})
+    sites, layers = Sites(model), sorted(layers)
+    for layer in layers:
+        sites.check(layer)
+    parts: dict[int, list[tuple[Tensor, Tensor, int]]] = {layer: [] for layer in layers}
+    triggers: list[Trigger] = []
+    left = []
+    with evaluating(model):
+        for number, fact in enumerate(facts):
+            trigger: Trigger = tuple(subject_variants(tokenizer, fact.subject))
+            pairs = _collect(model, tokenizer, sites, [fact], layers, False)
+            start = float(_at(model, sites, pairs, layers[-1])[1].norm())
+            own: dict[int, LayerChange] = {}
+            for layer in layers:
+                with _acting(sites, own, trigger):
+                    keys, missing = _at(model, sites, pairs, layer)
+                v_a = solve(keys, missing, moments, layer, settings)
+                own[layer] = LayerChange(v_a.float(), missing.float(), torch.zeros(len(v_a), dtype=torch.long))
+                parts[layer].append((own[layer].v_a, own[layer].v_b, number))
+                advance(1)
+            with _acting(sites, own, trigger):
+                left.append(float(_at(model, sites, pairs, layers[-1])[1].norm()) / max(start, 1e-30))
+            triggers.append(trigger)
+    changes = {
+        layer: LayerChange(
+            torch.cat([v_a for v_a, _, _ in found]),
+            torch.cat([v_b for _, v_b, _ in found]),
+            torch.cat([torch.full((len(v_a),), number) for v_a, _, number in found]),
+        )
+        for layer, found in parts.items()
+    }
+    return changes, triggers, {**asdict(settings), "layers": list(layers), "effect_left": left}
+
+
+@contextmanager
+def _acting(sites: Sites, changes: dict[int, LayerChange], trigger: Trigger) -> Iterator[None]:
+    """Inside the block a conditional edit of these changes acts on the model."""
+    if not changes:
+        yield
+        return
+    gate = Gate(sites, [Edit(dict(changes), "conditional", triggers=(trigger,))])
+    try:
+        yield
+    finally:
+        gate.remove()
