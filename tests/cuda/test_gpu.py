@@ -129,7 +129,7 @@ def test_mlp(dtype: torch.dtype, rule: str, gated: bool, rows: int, d: int, f: i
         weights = [torch.randn(f, d, device=DEVICE) / d**0.5 for _ in range(2)]
         adapters: list[Tensor | None] = []
         for width, out in ((d, f), (d, f), (f, d)):
-            adapters += [key(width), torch.randn(rank, out, device=DEVICE) / rank**0.5]
+            adapters += [key(width), torch.randn(rank, out, device=DEVICE) / (rank if rule == "rank1" else rank**0.5)]
         if not gated:
             adapters[:2] = [None, None]
         return (

@@ -40,7 +40,7 @@ needs_build = pytest.mark.skipif(not BUILT, reason="npt_kernels._cuda is not bui
 # ------------------------------------------------------------------------------------- registry and reasons
 def test_never_chosen_by_itself() -> None:
     assert BACKENDS["cuda"].automatic is False
-    assert "unverified on hardware" in BACKENDS["cuda"].summary
+    assert "sm_90a" in BACKENDS["cuda"].summary
 
 
 @pytest.mark.parametrize(

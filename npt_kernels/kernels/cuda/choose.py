@@ -46,7 +46,10 @@ MIN_SPLIT_TILE_BLOCKS, SPLIT_FINISH_BLOCKS = 8, 8
 #: A k-block of a 128 x 128 tile against one of 128 x 256: half of the products, but its 32 KB arrive at ~48 bytes a clock and SM
 #: (H200, 2026-11-26: 8192 x 3072 x 768 in 56 µs).
 NARROW_BLOCK_COST = 0.65
-#: A split must promise this much: it was never measured.
+#: Share of the SMs that clusters of 4 and 8 blocks can count on at once, for a cluster must fit one GPC: H200, 2026-11-26, down
+#: projection 8B: 16 clusters of 4 take 47 us (128 x 128 tiles: 73), 32 of them 93, 16 of 8 take 69; in two parts 78.
+PLACED_SHARE = 0.75
+#: A split must promise this much.
 MIN_SPLIT_GAIN = 1.1
 #: A cluster of 2 halves the traffic for weights (48 → 32 bytes per clock and SM), but its row tiles come in pairs.
 MAX_PAIR_WASTE = 0.05
@@ -93,9 +96,9 @@ def _split(rows: int, cols: int, k_blocks: int, sms: int) -> tuple[float, int, i
         if cluster == 2 and row_tiles % 2 > MAX_PAIR_WASTE * (row_tiles + 1):
             continue
         tiles = _div_up(row_tiles, cluster) * _div_up(cols, 256)
-        for split in (8, 4, 2):
+        for split in (8, 4):
             blocks = cluster * split  # of one cluster
-            if blocks <= 8 and tiles <= sms // blocks and k_blocks >= split * MIN_SPLIT_TILE_BLOCKS:
+            if blocks <= 8 and tiles <= PLACED_SHARE * sms // blocks and k_blocks >= split * MIN_SPLIT_TILE_BLOCKS:
                 found.append((_div_up(k_blocks, split) + SPLIT_FINISH_BLOCKS, cluster, split))
     return min(found, key=lambda way: way[0], default=None)
 
