@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..component import NPComponent
 from ..config import NPTConfig
 from ..model.forward import evaluating
-from ..model.shapes.base import linear_weight
+from ..model.linears import linear_weight
 from .bases import Basis, Metric, make_basis, make_metric
 from .moments import Moments, check_tokens, collect_moments
 from .ranks import allot_ranks

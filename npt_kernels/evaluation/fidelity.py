@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..activations import get_activation
 from ..functional import npt_factored_linear
 from ..model.forward import evaluating
-from ..model.shapes.base import linear_bias, linear_weight
+from ..model.linears import linear_bias, linear_weight
 from ..model.visits import walk_layers
 
 __all__ = ["LayerFidelity", "NormStatistics", "delta_norms", "layer_fidelity"]

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..base_model.loading import resolve_dtype
 from ..configs.schema import RunConfig
+from ..conversion.quantise import quantise_base
 from ..estimate.storage import quantization_of
 from ..evaluation.perplexity import evaluate, evaluate_base
 from ..model.patching import apply_npt, npt_parameters
 from ..offload import streaming
 from ..ops.dense_on_use import release_scratch
-from ..quantised.linear import quantise_base
 from ..training.loop import make_objective, make_optimizer
 from ..training.objectives import Objective, delta_variances, enable_checkpointing
 from .live_bytes import LiveBytes

@@ -15,9 +15,10 @@ from ..component import NPComponent
 from ..config import NPTConfig, parse_rank, resolve_layers
 from ..conversion.random_start import initialise
 from .layer import LayerPlan, NPTLayer, convert_layer, is_converted, own_forward, restore_layer
+from .linears import count_parameters, linear_shape
 from .norms import identify_norm
 from .shapes import LAYER_SHAPES
-from .shapes.base import LayerShape, count_parameters, linear_shape
+from .shapes.base import LayerShape
 from .sharding import is_sharded
 from .weight_location import compute_device
 

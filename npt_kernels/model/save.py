@@ -24,6 +24,7 @@ from ..component import NPComponent
 from ..config import NPTConfig
 from ..durable_files import sha256, sync_directory, sync_file
 from .import_published import read_published
+from .linears import count_parameters
 from .patching import (
     ApplyReport,
     converted_layers,
@@ -34,7 +35,6 @@ from .patching import (
     plan_layers,
     remove_npt,
 )
-from .shapes.base import count_parameters
 from .sharding import whole
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_state_dict", "find_adapter", "load_npt", "save_npt"]

@@ -271,7 +271,7 @@ def test_tensor_subclasses_are_taken_apart_and_wrapped_anew():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_quantised_bases_are_streamed_in_their_codes(format, kind, checkpointing):
     pytest.importorskip("bitsandbytes")
-    from npt_kernels.quantised.linear import quantise_base
+    from npt_kernels.conversion.quantise import quantise_base
 
     def quantised():
         model = tiny_model("llama", layers=3, hidden_size=64, intermediate_size=128)
