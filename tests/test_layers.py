@@ -73,8 +73,6 @@ EXCEPTIONS: set[tuple[str, str]] = {
     ("estimate.advice", "evaluation"),
     ("measure.problems", ""),
     ("measure.shapes", "bench.results"),
-    ("model.patching", "conversion"),
-    ("model.patching", "conversion.random_start"),
     ("offload.setup", "base_model.loading"),
     ("training.distributed", "base_model.loading"),
     ("training.loop", "run.checkpoints"),
@@ -113,13 +111,6 @@ NAMED_BACKENDS: set[tuple[str, str]] = {
 CIRCLES: list[list[str]] = [
     ["base_model.loading", "offload", "offload.setup"],
     ["bench.training", "bench.training_shapes"],
-    [
-        "conversion",
-        "conversion.closed_form",
-        "conversion.refit",
-        "model.patching",
-        "model.sharding",
-    ],
     ["estimate.advice", "run.oom", "training.loop"],
 ]
 

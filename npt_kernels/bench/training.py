@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conversion.apply import apply_npt
 from ..estimate.flops import needed_flops
 from ..estimate.model_sizes import count_adapter, meta_model, read_numbers
 from ..measure.allocations import memory_meter
 from ..measure.live_bytes import storages_of
 from ..measure.random_model_step import build_model, quantise
 from ..measure.timing import clocks, cpu_ceilings, settle_power
-from ..model.patching import apply_npt, converted_layers
+from ..model.install import converted_layers
 from ..offload import LayerStreamer, stream_mode, streaming
 from ..run.accelerator import make_accelerator
 from ..training.loop import Phase, PhaseLoop, StopRequest, make_objective

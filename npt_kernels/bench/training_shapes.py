@@ -92,7 +92,7 @@ def _nothing(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _token_by_token(model: nn.Module) -> Iterator[None]:
     """Inside the block converted layers compute their MLP the published way: a weight matrix per token, one at a time."""
-    from ..model.patching import converted_layers
+    from ..model.install import converted_layers
 
     layers = list(converted_layers(model).values())
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..model.install import converted_layers
 from ..model.linears import is_conv1d, linear_bias, linear_weight, weight_source
-from ..model.patching import converted_layers, find_layers
+from ..model.select import find_layers
 from ..progress import progress_bar
 from ..quantised.foreign import made_by_library, taken_over
 from ..quantised.formats import choose_library, import_library

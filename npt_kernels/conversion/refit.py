@@ -11,9 +11,9 @@ lcet10, .082 → .075 on 5,120 of Shakespeare's prose.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,10 @@ from torch import Tensor, nn
 from ..component import NPComponent
 from ..model.forward import decoder_of, first_output, isolates_documents
 from ..model.layer import student_output, teacher_output
-from .bases import Basis, Metric, make_basis
+from ..model.select import LayerChoice
+from .bases import Metric, make_basis
+from .closed_form import fill_closed_form
 from .moments import second_moment
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ..model.patching import LayerChoice
 
 __all__ = ["refit_sequentially"]
 
@@ -96,7 +93,6 @@ def refit_sequentially(
     metrics: list[Metric],
     covariances: list[Tensor],
     tokens: Tensor,
-    fill: Callable[[NPComponent, LayerChoice, Basis], None],
     *,
     batch_size: int = 4,
     advance: Callable[[int], None] | None = None,
@@ -107,7 +103,6 @@ def refit_sequentially(
         model, layers: The original model and its decoder layers.
         choices, components, metrics, covariances: Of the converted layers, in order; components keep their ranks.
         tokens: Token ids; whole batches of ``batch_size`` sequences are used (all of them if there are fewer).
-        fill: Writes a basis into a component.
         advance: Called with 1 after every layer.
     """
     device = next(model.parameters()).device
@@ -138,7 +133,7 @@ def refit_sequentially(
             if lossy_below:
                 target = _fit_target(teacher, student, a_t, a_s)
                 metric, covariance = metrics[position].to(device), covariances[position].to(device)
-                fill(component, choice, make_basis(metric, covariance, target))
+                fill_closed_form(component, choice, make_basis(metric, covariance, target))
             lossy_below |= component.total_rank < choice.hidden_size
             for b in range(len(batches)):
                 teacher[b] = teacher_output(layer, shape, teacher[b], a_t[b])

@@ -119,7 +119,7 @@ def runs_end_to_end(config: RunConfig) -> bool:
 
 
 def uses_closed_form(config: RunConfig) -> bool:
-    return config.model.rule == "self_key" and config.model.init in {"auto", "closed_form"}
+    return config.npt_config().uses_closed_form
 
 
 @dataclass(frozen=True)

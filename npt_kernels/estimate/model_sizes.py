@@ -13,7 +13,7 @@ from ..component import NPComponent
 from ..config import NPTConfig, parse_rank
 from ..configs.schema import ConfigError
 from ..model.linears import linear_shape, unsupported_linear
-from ..model.patching import LayerChoice, find_layers, fixed_ranks, plan_layers
+from ..model.select import LayerChoice, find_layers, fixed_ranks, plan_layers
 from ..model.shapes import LAYER_SHAPES
 
 __all__ = ["Adapter", "ModelNumbers", "count_adapter", "meta_model", "read_numbers"]

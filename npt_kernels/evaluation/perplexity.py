@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.forward import evaluating
-from ..model.patching import converted_layers, npt_disabled
+from ..model.install import converted_layers, npt_disabled
 from ..model.sharding import is_sharded
 from ..model.visits import CHUNK_ELEMENTS, OutputHead
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .forward import decoder_of, first_output
-from .patching import converted_layers, find_layers, npt_disabled
+from .install import converted_layers, npt_disabled
+from .select import find_layers
 from .sharding import forget_broken_forward
 from .weight_location import resident
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import parse_rank
 from ..configs.schema import ConfigError, RunConfig
 from ..model.linears import linear_shape
-from ..model.patching import find_layers
+from ..model.select import find_layers
 from ..model.shapes import LAYER_SHAPES
 from .streamer import LayerStreamer
 from .transfer import TransferPlan, flops_per_token, plan_transfer

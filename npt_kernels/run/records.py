@@ -16,7 +16,7 @@ from rich.console import Console
 from ..configs.schema import ConfigError, RunConfig
 from ..evaluation.fidelity import LayerFidelity
 from ..evaluation.perplexity import EvalResult, Sample
-from ..model.patching import ApplyReport
+from ..model.apply_report import ApplyReport
 from ..training.loop import Phase, StepReport
 from .checkpoints import Checkpoint
 from .display import clock, results_table, samples_markdown, samples_table

@@ -14,7 +14,8 @@ from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters, remo
 from npt_kernels.evaluation.fidelity import layer_fidelity
 from npt_kernels.evaluation.perplexity import evaluate
 from npt_kernels.measure.live_bytes import LiveBytes
-from npt_kernels.model.patching import converted_layers, find_layers
+from npt_kernels.model.install import converted_layers
+from npt_kernels.model.select import find_layers
 from npt_kernels.offload import LayerStreamer
 from npt_kernels.offload.weights import layer_tensors
 from npt_kernels.run.oom import base_fingerprint
