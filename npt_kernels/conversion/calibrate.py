@@ -52,20 +52,25 @@ def closed_form_components(
     components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]
     for component, choice in zip(components, choices, strict=True):
         fill_closed_form(component, choice, bases.pop(0))
+    refitted = False
     if config.refit:
         _, layers = find_layers(model)
         sample = tokens[: max(1, _REFIT_TOKENS // tokens.shape[1])]
         bar = progress_bar("refitting on the converted stream", len(layers), "layers", enabled=progress)
         with evaluating(model), bar as advance:
-            refit_sequentially(model, layers, choices, components, metrics, covariances, sample, advance=advance)
+            refitted = refit_sequentially(
+                model, layers, choices, components, metrics, covariances, sample, advance=advance
+            )
     dropped = [float(worth[c.total_rank :].sum()) for worth, c in zip(worths, components, strict=True)]
-    notes = {
+    notes: dict[str, Any] = {
         "tokens": tokens.numel(),
         "basis": config.basis,
-        "refit": config.refit,
+        "refit": refitted,
         "dropped_worth": dropped,
         "worth_unit": unit,
     }
+    if config.refit and not refitted:
+        notes["unused"] = "refit=True was not used: the model works on the hidden states between its layers"
     return components, notes
 
 

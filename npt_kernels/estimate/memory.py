@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from ..configs.schema import RunConfig
-from ..model.visits import CHUNK_ELEMENTS
+from ..model.head import CHUNK_ELEMENTS
 from .activations import LayerBytes
 from .model_sizes import Adapter, ModelNumbers
 from .parallel import Parallel

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..configs.schema import ConfigError, RunConfig
 from ..conversion.apply import apply_npt
 from ..evaluation.fidelity import LayerFidelity
-from ..evaluation.perplexity import EvalResult, Sample
+from ..evaluation.perplexity import EvalResult
+from ..evaluation.samples import Sample
 from ..model.apply_report import ApplyReport
 from ..model.install import converted_layers, npt_disabled, remove_npt
 from ..model.save import load_npt, save_npt

@@ -24,7 +24,8 @@ if __name__ == "__main__":  # pytest puts both on the path itself
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_disabled, npt_parameters, remove_npt, save_npt
 from npt_kernels.configs.schema import RunConfig
 from npt_kernels.evaluation.fidelity import layer_fidelity
-from npt_kernels.evaluation.perplexity import evaluate, evaluate_base, generate
+from npt_kernels.evaluation.perplexity import evaluate, evaluate_base
+from npt_kernels.evaluation.samples import generate
 from npt_kernels.model.install import converted_layers
 from npt_kernels.model.save import adapter_state_dict
 from npt_kernels.model.shard_base import shard_base
