@@ -14,29 +14,31 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .component import AdapterTensors, NPComponent
     from .config import NPTConfig
+    from .conversion.apply import apply_npt
     from .functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
-    from .model.patching import ApplyReport, apply_npt, npt_disabled, npt_parameters, remove_npt
+    from .model.apply_report import ApplyReport
+    from .model.install import npt_disabled, npt_parameters, remove_npt
     from .model.save import load_npt, save_npt
     from .ops.registry import BackendUnavailableError, available_backends, explain
 
 #: Everything loads at first use, torch included, so that ``npt --help`` answers at once.
 _LAZY = {
     "AdapterTensors": ".component",
-    "ApplyReport": ".model.patching",
+    "ApplyReport": ".model.apply_report",
     "BackendUnavailableError": ".ops.registry",
     "NPComponent": ".component",
     "NPTConfig": ".config",
-    "apply_npt": ".model.patching",
+    "apply_npt": ".conversion.apply",
     "available_backends": ".ops.registry",
     "explain": ".ops.registry",
     "load_npt": ".model.save",
-    "npt_disabled": ".model.patching",
+    "npt_disabled": ".model.install",
     "npt_factored_linear": ".functional",
     "npt_gated_mlp": ".functional",
     "npt_linear": ".functional",
     "npt_mlp": ".functional",
-    "npt_parameters": ".model.patching",
-    "remove_npt": ".model.patching",
+    "npt_parameters": ".model.install",
+    "remove_npt": ".model.install",
     "save_npt": ".model.save",
 }
 

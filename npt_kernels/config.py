@@ -14,6 +14,8 @@ __all__ = ["BASES", "INITS", "NPTConfig", "parse_rank", "resolve_layers"]
 INITS = ("auto", "closed_form", "small", "published")
 BASES = ("fisher", "pca")
 _RANGES = ("all", "upper_half", "lower_half")
+#: The rule that can equal the original layer without training (docs/method.md).
+_CLOSED_FORM_RULE = "self_key"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class NPTConfig:
             ``"small"`` (ΔW = 0 at the start), ``"published"`` (small Gaussians on every factor, as earlier recipes).
         basis: Directions the closed form keeps: ``"fisher"`` (weighted by what the loss feels) or ``"pca"``.
         refit: Closed form: fit each layer on the converted model's own stream, so that it also mends the drift of the layers
-            below (``calibration/sequential.py``).
+            below.
         norm_match: Divide by the norm of h + a instead of that of h. ``None``: on for ``self_key``, off for other rules.
         modulation_scale: Scale of the ``diagonal`` rule.
         seed: Seed of the random initialisations.
@@ -93,15 +95,20 @@ class NPTConfig:
             raise ValueError(f"modulation_scale={self.modulation_scale!r} must be a number")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be a whole number")
-        if self.init == "closed_form" and self.rule != "self_key":
+        if self.init == "closed_form" and not self.uses_closed_form:
             raise ValueError(
-                f"init='closed_form' exists for rule='self_key' only, not for rule={self.rule!r}; use init='small'"
+                f"init='closed_form' exists for rule={_CLOSED_FORM_RULE!r} only, not for rule={self.rule!r}; use init='small'"
             )
 
     @property
     def matches_norm(self) -> bool:
         """``norm_match`` with its default resolved."""
-        return self.rule == "self_key" if self.norm_match is None else self.norm_match
+        return self.rule == _CLOSED_FORM_RULE if self.norm_match is None else self.norm_match
+
+    @property
+    def uses_closed_form(self) -> bool:
+        """Whether a calibration would be used: the rule has a closed form and ``init`` does not ask for another start."""
+        return self.rule == _CLOSED_FORM_RULE and self.init in ("auto", "closed_form")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -73,11 +73,7 @@ NO_LIBRARY = {
 EXCEPTIONS: set[tuple[str, str]] = {
     ("base_model.loading", "offload"),
     ("estimate.advice", "evaluation"),
-    ("model.patching", "conversion"),
-    ("model.patching", "conversion.random_start"),
     ("offload.setup", "base_model.loading"),
-    ("quantised.linear", "model.patching"),
-    ("quantised.linear", "model.shapes.base"),
     ("training.distributed", "base_model.loading"),
     ("training.loop", "run.checkpoints"),
     ("training.loop", "run.oom"),
@@ -114,20 +110,6 @@ NAMED_BACKENDS: set[tuple[str, str]] = {
 #: Groups of modules that import each other in a circle yet.
 CIRCLES: list[list[str]] = [
     ["base_model.loading", "offload", "offload.setup"],
-    [
-        "conversion",
-        "conversion.closed_form",
-        "conversion.refit",
-        "model.layer",
-        "model.patching",
-        "model.shapes",
-        "model.shapes.base",
-        "model.shapes.gpt2",
-        "model.shapes.llama",
-        "model.sharding",
-        "quantised.foreign",
-        "quantised.linear",
-    ],
     ["estimate.advice", "run.oom", "training.loop"],
 ]
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from ..configs.models import KNOWN_MODELS
 from ..configs.schema import ConfigError, RunConfig
-from ..quantised.foreign import adopt_quantised
-from ..quantised.linear import import_library, missing_library, quantise_base
+from ..conversion.quantise import adopt_quantised, quantise_base
+from ..quantised.formats import import_library, missing_library
 from .assets import default_cache_dir, demo_model_cached, demo_model_dir
 
 __all__ = [

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conversion.apply import apply_npt
 from ..configs.schema import RunConfig
 from ..estimate.byte_count import count_bytes
 from ..estimate.devices import local_gpu
@@ -27,7 +28,7 @@ from ..measure.allocations import memory_meter
 from ..measure.live_bytes import storages_of
 from ..measure.random_model_step import build_model, quantise
 from ..measure.timing import clocks, cpu_ceilings, settle_power
-from ..model.patching import apply_npt, converted_layers
+from ..model.install import converted_layers
 from ..offload import LayerStreamer, stream_mode, streaming
 from ..ops.dense_on_use import release_scratch
 from ..run.accelerator import make_accelerator

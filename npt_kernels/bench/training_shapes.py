@@ -90,7 +90,7 @@ def _nothing(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _token_by_token(model: nn.Module) -> Iterator[None]:
     """Inside the block converted layers compute their MLP the published way: a weight matrix per token, one at a time."""
-    from ..model.patching import converted_layers
+    from ..model.install import converted_layers
 
     layers = list(converted_layers(model).values())
 
@@ -109,7 +109,7 @@ def _token_by_token(model: nn.Module) -> Iterator[None]:
 def _loop_student(layer: Any, h: Tensor, a: Tensor) -> Tensor:
     """``h + MLP_Δ(u; a)`` with every ``W + ΔW_t`` built (the explicit vectors of ``NPComponent.vectors``)."""
     from ..activations import get_activation
-    from ..model.shapes.base import linear_bias, linear_weight
+    from ..model.linears import linear_bias, linear_weight
 
     plan = layer.npt_plan
     u, key_scale = layer.npt_mlp_input(h, a)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from ..configs.schema import RunConfig
     from ..evaluation.fidelity import LayerFidelity
-    from ..evaluation.perplexity import EvalResult, Sample
+    from ..evaluation.perplexity import EvalResult
+    from ..evaluation.samples import Sample
 
 __all__ = ["EVAL_HELP", "evaluate"]
 
@@ -70,8 +71,8 @@ def evaluate(
     config = _eval_config(path, overrides or [], model_name)
     directory = _writable(out.expanduser() if out is not None else _default_directory(path))
     from ..base_model.loading import choose_device, load_model
-    from ..evaluation.report import evaluate_adapter
-    from ..model.forward import isolated_documents
+    from ..evaluation.adapter import evaluate_adapter
+    from ..model.documents import isolated_documents
     from ..model.save import load_npt
     from ..offload import streaming
     from ..progress import progress_bar

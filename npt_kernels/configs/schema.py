@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..config import NPTConfig
+from ..quantised.formats import choose_library
 
 __all__ = ["SECTIONS", "ConfigError", "RunConfig"]
 
@@ -201,8 +202,6 @@ class OptimizationSection(_Section):
     @property
     def base_quantization(self) -> tuple[str, str] | None:
         """``(format, library)`` of the frozen base, ``None`` for dense. Raises :class:`ConfigError` for keys that disagree."""
-        from ..quantised.linear import choose_library
-
         asked = {key: format for key, format in (("use_8bit", "int8"), ("use_4bit", "nf4")) if getattr(self, key)}
         if len(asked) == 2:
             raise ConfigError("optimization.use_8bit and optimization.use_4bit are both true; set one of them to false")

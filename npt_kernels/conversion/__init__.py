@@ -1,7 +1,3 @@
-"""The closed form: fit NP components from a few thousand tokens without training."""
-
-from __future__ import annotations
-
-from .closed_form import closed_form_components
-
-__all__ = ["closed_form_components"]
+"""How NP components get values: a closed form from a few thousand tokens of text, or a random start. Reading order: ``apply``
+(the order of events), ``calibrate`` (tokens → components), then what each step computes; ``quantise`` comes before all of it.
+"""

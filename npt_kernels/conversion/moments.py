@@ -6,15 +6,14 @@ labels *sampled from the model* with respect to ``a``) says which the prediction
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..model.forward import decoder_of, evaluating
+from ..model.visits import tapped_outputs
 
 __all__ = ["Moments", "check_tokens", "collect_moments", "second_moment"]
 
@@ -47,26 +46,6 @@ def check_tokens(tokens: Tensor, vocab_size: int | None) -> Tensor:
             f"calibration contains token id {low if low < 0 else high}, outside 0 … {(vocab_size or 0) - 1}"
         )
     return tokens
-
-
-@contextmanager
-def _hooked(modules: list[nn.Module], hook: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """Pass the first output of every module through ``hook(position, a)``."""
-
-    def make(position: int) -> Callable[..., Any]:
-        def forward_hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (hook(position, output[0]), *output[1:])
-            return hook(position, output)
-
-        return forward_hook
-
-    handles = [module.register_forward_hook(make(i)) for i, module in enumerate(modules)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def second_moment(rows: Tensor, other: Tensor | None = None) -> Tensor:
@@ -110,7 +89,7 @@ def collect_moments(
     backward = fisher
     generator = torch.Generator(device=device).manual_seed(seed)
 
-    def hook(position: int, a: Tensor) -> Tensor:
+    def see(position: int, a: Tensor) -> Tensor:
         width = a.shape[-1]
         flat = a.detach().reshape(-1, width).float()
         entry = moments[position]
@@ -136,7 +115,7 @@ def collect_moments(
     model.requires_grad_(False)
     try:
         done = 0
-        with evaluating(model), _hooked(attention_modules, hook):
+        with evaluating(model), tapped_outputs(attention_modules, see):
             for batch in tokens.split(max(1, batch_tokens // tokens.shape[1])):
                 ids = batch.to(device)
                 backward = fisher and done < fisher_tokens

@@ -12,22 +12,18 @@ lcet10, .082 → .075 on 5,120 of Shakespeare's prose.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..component import NPComponent
-from ..model.forward import decoder_of, first_output, isolates_documents
+from ..model.forward import first_output
 from ..model.layer import student_output, teacher_output
-from .bases import Basis, Metric, make_basis
+from ..model.select import LayerChoice
+from ..model.visits import record_calls
+from .bases import Metric, make_basis
+from .closed_form import fill_closed_form
 from .moments import second_moment
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ..model.patching import LayerChoice
 
 __all__ = ["refit_sequentially"]
 
@@ -35,46 +31,6 @@ __all__ = ["refit_sequentially"]
 #: .126 / .113 / .112 / .119; ridge .02 and .2 are alike.
 _RIDGE = 0.02
 _SHRINK = 0.7
-
-
-class _ReachedLayersError(Exception):
-    """Ends the forward at the first decoder layer."""
-
-
-@contextmanager
-def _captured_calls(layers: nn.ModuleList, calls: dict[int, Any]) -> Iterator[None]:
-    """Record ``(args, kwargs)`` of every decoder layer's next call, beside its hidden states."""
-
-    def make(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[index] = (args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"})
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(make(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first_hidden_states(model: nn.Module, first: nn.Module, ids: Tensor) -> Tensor:
-    """What the first decoder layer gets for ``ids [b, seq]``: embeddings, however the model makes them."""
-    found: list[Tensor] = []
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-        raise _ReachedLayersError
-
-    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        decoder_of(model)(input_ids=ids, use_cache=False)
-    except _ReachedLayersError:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
 
 
 def _target_map(a_s: Tensor, drift: Tensor, weight: Tensor) -> Tensor:
@@ -96,36 +52,35 @@ def refit_sequentially(
     metrics: list[Metric],
     covariances: list[Tensor],
     tokens: Tensor,
-    fill: Callable[[NPComponent, LayerChoice, Basis], None],
     *,
     batch_size: int = 4,
     advance: Callable[[int], None] | None = None,
-) -> None:
+) -> bool:
     """Refit ``components`` in place, in layer order, on ``tokens [n, seq]``; the model itself is read, not changed.
+
+    ``False``: nothing was done, because the model works on the hidden states between its layers, so that running the layers
+    one by one would not be its stream.
 
     Args:
         model, layers: The original model and its decoder layers.
         choices, components, metrics, covariances: Of the converted layers, in order; components keep their ranks.
         tokens: Token ids; whole batches of ``batch_size`` sequences are used (all of them if there are fewer).
-        fill: Writes a basis into a component.
         advance: Called with 1 after every layer.
     """
     device = next(model.parameters()).device
     batch_size = min(batch_size, len(tokens))
-    batches = list(tokens[: len(tokens) // batch_size * batch_size].to(device).split(batch_size))
-    # One batch speaks for all of them, unless masks and positions depend on the tokens.
-    calls: list[dict[int, Any]] = []
-    for ids in batches if isolates_documents(model) else batches[:1]:
-        calls.append({})
-        with _captured_calls(layers, calls[-1]):
-            decoder_of(model)(input_ids=ids, use_cache=False)
-    calls *= len(batches) // len(calls)
-    teacher = [_first_hidden_states(model, layers[0], ids) for ids in batches]
+    recorded = record_calls(model, tokens[: len(tokens) // batch_size * batch_size].to(device).split(batch_size))
+    if recorded is None:
+        return False
+    calls = [calls for _, calls in recorded]
+    teacher = [h for h, _ in recorded]
     student = [h.clone() for h in teacher]
+    del recorded
     fits = {choice.plan.index: position for position, choice in enumerate(choices)}
-    lossy_below = False  # until a rank is cut nothing has drifted, and a regression would fit rounding errors
+    # Until a rank is cut nothing has drifted, and a regression would fit rounding errors.
+    lossy_below = False
     for index, layer in enumerate(layers):
-        given = [call[index] for call in calls]
+        given = [(call[index].args, call[index].kwargs) for call in calls]
         if index not in fits:
             teacher = [first_output(layer(h, *a, **k)) for h, (a, k) in zip(teacher, given, strict=True)]
             student = [first_output(layer(h, *a, **k)) for h, (a, k) in zip(student, given, strict=True)]
@@ -138,13 +93,14 @@ def refit_sequentially(
             if lossy_below:
                 target = _fit_target(teacher, student, a_t, a_s)
                 metric, covariance = metrics[position].to(device), covariances[position].to(device)
-                fill(component, choice, make_basis(metric, covariance, target))
+                fill_closed_form(component, choice, make_basis(metric, covariance, target))
             lossy_below |= component.total_rank < choice.hidden_size
-            for b in range(len(batches)):
+            for b in range(len(calls)):
                 teacher[b] = teacher_output(layer, shape, teacher[b], a_t[b])
                 student[b] = student_output(layer, choice.plan, component, student[b], a_s[b])
         if advance is not None:
             advance(1)
+    return True
 
 
 def _fit_target(h_t: list[Tensor], h_s: list[Tensor], a_t: list[Tensor], a_s: list[Tensor]) -> Tensor:

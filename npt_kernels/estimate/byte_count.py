@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 
 from ..configs.schema import RunConfig
-from ..model.visits import CHUNK_ELEMENTS
+from ..model.head import CHUNK_ELEMENTS
 from .layer_bytes import LayerBytes
 from .model_sizes import Adapter, ModelNumbers
 from .parallel import Parallel
@@ -126,7 +126,7 @@ def runs_end_to_end(config: RunConfig) -> bool:
 
 
 def uses_closed_form(config: RunConfig) -> bool:
-    return config.model.rule == "self_key" and config.model.init in {"auto", "closed_form"}
+    return config.npt_config().uses_closed_form
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import nn
 from ..component import NPComponent
 from ..config import NPTConfig, parse_rank
 from ..configs.schema import ConfigError
-from ..model.patching import LayerChoice, find_layers, fixed_ranks, plan_layers
+from ..model.linears import linear_shape, unsupported_linear
+from ..model.select import LayerChoice, find_layers, fixed_ranks, plan_layers
 from ..model.shapes import LAYER_SHAPES
-from ..model.shapes.base import linear_shape, unsupported_linear
 
 __all__ = ["Adapter", "ModelNumbers", "count_adapter", "meta_model", "read_numbers"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..activations import get_activation
 from ..functional import npt_factored_linear
 from ..model.forward import evaluating
-from ..model.shapes.base import linear_bias, linear_weight
+from ..model.linears import linear_bias, linear_weight
 from ..model.visits import walk_layers
 
 __all__ = ["LayerFidelity", "NormStatistics", "delta_norms", "layer_fidelity"]
@@ -57,7 +57,7 @@ class LayerFidelity:
     Attributes:
         index, rank: Layer index and r.
         explained_variance: ``1 − Σ|ŷ − y|² / Σ|δ − mean δ|²`` with ``δ = y − h`` what the original layer adds to the stream
-            (``losses.py``): 1 is exact, 0 is what the best constant reaches, negative is worse than that.
+            (``training/losses.py``): 1 is exact, 0 is what the best constant reaches, negative is worse than that.
         variance: Mean over tokens and features of ``(δ − mean δ)²``.
         delta_norm: Target → mean over tokens of ‖ΔW_t‖_F, the norm match included (:func:`delta_norms`).
         weight_norm: Target → ‖W‖_F of the frozen weight.

@@ -1,9 +1,9 @@
-"""What conversion and training cost the model: perplexity of both, KL, top-1 agreement, samples side by side."""
+"""What conversion and training cost the model: perplexity of both, KL, top-1 agreement."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model.forward import evaluating
-from ..model.patching import converted_layers, npt_disabled
-from ..model.sharding import is_sharded
-from ..model.visits import CHUNK_ELEMENTS, OutputHead
+from ..model.head import CHUNK_ELEMENTS, OutputHead
+from ..model.install import converted_layers, npt_disabled
 
-__all__ = ["EvalResult", "Sample", "TeacherStates", "evaluate", "evaluate_base", "generate", "generate_samples"]
+__all__ = ["EvalResult", "TeacherStates", "evaluate", "evaluate_base"]
 
 _METRICS = ("base_nll", "npt_nll", "kl", "top1_agreement")
 
@@ -241,7 +240,8 @@ def _token_metrics(head: OutputHead, ids: Tensor, base: Tensor, student: Tensor 
         agree = (log_t.argmax(1) == log_s.argmax(1)).to(nll.dtype)
         kl = torch.linalg.vecdot(log_t.exp(), log_t.sub_(log_s))
         columns.append(torch.stack([base_nll, nll, kl, agree]))
-        del log_t, log_s  # else they live beside those of the next chunk
+        # Else they live beside those of the next chunk.
+        del log_t, log_s
     return torch.cat(columns, dim=1).unflatten(1, (ids.shape[0], -1))
 
 
@@ -260,57 +260,3 @@ def _summarise(metrics: Tensor) -> EvalResult:
         **{name: float(mean) for name, mean in zip(_METRICS, means, strict=False)},
         **{f"{name}_se": float(error) for name, error in zip((*_METRICS, "log_ratio"), errors, strict=True)},
     )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt and its greedy continuations (without the prompt)."""
-
-    prompt: str
-    base: str
-    npt: str
-
-
-def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of ``prompts`` by ``model`` as it is, one by one (no padding), without the prompt."""
-    device = next(model.parameters()).device
-    end = getattr(tokenizer, "eos_token_id", None)
-    texts = []
-    with evaluating(model):
-        for prompt in prompts:
-            ids = torch.as_tensor([tokenizer(prompt)["input_ids"]], device=device)
-            output = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                # Chat models ship sampling settings, which a greedy call would warn about once per prompt.
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=end if end is not None else 0,
-                # Sharded layers need every process in every forward, also should one of them end its text earlier.
-                synced_gpus=is_sharded(model),
-            )
-            texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-    return texts
-
-
-def generate_samples(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, *, base: Sequence[str] | None = None
-) -> list[Sample]:
-    """Greedy continuations by the original (``npt_disabled``) and the converted model.
-
-    Args:
-        model: A converted causal language model with ``generate``.
-        tokenizer: Its tokenizer (called on a string; ``decode``).
-        prompts: The prompts.
-        max_new_tokens: Tokens at most per continuation.
-        base: The original's continuations from an earlier call; the original is then not run again.
-    """
-    if base is None:
-        with npt_disabled(model):
-            base = generate(model, tokenizer, prompts, max_new_tokens)
-    converted = generate(model, tokenizer, prompts, max_new_tokens)
-    return [Sample(*texts) for texts in zip(prompts, base, converted, strict=True)]

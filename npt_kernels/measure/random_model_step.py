@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ..base_model.loading import resolve_dtype
 from ..configs.schema import RunConfig
+from ..conversion.apply import apply_npt
+from ..conversion.quantise import quantise_base
 from ..estimate.storage import quantization_of
 from ..evaluation.perplexity import evaluate, evaluate_base
-from ..model.patching import apply_npt, npt_parameters
+from ..model.install import npt_parameters
 from ..offload import streaming
 from ..ops.dense_on_use import release_scratch
-from ..quantised.linear import quantise_base
 from ..training.loop import make_objective, make_optimizer
 from ..training.objectives import Objective, delta_variances, enable_checkpointing
 from .live_bytes import LiveBytes
@@ -66,7 +67,7 @@ def measure_phases(
     length = config.data.max_length
     calibration = _ids(config, model, config.data.calibration_tokens // length)
     npt = config.npt_config()
-    closed_form = npt.rule == "self_key" and npt.init in {"auto", "closed_form"}
+    closed_form = npt.uses_closed_form
     heldout = _ids(config, model, config.evaluation.tokens // length)
     with LiveBytes(include=model, trace=True) as live, streaming(config, model, device):
         with live.phase("conversion" if closed_form else "other"):

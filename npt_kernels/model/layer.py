@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..component import NPComponent
 from ..functional import npt_gated_mlp, npt_mlp
+from .linears import linear_bias, linear_weight
 from .norms import NormKind, matched_norm
-from .shapes.base import LayerShape, linear_bias, linear_weight
+from .shapes.base import LayerShape
 
 __all__ = [
     "LayerPlan",

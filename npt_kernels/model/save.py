@@ -23,18 +23,11 @@ from .._version import __version__
 from ..component import NPComponent
 from ..config import NPTConfig
 from ..durable_files import sha256, sync_directory, sync_file
+from .apply_report import ApplyReport, make_report
 from .import_published import read_published
-from .patching import (
-    ApplyReport,
-    converted_layers,
-    install,
-    make_component,
-    make_report,
-    npt_config,
-    plan_layers,
-    remove_npt,
-)
-from .shapes.base import count_parameters
+from .install import converted_layers, install, make_component, npt_config, remove_npt
+from .linears import count_parameters
+from .select import plan_layers
 from .sharding import whole
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_state_dict", "find_adapter", "load_npt", "save_npt"]

@@ -1,7 +1,9 @@
-"""Running the *original* model over tokens and meeting every converted layer on the way, with the attention computed once.
+"""Running the *original* model over tokens and meeting its layers on the way, with the attention computed once.
 
 :func:`walk_layers` runs the model's own forward. :func:`walk_group` visits layer after layer for several batches at a time, so
-that a layer whose weights have to come from somewhere (host memory, other ranks) comes once for all of them.
+that a layer whose weights have to come from somewhere (host memory, other ranks) comes once for all of them. Underneath are
+:func:`tapped_outputs`, which sees what modules return in a run, and :func:`record_calls`, which finds out what the model passes
+to each of its layers without computing one: a conversion uses both by themselves.
 """
 
 from __future__ import annotations
@@ -15,14 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .forward import decoder_of, first_output
-from .patching import converted_layers, find_layers, npt_disabled
+from .install import converted_layers, npt_disabled
+from .select import find_layers
 from .sharding import forget_broken_forward
 from .weight_location import resident
 
-__all__ = ["CHUNK_ELEMENTS", "OutputHead", "tapped_layers", "walk_group", "walk_layers"]
-
-#: Logits exist for so many (token, vocabulary entry) pairs at a time; 32 MiB in float32.
-CHUNK_ELEMENTS = 2**23
+__all__ = ["LayerCall", "record_calls", "tapped_layers", "tapped_outputs", "walk_group", "walk_layers"]
 
 
 class _WalkedFarEnoughError(Exception):
@@ -30,29 +30,53 @@ class _WalkedFarEnoughError(Exception):
 
 
 @contextmanager
+def tapped_outputs(modules: Sequence[nn.Module], see: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """Inside the block every forward of ``modules[i]`` ends with ``see(i, output)``, the first of its outputs.
+
+    What ``see`` returns takes the output's place; ``None`` leaves it.
+    """
+
+    def hook(position: int) -> Callable[..., Any]:
+        def forward_hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            replaced = see(position, first_output(output))
+            if replaced is None:
+                return None
+            return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+        return forward_hook
+
+    handles = [module.register_forward_hook(hook(position)) for position, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def tapped_layers(model: nn.Module, visit: Callable[[Any, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
     """Inside the block every forward of a converted layer ends with ``visit(layer, h, a, y)``: its input, its attention's
     output (taken from the run itself, not computed again) and its output, each ``[..., d]``.
     """
-    handles = []
+    layers = list(converted_layers(model).values())
     attention: dict[int, Tensor] = {}
 
-    def tap(index: int, layer: Any) -> None:
-        def attention_hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            attention[index] = first_output(output)
-
+    def hook(position: int) -> Callable[..., None]:
         def layer_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             h = args[0] if args else kwargs["hidden_states"]
-            visit(layer, h, attention.pop(index), first_output(output))
+            visit(layers[position], h, attention.pop(position), first_output(output))
 
-        handles.append(layer.npt_plan.shape.attention_module(layer).register_forward_hook(attention_hook))
-        # Before every other hook: FSDP2's, registered earlier, frees the layer's weights, and a visit still needs them.
-        handles.append(layer.register_forward_hook(layer_hook, with_kwargs=True, prepend=True))
+        return layer_hook
 
-    for index, layer in converted_layers(model).items():
-        tap(index, layer)
+    # Before every other hook: FSDP2's, registered earlier, frees the layer's weights, and a visit still needs them.
+    handles = [
+        layer.register_forward_hook(hook(position), with_kwargs=True, prepend=True)
+        for position, layer in enumerate(layers)
+    ]
+    modules = [layer.npt_plan.shape.attention_module(layer) for layer in layers]
     try:
-        yield
+        with tapped_outputs(modules, attention.__setitem__):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -80,7 +104,7 @@ def walk_layers(model: nn.Module, ids: Tensor, visit: Callable[[Any, Tensor, Ten
 
 
 @dataclass(frozen=True)
-class _Call:
+class LayerCall:
     """What the model passes to one layer beside the hidden states: masks, positions, rotary embeddings, flags."""
 
     args: tuple[Any, ...]
@@ -90,7 +114,7 @@ class _Call:
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: records its call and returns the hidden states as they came."""
 
-    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, _Call]]) -> None:
+    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, LayerCall]]) -> None:
         super().__init__()
         # A submodule, so that whoever looks for its layers during this forward (FSDP2 does so in its first) finds them all.
         self.recorded = layer
@@ -100,23 +124,20 @@ class _Recorder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("recorded"), name)  # models read settings off their layers
+            # Models read settings off their layers.
+            return getattr(super().__getattr__("recorded"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden_states: Tensor = args[0] if args else kwargs.pop("hidden_states")
-        self.calls.append((hidden_states, _Call(args[1:], kwargs)))
+        self.calls.append((hidden_states, LayerCall(args[1:], kwargs)))
         return hidden_states
 
 
-def _record_calls(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[_Call]] | None:
-    """Embeddings ``[n, seq, d]`` and the call of every layer for ``ids [n, seq]``; no layer is computed.
-
-    The model's own forward runs with its layers swapped for recorders, and thus makes masks and positions as it always does.
-    ``None`` if the model does anything to the hidden states between two layers: then only its own forward knows how to walk.
-    """
+def _record_batch(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[LayerCall]] | None:
+    """:func:`record_calls` of one batch."""
     _, layers = find_layers(model)
     originals = list(layers)
-    calls: list[tuple[Tensor, _Call]] = []
+    calls: list[tuple[Tensor, LayerCall]] = []
     try:
         for index, layer in enumerate(originals):
             layers[index] = _Recorder(layer, calls)
@@ -139,9 +160,9 @@ def _shared(value: Any, known: Any) -> Any:
     return value
 
 
-def _share_calls(calls: list[_Call], known: list[_Call]) -> list[_Call]:
+def _share_calls(calls: list[LayerCall], known: list[LayerCall]) -> list[LayerCall]:
     return [
-        _Call(
+        LayerCall(
             _shared(call.args, other.args),
             {name: _shared(value, other.kwargs.get(name)) for name, value in call.kwargs.items()},
         )
@@ -150,11 +171,16 @@ def _share_calls(calls: list[_Call], known: list[_Call]) -> list[_Call]:
 
 
 @torch.no_grad()
-def _record_group(model: nn.Module, batches: Sequence[Tensor]) -> list[tuple[Tensor, list[_Call]]] | None:
-    """:func:`_record_calls` of every batch, equal arguments held once; ``None`` if the model cannot be walked so."""
-    recorded: list[tuple[Tensor, list[_Call]]] = []
+def record_calls(model: nn.Module, batches: Sequence[Tensor]) -> list[tuple[Tensor, list[LayerCall]]] | None:
+    """What the first layer gets (embeddings ``[n, seq, d]``) and the call of every layer, for each batch of ids ``[n, seq]``.
+
+    No layer is computed: the model's own forward runs with its layers swapped for recorders, and thus makes masks and
+    positions as it always does. Arguments that are equal in several batches are held once. ``None`` if the model does anything
+    to the hidden states between two layers: then only its own forward knows how to walk.
+    """
+    recorded: list[tuple[Tensor, list[LayerCall]]] = []
     for ids in batches:
-        record = _record_calls(model, ids)
+        record = _record_batch(model, ids)
         if record is None:
             return None
         # One batch has nothing to share with, and is spared the comparison, which waits for the GPU.
@@ -175,14 +201,15 @@ def walk_group(
     No gradient; stops behind the last converted layer. A model that works on the hidden states between its layers is walked
     batch by batch instead, by its own forward. Raises ``ValueError`` if the model is not converted.
     """
-    recorded = _record_group(model, batches)
+    recorded = record_calls(model, batches)
     if recorded is None:
         for position, ids in enumerate(batches):
             walk_layers(model, ids, lambda layer, h, a, y, position=position: visit(position, layer, h, a, y))  # type: ignore[misc]
         return
     states: list[Tensor | None] = [h for h, _ in recorded]
     calls_of = [calls for _, calls in recorded]
-    del recorded  # a hidden state lives until its layer has returned
+    # A hidden state lives until its layer has returned.
+    del recorded
     last = max(converted_layers(model), default=-1)
     position = 0
 
@@ -197,58 +224,3 @@ def walk_group(
                     y = first_output(layer(states[position], *call.args, **call.kwargs))
                     states[position] = y if index < last else None
                     del y
-
-
-class OutputHead:
-    """The language-model head apart from the decoder, so that logits need only exist for a chunk of tokens.
-
-    ``states(ids)`` gives ``[n, seq, d]`` and ``logits(states)`` their logits. Models whose logits are more than a linear of
-    the decoder's output (soft-capping, scaling) are found by running them; for them the states *are* the logits and
-    ``weight`` is ``None``.
-
-    Raises:
-        ValueError: The model has no language-model head.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        get_head = getattr(model, "get_output_embeddings", None)
-        head = None if get_head is None else get_head()
-        if head is None:
-            raise ValueError(
-                f"{type(model).__name__} has no language-model head, which KL and perplexity need; load it as a causal "
-                "language model (AutoModelForCausalLM)"
-            )
-        self.model, self.decoder = model, decoder_of(model)
-        self.weight: Tensor | None = getattr(head, "weight", None)
-        self.bias: Tensor | None = getattr(head, "bias", None)
-        if self.weight is None or self.weight.is_meta or not self._is_linear():
-            self.weight = self.bias = None
-
-    @torch.no_grad()
-    def _is_linear(self) -> bool:
-        assert self.weight is not None
-        ids = torch.arange(min(4, len(self.weight)), device=self.weight.device).unsqueeze(0)
-        expected = self.model(input_ids=ids, use_cache=False).logits
-        states = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        if expected.shape[-1] != len(self.weight):
-            return False
-        difference = (self.logits(states).float() - expected.float()).abs().max()
-        return bool(difference <= 64 * torch.finfo(states.dtype).eps * expected.float().abs().max().clamp_min(1e-3))
-
-    def states(self, ids: Tensor) -> Tensor:
-        """``[n, seq, d]``, or the logits ``[n, seq, vocab]`` where ``weight`` is ``None``."""
-        if self.weight is None:
-            return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
-        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-
-    def logits(self, states: Tensor) -> Tensor:
-        """``[..., vocab]`` from ``states`` of :meth:`states`."""
-        return states if self.weight is None else nn.functional.linear(states, self.weight, self.bias)
-
-    @property
-    def vocabulary(self) -> int:
-        """Width of the logits."""
-        if self.weight is not None:
-            return len(self.weight)
-        config: Any = self.model.config
-        return int(config.vocab_size)

@@ -14,9 +14,9 @@ from torch import nn
 
 from ..config import parse_rank
 from ..configs.schema import ConfigError, RunConfig
-from ..model.patching import find_layers
+from ..model.linears import linear_shape
+from ..model.select import find_layers
 from ..model.shapes import LAYER_SHAPES
-from ..model.shapes.base import linear_shape
 from .streamer import LayerStreamer
 from .transfer import TransferPlan, flops_per_token, plan_transfer
 from .weights import LayerWeights, layer_tensors

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..model.patching import find_layers
+from ..model.select import find_layers
 from ..model.weight_location import set_residence
 from .weights import LayerWeights, layer_tensors, parts_of, rebuild
 

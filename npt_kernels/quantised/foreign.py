@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.dense_on_use import WeightSource
-from .linear import QuantisedLinear, dequantise_4bit, import_library
+from .formats import import_library
+from .linear import QuantisedLinear, dequantise_4bit
 
-__all__ = ["adopt_quantised", "library_problem", "library_source", "made_by_library", "stored_tensors"]
+__all__ = ["library_problem", "library_source", "made_by_library", "stored_tensors", "taken_over"]
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -53,12 +54,12 @@ def library_problem(module: nn.Module) -> str | None:
         if getattr(state, "packing_format_for_cpu", False):
             return (
                 "is a Linear4bit that bitsandbytes has repacked for this CPU, with rounded scales, in its first forward; load "
-                "the model again and call npt_kernels.model.adopt_quantised(model) before it runs"
+                "the model again and call npt_kernels.conversion.quantise.adopt_quantised(model) before it runs"
             )
         if weight.device.type == "cpu" and getattr(module, "support_avx512bf16_for_cpu", False):
             return (
                 "is a Linear4bit, which bitsandbytes repacks in place on this CPU when it runs; call "
-                "npt_kernels.model.adopt_quantised(model) first"
+                "npt_kernels.conversion.quantise.adopt_quantised(model) first"
             )
     if kind == "torchao" and not callable(getattr(weight, "dequantize", None)):
         return f"holds a torchao {type(weight.data).__name__}, which has no dequantize(); quantise to int8, fp8 or int4 with NPT"
@@ -74,7 +75,8 @@ class _LibraryWeight:
             self.weight_dtype = module.weight.quant_state.dtype
         elif self.kind == "torchao":
             self.weight_dtype = module.weight.dtype
-        else:  # Linear8bitLt does not say what it was
+        else:
+            # Linear8bitLt does not say what it was.
             self.weight_dtype = dtype or torch.float32
 
     @property
@@ -119,7 +121,8 @@ def _absmax(state: Any) -> Tensor:
     return (functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()  # type: ignore[no-any-return]
 
 
-def _adopted(module: Any, dtype: torch.dtype) -> QuantisedLinear | None:
+def taken_over(module: Any, dtype: torch.dtype) -> QuantisedLinear | None:
+    """A linear of ours on the storage of a library's; ``None`` where that would not be exact. ``dtype``: of the dense weight."""
     shape = (module.out_features, module.in_features)
     kind, weight, bias = _kind(module), module.weight, module.bias
     if kind == "8bit":
@@ -148,25 +151,6 @@ def _adopted(module: Any, dtype: torch.dtype) -> QuantisedLinear | None:
     return None
 
 
-@torch.no_grad()
-def adopt_quantised(model: nn.Module) -> int:
-    """Replace the quantised linears of bitsandbytes and torchao by ones that share their storage; returns how many.
-
-    For models loaded with ``BitsAndBytesConfig`` or ``TorchAoConfig``, before their first forward. The adopted model computes
-    with the dequantised weight in the model's dtype: activations are not rounded (``Linear8bitLt`` rounds them), and no dense
-    weight is kept for the backward. What cannot be taken over exactly is left as it is.
-    """
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1]
-    dtype = dtypes[0] if dtypes else torch.float32
-    count = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if made_by_library(child) and (adopted := _adopted(child, dtype)) is not None:
-                setattr(parent, name, adopted.train(child.training))
-                count += 1
-    return count
-
-
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """``(name, plain tensor)`` of all that a model stores: parameters and buffers, tensor subclasses as their parts, and the
     scales that bitsandbytes keeps beside its parameters.
@@ -185,9 +169,8 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None or hasattr(
-        tensor, "device_mesh"
-    ):  # a sharded tensor is one tensor, of which this process has a part
+    # A sharded tensor is one tensor, of which this process has a part.
+    if flatten is None or hasattr(tensor, "device_mesh"):
         yield name, tensor
         return
     for attribute in flatten()[0]:

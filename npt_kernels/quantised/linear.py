@@ -13,36 +13,18 @@ Formulas, memory and measurements: ``docs/quantisation.md``.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import logging
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.dense_on_use import DeferredWeight, WeightSource
+from .formats import choose_library, import_library
 
-__all__ = [
-    "FORMATS",
-    "QuantisationReport",
-    "QuantisedLinear",
-    "choose_library",
-    "quantise_base",
-    "quantise_linear",
-    "readable",
-]
+__all__ = ["QuantisedLinear", "dequantise_4bit", "quantise_weight", "readable", "weight_problem"]
 
-#: Format → libraries that have it, the default first.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "int8": ("bitsandbytes", "torchao"),
-    "nf4": ("bitsandbytes",),
-    "int4": ("torchao",),
-    "fp8": ("torchao",),
-}
 #: NF4: weights that share one absmax, along the flattened weight (bitsandbytes' default).
 _NF4_BLOCK = 64
 #: int4: weights of a row that share scale and zero point: the largest of these that divides ``in``.
@@ -64,7 +46,7 @@ class QuantisedLinear(nn.Module):
     frozen parameters; casts of the module (``.to(dtype)``, ``.half()``) change the dtype of ``weight``, not what is stored.
 
     Attributes:
-        format, library: As in :data:`FORMATS`.
+        format, library: As in :data:`npt_kernels.quantised.formats.FORMATS`.
         in_features, out_features: Of the weight.
         weight_dtype: Dtype that the weight had when it was quantised, and in which it is made dense.
         dtype: Dtype of ``weight``: the same until the module is cast.
@@ -133,7 +115,8 @@ class QuantisedLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, before in stored.items():
             parameter = self.get_parameter(name)
-            if parameter.dtype != before.dtype:  # a scale rounded to half precision would be another weight
+            # A scale rounded to half precision would be another weight.
+            if parameter.dtype != before.dtype:
                 parameter.data = before.to(parameter.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_device)).dtype
         return self
@@ -160,7 +143,8 @@ def readable(source: WeightSource, dtype: torch.dtype | None = None) -> Tensor:
 def _pieces(rows: int, columns: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:
     """Slices of rows of about ``_PIECE`` elements, each a multiple of ``multiple`` rows (but the last)."""
     if torch.compiler.is_compiling():
-        yield slice(0, rows)  # the compiler makes one loop of it
+        # The compiler makes one loop of it.
+        yield slice(0, rows)
         return
     step = max(1, _PIECE.get(device.type, _PIECE_ELSEWHERE) // columns)
     step = -(-step // multiple) * multiple
@@ -192,8 +176,9 @@ def _fill_int4(linear: QuantisedLinear, out: Tensor) -> None:
 
 def _fill_4bit(linear: QuantisedLinear, out: Tensor) -> None:
     """bitsandbytes' kernel, given the flattened weight as rows of one block each: blocks run on over the ends of rows."""
+    # The import registers the kernel; a pickled model may come to a process without it.
     if not torch.compiler.is_compiling() and "bitsandbytes" not in sys.modules:
-        import_library("bitsandbytes")  # registers the kernel; a pickled model may come to a process without it
+        import_library("bitsandbytes")
     dequantise_4bit(linear.codes, linear.scale, linear.block, linear.code, out)
 
 
@@ -218,53 +203,6 @@ _FILL: dict[str, Callable[[QuantisedLinear, Tensor], None]] = {
 
 
 # ---- quantising ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Both libraries log a warning for every optional kernel of other hardware that they do not find."""
-    loggers = [logging.getLogger(name), logging.getLogger("torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def import_library(name: str) -> Any:
-    """bitsandbytes, or torchao's ``quantization``. Raises ``ImportError`` with the mend."""
-    with _quiet(name):
-        try:
-            return importlib.import_module("torchao.quantization" if name == "torchao" else name)
-        except ImportError as error:
-            raise ImportError(missing_library(name)) from error
-
-
-def missing_library(name: str) -> str:
-    """What to do without a library, in one clause."""
-    others = [f for f, libraries in FORMATS.items() if any(library != name for library in libraries)]
-    other = "torchao" if name == "bitsandbytes" else "bitsandbytes"
-    return (
-        f"needs {name}: pip install {name} (or 'npt_kernels[quant]'); {other} has {' and '.join(others)} "
-        f"(optimization.quantization_library={other}); or set optimization.quantization=none"
-    )
-
-
-def choose_library(format: str, library: str = "auto") -> str:
-    """The library of a format. Raises ``ValueError`` for a format or a pair that does not exist."""
-    if format not in FORMATS:
-        raise ValueError(f"quantization={format!r} is not known; choose {', '.join(FORMATS)} or none")
-    if library == "auto":
-        return FORMATS[format][0]
-    if library not in FORMATS[format]:
-        pairs = ", ".join(f"{f} by {' or '.join(libraries)}" for f, libraries in FORMATS.items())
-        raise ValueError(
-            f"quantization={format!r} does not exist in quantization_library={library!r}; there is {pairs}"
-        )
-    return library
 
 
 def _int8_bitsandbytes(weight: Tensor) -> dict[str, Any]:
@@ -293,9 +231,11 @@ def _int4_torchao(weight: Tensor) -> dict[str, Any]:
     ao = import_library("torchao")
     group = _int4_group(weight.shape[1])
     assert group is not None
-    int4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch >= 2.7, which torchao needs anyway
+    # From torch 2.7 on, which torchao needs anyway.
+    int4: torch.dtype = torch.int4  # type: ignore[attr-defined]
     stored = ao.IntxUnpackedToInt8Tensor.from_hp(weight, (1, group), int4, mapping_type=ao.MappingType.ASYMMETRIC)
-    codes = (stored.qdata + 8).to(torch.uint8)  # -8 … 7 to 0 … 15
+    # -8 … 7 to 0 … 15.
+    codes = (stored.qdata + 8).to(torch.uint8)
     low, high = codes.chunk(2, dim=1)
     return {"codes": low | (high << 4), "scale": stored.scale, "zero_point": stored.zero_point + 8}
 
@@ -321,13 +261,9 @@ _QUANTISE: dict[tuple[str, str], Callable[[Tensor], dict[str, Any]]] = {
 }
 
 
-def _dense_linear(module: nn.Module) -> bool:
-    from ..model.shapes.base import is_conv1d
-
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def _problem(weight: Tensor, d_in: int, format: str) -> str | None:
+def weight_problem(weight: Tensor, format: str) -> str | None:
+    """Why a weight ``[out, in]`` cannot be quantised, or ``None``."""
+    d_in = weight.shape[1]
     if weight.is_meta:
         return "has no values yet (device 'meta'); load them first"
     if weight.dtype not in _DTYPES:
@@ -340,110 +276,19 @@ def _problem(weight: Tensor, d_in: int, format: str) -> str | None:
 
 
 @torch.no_grad()
-def quantise_linear(
-    linear: nn.Module, format: str, library: str = "auto", *, device: torch.device | str | None = None
+def quantise_weight(
+    weight: Tensor, format: str, library: str, bias: Tensor | None = None, *, device: torch.device | str | None = None
 ) -> QuantisedLinear:
-    """A quantised copy of an ``nn.Linear`` or ``Conv1D``, on ``device`` (default: where the linear is).
+    """A linear that holds ``weight [out, in]`` quantised and ``bias [out]`` as it is, on ``device`` (default: the weight's).
 
     Raises:
-        ValueError: Not such a linear, an unknown format or pair, a weight that cannot be quantised.
+        ValueError: An unknown format or pair, a weight that cannot be quantised.
         ImportError: The library is not installed; the message names what is.
     """
-    from ..model.shapes.base import linear_bias, linear_weight
-
     library = choose_library(format, library)
-    if not _dense_linear(linear):
-        raise ValueError(
-            f"a {type(linear).__module__}.{type(linear).__name__} cannot be quantised, only Linear or Conv1D"
-        )
-    weight = linear_weight(linear).detach()
-    if (problem := _problem(weight, weight.shape[1], format)) is not None:
+    if (problem := weight_problem(weight, format)) is not None:
         raise ValueError(f"the weight {problem}")
-    bias = linear_bias(linear)
-    weight = weight.to(device or weight.device).contiguous()
+    weight = weight.detach().to(device or weight.device).contiguous()
     bias = None if bias is None else bias.detach().to(weight.device)
     stored = _QUANTISE[format, library](weight)
     return QuantisedLinear(format, library, (weight.shape[0], weight.shape[1]), weight.dtype, bias=bias, **stored)
-
-
-@dataclass(frozen=True)
-class QuantisationReport:
-    """What :func:`quantise_base` did: how many linears, and the bytes of their weights before and after."""
-
-    format: str
-    library: str
-    linears: int
-    bytes_before: int
-    bytes_after: int
-
-    def __str__(self) -> str:
-        return (
-            f"quantised {self.linears} frozen linears to {self.format} ({self.library}): "
-            f"{self.bytes_before / 2**20:,.1f} -> {self.bytes_after / 2**20:,.1f} MiB"
-        )
-
-
-@torch.no_grad()
-def quantise_base(
-    model: nn.Module,
-    format: str,
-    library: str = "auto",
-    *,
-    device: torch.device | str | None = None,
-    progress: bool = False,
-) -> QuantisationReport:
-    """Quantise all linears of the decoder layers (attention and MLP), in place, one after the other.
-
-    Embeddings, norms, biases and the language-model head stay as they are. Quantise *before* ``apply_npt``: the closed form is
-    then fitted to the weights that will be used, and the teacher is the quantised model.
-
-    Args:
-        model: A causal language model (or its decoder) with layers that NPT knows.
-        format, library: As in :data:`FORMATS`; ``auto`` takes the format's first library.
-        device: Where the quantised linears go; each dense weight is moved, quantised and freed, so a GPU never holds more than
-            one of them. The rest of the model is left where it is. ``None``: every linear stays on its device.
-        progress: Show a progress bar.
-
-    Raises:
-        ValueError: Nothing to quantise, a model that is converted or quantised already, a weight that cannot be quantised
-            (checked for all linears before the first is touched).
-        ImportError: The library is not installed.
-    """
-    from ..model.patching import converted_layers, find_layers
-    from ..model.shapes.base import linear_weight, weight_source
-    from ..progress import progress_bar
-
-    library = choose_library(format, library)
-    if converted_layers(model):
-        raise ValueError("the model is converted already; quantise it before apply_npt, or call remove_npt first")
-    _, layers = find_layers(model)
-    found = [
-        (parent, name, child, f"layer {index}: {path + '.' if path else ''}{name}")
-        for index, layer in enumerate(layers)
-        for path, parent in layer.named_modules()
-        for name, child in parent.named_children()
-    ]
-    for _, _, child, where in found:
-        if weight_source(child) is not None:
-            raise ValueError(f"{where} is quantised already ({type(child).__name__}); quantise a dense model")
-    linears = [(parent, name, child, where) for parent, name, child, where in found if _dense_linear(child)]
-    if not linears:
-        raise ValueError(f"{type(model).__name__} has no Linear or Conv1D in its decoder layers")
-    for _, _, child, where in linears:
-        weight = linear_weight(child)
-        if (problem := _problem(weight, weight.shape[1], format)) is not None:
-            raise ValueError(f"{where}: the weight {problem}")
-    import_library(library)
-    before = after = 0
-    made: dict[int, QuantisedLinear] = {}  # a linear that two layers share stays shared
-    with progress_bar(f"quantising to {format}", len(linears), "linears", enabled=progress) as advance:
-        for parent, name, child, _ in linears:
-            if id(child) not in made:
-                weight = linear_weight(child)
-                before += weight.numel() * weight.element_size()
-                made[id(child)] = quantise_linear(child, format, library, device=device)
-                after += made[id(child)].stored_bytes
-                made[id(child)].train(child.training)
-            setattr(parent, name, made[id(child)])
-            advance(1)
-    return QuantisationReport(format, library, len(made), before, after)

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..evaluation.perplexity import EvalResult, Sample
+from ..evaluation.perplexity import EvalResult
+from ..evaluation.samples import Sample
 from ..training.loop import StepReport
 from .utilisation import Utilisation
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from ..configs.schema import RunConfig
-from ..model.forward import isolated_documents
+from ..model.documents import isolated_documents
 from ..offload import streaming
 from ..text.blocks import document_separator
 from ..training.distributed import World

@@ -11,15 +11,8 @@ from torch import Tensor, nn
 
 from ..configs.schema import RunConfig
 from ..evaluation.fidelity import LayerFidelity, layer_fidelity
-from ..evaluation.perplexity import (
-    EvalResult,
-    Sample,
-    TeacherStates,
-    evaluate,
-    evaluate_base,
-    generate,
-    generate_samples,
-)
+from ..evaluation.perplexity import EvalResult, TeacherStates, evaluate, evaluate_base
+from ..evaluation.samples import Sample, generate, generate_samples
 from ..progress import progress_bar
 from .display import describe
 

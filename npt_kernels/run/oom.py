@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..configs.schema import RunConfig
 from ..estimate.advice import advise
-from ..model.patching import converted_layers
+from ..model.install import converted_layers
 from ..model.sharding import local_part
 from ..quantised.foreign import stored_tensors
 

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from ..configs.schema import ConfigError, RunConfig
 from ..evaluation.fidelity import LayerFidelity
-from ..evaluation.perplexity import EvalResult, Sample
-from ..model.patching import ApplyReport
+from ..evaluation.perplexity import EvalResult
+from ..evaluation.samples import Sample
+from ..model.apply_report import ApplyReport
 from ..training.loop import Phase, StepReport
 from .checkpoints import Checkpoint
 from .display import clock, results_table, samples_markdown, samples_table

@@ -12,11 +12,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..configs.schema import ConfigError, RunConfig
+from ..conversion.apply import apply_npt
 from ..evaluation.fidelity import LayerFidelity
-from ..evaluation.perplexity import EvalResult, Sample
-from ..model.patching import ApplyReport, apply_npt, converted_layers, npt_disabled, remove_npt
+from ..evaluation.perplexity import EvalResult
+from ..evaluation.samples import Sample
+from ..model.apply_report import ApplyReport
+from ..model.install import converted_layers, npt_disabled, remove_npt
 from ..model.save import load_npt, save_npt
-from ..model.sharding import shard_base
+from ..model.shard_base import shard_base
 from ..offload import stream_mode
 from ..training.distributed import OtherRankError, World
 from ..training.loop import Phase, PhaseLoop, StepReport, StopRequest, TrainingError, make_objective, plan_phases
@@ -224,11 +227,13 @@ class Run:
         if self.resume is not None:
             return load_npt(self.model, self.resume.adapter)
         npt = self.config.npt_config()
-        calibrate = npt.rule == "self_key" and npt.init in ("auto", "closed_form")
         # In the precision of the training: three times as fast on a CPU with bf16 instructions.
         with autocast(self.accelerator, self.model):
             return apply_npt(
-                self.model, npt, self.blocks.calibration if calibrate else None, progress=self.console.is_terminal
+                self.model,
+                npt,
+                self.blocks.calibration if npt.uses_closed_form else None,
+                progress=self.console.is_terminal,
             )
 
     def _measured_before(self, base: EvalResult) -> tuple[EvalResult, list[LayerFidelity], list[Sample]]:

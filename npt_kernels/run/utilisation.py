@@ -9,7 +9,7 @@ from torch import nn
 from ..estimate.devices import Gpu, local_gpu
 from ..estimate.flops import needed_flops
 from ..estimate.model_sizes import Adapter, read_numbers
-from ..model.patching import converted_layers, npt_disabled
+from ..model.install import converted_layers, npt_disabled
 
 __all__ = ["Utilisation", "utilisation_of"]
 

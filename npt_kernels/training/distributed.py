@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from ..base_model.loading import choose_device
 from ..configs.schema import ConfigError, RunConfig
-from ..model.patching import converted_layers, install, make_component, npt_config, npt_parameters, plan_layers
+from ..model.install import converted_layers, install, make_component, npt_config, npt_parameters
 from ..model.save import adapter_state_dict
+from ..model.select import plan_layers
 
 __all__ = ["OtherRankError", "World", "first_to_say"]
 

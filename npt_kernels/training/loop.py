@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from ..configs.schema import RunConfig
-from ..model.patching import npt_parameters
+from ..model.install import npt_parameters
 from ..run.checkpoints import Checkpoint, load_optimizer
 from ..run.oom import is_out_of_memory
 from ..text.packing import derived_seed

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..argument_checks import autocast_dtype
-from ..model.visits import CHUNK_ELEMENTS
+from ..model.head import CHUNK_ELEMENTS
 
 __all__ = ["delta_variance", "kl_divergence", "layer_loss", "vector_penalty"]
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..model.forward import decoder_of
-from ..model.patching import converted_layers, npt_disabled
-from ..model.visits import OutputHead, tapped_layers, walk_group, walk_layers
+from ..model.head import OutputHead
+from ..model.install import converted_layers, npt_disabled
+from ..model.visits import tapped_layers, walk_group, walk_layers
 from .losses import delta_variance, kl_divergence, layer_loss, vector_penalty
 
 __all__ = [

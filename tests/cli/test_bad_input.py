@@ -369,11 +369,11 @@ def test_meta_weights():
 @pytest.mark.parametrize("failing", [0, 1, 3])
 def test_failure_in_the_middle_of_a_calibration(failing, monkeypatch):
     """Whatever breaks half way (here: writing layer ``failing``), the model is as before."""
-    import npt_kernels.conversion.closed_form as closed_form
+    import npt_kernels.conversion.calibrate as calibrate
 
     model = tiny_model("llama")
     before, calls = snapshot(model), []
-    original = closed_form.fill_closed_form
+    original = calibrate.fill_closed_form
 
     def breaks(*args, **kwargs):
         calls.append(1)
@@ -381,7 +381,7 @@ def test_failure_in_the_middle_of_a_calibration(failing, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(closed_form, "fill_closed_form", breaks)
+    monkeypatch.setattr(calibrate, "fill_closed_form", breaks)
     with pytest.raises(KeyboardInterrupt):
         apply_npt(model, NPTConfig(layers="all", rank=8), calibration=IDS)
     assert_unchanged(model, before)

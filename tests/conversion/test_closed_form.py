@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters, remove_npt
 from npt_kernels.conversion.moments import collect_moments, second_moment
@@ -253,3 +254,27 @@ def test_randomised_components_are_not_the_closed_form():
     fitted = kl(model, original)
     randomise(model)
     assert kl(model, original) > 2 * fitted
+
+
+def test_a_model_that_works_between_its_layers_is_fitted_without_the_refit():
+    """Running its layers one by one would not be its stream: the same components as ``refit=False``, and the report says so."""
+    fitted = []
+    for refit in (True, False):
+        model = sharpened("llama")
+        decoder = model.model
+
+        def forward(input_ids, decoder=decoder, **_):
+            h = decoder.embed_tokens(input_ids)
+            positions = torch.arange(h.shape[1]).unsqueeze(0)
+            rotary = decoder.rotary_emb(h, positions)
+            for layer in decoder.layers:
+                h = layer(h * 1.5, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+            return BaseModelOutputWithPast(last_hidden_state=decoder.norm(h))
+
+        decoder.forward = forward
+        report = apply_npt(model, NPTConfig(layers="all", rank=8, refit=refit), calibration=CALIBRATION)
+        assert report.calibration["refit"] is False
+        assert ("works on the hidden states between its layers" in str(report)) == refit
+        fitted.append(npt_parameters(model))
+    assert all(torch.equal(a, b) for a, b in zip(*fitted, strict=True))
+    assert max(float(parameter.detach().abs().max()) for parameter in fitted[0]) > 0

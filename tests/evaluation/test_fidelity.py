@@ -10,7 +10,7 @@ import torch
 from npt_kernels import NPTConfig, apply_npt
 from npt_kernels.evaluation import fidelity
 from npt_kernels.evaluation.fidelity import NormStatistics, delta_norms, layer_fidelity
-from npt_kernels.model.patching import converted_layers
+from npt_kernels.model.install import converted_layers
 from npt_kernels.model.visits import walk_layers
 from tests.support.helpers import randomise, tiny_model, token_ids
 

@@ -10,8 +10,9 @@ import torch
 from npt_kernels import NPTConfig, apply_npt, npt_disabled
 from npt_kernels.evaluation import perplexity as evaluation
 from npt_kernels.evaluation.fidelity import delta_norms, layer_fidelity
-from npt_kernels.evaluation.perplexity import evaluate, evaluate_base, generate_samples
-from npt_kernels.model.patching import converted_layers
+from npt_kernels.evaluation.perplexity import evaluate, evaluate_base
+from npt_kernels.evaluation.samples import generate_samples
+from npt_kernels.model.install import converted_layers
 from npt_kernels.model.visits import walk_layers
 from npt_kernels.training.losses import layer_loss
 from tests.support.helpers import Words, randomise, tiny_model, token_ids

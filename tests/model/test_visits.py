@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled
-from npt_kernels.model.patching import converted_layers, find_layers
+from npt_kernels.model.install import converted_layers
+from npt_kernels.model.select import find_layers
 from npt_kernels.model.visits import walk_group, walk_layers
 from npt_kernels.model.weight_location import compute_device, resident, set_residence
 from tests.support.helpers import tiny_model, token_ids

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from npt_kernels.base_model import loading
 from npt_kernels.configs.schema import ConfigError, RunConfig
-from npt_kernels.model.patching import find_layers
+from npt_kernels.model.select import find_layers
 from npt_kernels.offload import load_for_streaming, setup, stream_mode, streaming, streaming_notes
 from npt_kernels.offload.weights import is_mapped, layer_tensors
 from npt_kernels.run.engine import run_training

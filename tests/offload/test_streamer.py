@@ -14,7 +14,8 @@ from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters, remo
 from npt_kernels.evaluation.fidelity import layer_fidelity
 from npt_kernels.evaluation.perplexity import evaluate
 from npt_kernels.measure.live_bytes import LiveBytes
-from npt_kernels.model.patching import converted_layers, find_layers
+from npt_kernels.model.install import converted_layers
+from npt_kernels.model.select import find_layers
 from npt_kernels.offload import LayerStreamer
 from npt_kernels.offload.weights import layer_tensors
 from npt_kernels.run.oom import base_fingerprint
@@ -271,7 +272,7 @@ def test_tensor_subclasses_are_taken_apart_and_wrapped_anew():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_quantised_bases_are_streamed_in_their_codes(format, kind, checkpointing):
     pytest.importorskip("bitsandbytes")
-    from npt_kernels.quantised.linear import quantise_base
+    from npt_kernels.conversion.quantise import quantise_base
 
     def quantised():
         model = tiny_model("llama", layers=3, hidden_size=64, intermediate_size=128)

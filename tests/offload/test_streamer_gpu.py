@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters
-from npt_kernels.model.patching import find_layers
+from npt_kernels.model.select import find_layers
 from npt_kernels.offload import LayerStreamer
 from npt_kernels.training.objectives import KLObjective, LocalObjective, enable_checkpointing
 from tests.support.helpers import randomise, tiny_model, token_ids

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from npt_kernels import npt_factored_linear, npt_linear
+from npt_kernels.conversion.quantise import quantise_linear
 from npt_kernels.ops.dense_on_use import DeferredWeight, dense, release_scratch, scratch_buffers
-from npt_kernels.quantised.linear import quantise_linear
 from tests.support.quantised_models import linear
 
 

@@ -24,10 +24,12 @@ if __name__ == "__main__":  # pytest puts both on the path itself
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_disabled, npt_parameters, remove_npt, save_npt
 from npt_kernels.configs.schema import RunConfig
 from npt_kernels.evaluation.fidelity import layer_fidelity
-from npt_kernels.evaluation.perplexity import evaluate, evaluate_base, generate
-from npt_kernels.model.patching import converted_layers
+from npt_kernels.evaluation.perplexity import evaluate, evaluate_base
+from npt_kernels.evaluation.samples import generate
+from npt_kernels.model.install import converted_layers
 from npt_kernels.model.save import adapter_state_dict
-from npt_kernels.model.sharding import forget_broken_forward, gathered, is_sharded, local_part, shard_base
+from npt_kernels.model.shard_base import shard_base
+from npt_kernels.model.sharding import forget_broken_forward, gathered, is_sharded, local_part
 from npt_kernels.model.visits import tapped_layers, walk_layers
 from npt_kernels.training import distributed
 from npt_kernels.training.distributed import OtherRankError, World

@@ -15,7 +15,7 @@ import torch
 
 from npt_kernels import load_npt
 from npt_kernels.configs.schema import ConfigError, RunConfig
-from npt_kernels.model.patching import converted_layers
+from npt_kernels.model.install import converted_layers
 from npt_kernels.model.save import adapter_state_dict
 from npt_kernels.model.sharding import forget_broken_forward, gathered, is_sharded
 from npt_kernels.training import distributed

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.evaluation.perplexity import evaluate, evaluate_base
-from npt_kernels.model.forward import isolated_documents, isolates_documents
+from npt_kernels.model.documents import isolated_documents
+from npt_kernels.model.forward import decoder_of
 from npt_kernels.run.engine import run_training
 from tests.support.helpers import Words, tiny_model, token_ids
 
@@ -38,7 +39,7 @@ def run(path, isolate, tokenizer=None, mode="local"):
     })  # fmt: skip
     model = tiny_model("llama", layers=2)
     summary = run_training(config, model, tokenizer or Separated(), blocks, console=Console(file=io.StringIO()))
-    assert not isolates_documents(model)
+    assert not decoder_of(model)._forward_pre_hooks
     return summary, model, blocks.heldout
 
 

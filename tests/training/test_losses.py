@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from npt_kernels import NPTConfig, apply_npt
-from npt_kernels.model.patching import converted_layers
+from npt_kernels.model.install import converted_layers
 from npt_kernels.training.losses import delta_variance, kl_divergence, layer_loss, vector_penalty
 from tests.support.helpers import memory_meter, tiny_model
 

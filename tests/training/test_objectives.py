@@ -7,8 +7,9 @@ import torch
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters
 from npt_kernels.measure.live_bytes import LiveBytes
-from npt_kernels.model.patching import converted_layers
-from npt_kernels.model.visits import OutputHead, walk_layers
+from npt_kernels.model.head import OutputHead
+from npt_kernels.model.install import converted_layers
+from npt_kernels.model.visits import walk_layers
 from npt_kernels.training.losses import delta_variance, kl_divergence, layer_loss, vector_penalty
 from npt_kernels.training.objectives import (
     KLObjective,

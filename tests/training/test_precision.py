@@ -205,7 +205,7 @@ def test_whole_fp16_runs_on_a_cpu(tmp_path):
 @pytest.mark.parametrize("format", ["int8", "nf4", "int4", "fp8"])
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "bf16"), ("bfloat16", "no"), ("float16", "fp16")])
 def test_quantised_bases_in_every_precision(format, dtype, precision, tmp_path):
-    from npt_kernels.quantised.linear import quantise_base
+    from npt_kernels.conversion.quantise import quantise_base
 
     model = tiny_model("llama", layers=2).to(DTYPES[dtype])
     quantise_base(model, format)

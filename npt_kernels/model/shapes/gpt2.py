@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..forward import first_output
-from .base import LayerShape, Target, unsupported_linear
+from ..linears import unsupported_linear
+from .base import LayerShape, Target
 
 _CHILDREN = {"ln_1", "attn", "ln_2", "mlp"}
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, remove_npt
 from npt_kernels.evaluation.perplexity import evaluate
-from npt_kernels.model.forward import isolated_documents, isolates_documents, packed_position_ids
+from npt_kernels.model.documents import isolated_documents, packed_position_ids
+from npt_kernels.model.forward import decoder_of
 from npt_kernels.model.visits import walk_layers
 from tests.support.helpers import MODELS, assert_unchanged, randomise, snapshot, tiny_model, token_ids
 
@@ -141,13 +142,15 @@ def test_other_calls_are_left_alone() -> None:
 def test_it_is_undone() -> None:
     model = tiny_model("gpt2")
     before = snapshot(model)
+    hooks = decoder_of(model)._forward_pre_hooks
     with isolated_documents(model, EOS):
-        assert isolates_documents(model)
+        assert hooks
     with pytest.raises(KeyError), isolated_documents(model, EOS):
         raise KeyError
     with isolated_documents(model, None):
-        assert not isolates_documents(model)
+        assert not hooks
     assert_unchanged(model, before)
     apply_npt(model, NPTConfig(rank=4, init="small"))
     with npt_disabled(model), isolated_documents(model, EOS):
-        assert isolates_documents(model)
+        assert hooks
+    assert not hooks

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .fidelity import LayerFidelity, layer_fidelity
-from .perplexity import EvalResult, Sample, evaluate, generate_samples
+from .perplexity import EvalResult, evaluate
+from .samples import Sample, generate_samples
 
 __all__ = ["AdapterEvaluation", "evaluate_adapter"]
 

@@ -11,10 +11,11 @@ import torch
 from matplotlib.image import imread
 
 from npt_kernels import NPTConfig, apply_npt
+from npt_kernels.evaluation.adapter import evaluate_adapter
 from npt_kernels.evaluation.fidelity import LayerFidelity, NormStatistics
-from npt_kernels.evaluation.perplexity import EvalResult, evaluate, generate_samples
+from npt_kernels.evaluation.perplexity import EvalResult, evaluate
 from npt_kernels.evaluation.plots import plot_delta_distribution
-from npt_kernels.evaluation.report import evaluate_adapter
+from npt_kernels.evaluation.samples import generate_samples
 from tests.support.helpers import Words, randomise, tiny_model, token_ids
 
 

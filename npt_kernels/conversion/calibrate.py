@@ -1,0 +1,91 @@
+"""A calibration from tokens to components: moments, bases, ranks, the closed form, the refit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..component import NPComponent
+from ..config import NPTConfig, parse_rank
+from ..model.forward import evaluating
+from ..model.install import make_component
+from ..model.select import LayerChoice, find_layers
+from ..progress import progress_bar
+from .bases import Basis, Metric, make_basis, make_metric
+from .closed_form import fill_closed_form
+from .moments import Moments, check_tokens, collect_moments
+from .ranks import allot_ranks
+from .refit import refit_sequentially
+
+__all__ = ["closed_form_components"]
+
+#: Tokens of the sequential refit: four full streams of them are held at once (4 × tokens × d numbers).
+_REFIT_TOKENS = 16384
+
+
+def closed_form_components(
+    model: nn.Module,
+    config: NPTConfig,
+    choices: list[LayerChoice],
+    ranks: list[int] | None,
+    calibration: Tensor,
+    *,
+    progress: bool = False,
+) -> tuple[list[NPComponent], dict[str, Any]]:
+    """Components of the chosen layers, fitted on ``calibration [n, seq]``; the model is read, not changed.
+
+    ``ranks=None`` allots them (``rank="auto:MEAN"``). Returns the components and notes for the report.
+    """
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    tokens = check_tokens(calibration, vocab_size)
+    attention = [choice.plan.shape.attention_module(choice.layer) for choice in choices]
+    with progress_bar("calibrating", tokens.numel(), "tokens", enabled=progress) as advance:
+        moments = collect_moments(
+            model, attention, tokens, fisher=config.basis == "fisher", seed=config.seed, advance=advance
+        )
+    metrics, covariances, bases = _fit_bases(config.basis, moments)
+    worths, unit = [basis.worth for basis in bases], metrics[0].unit
+    if ranks is None:
+        _, mean = parse_rank(config.rank)
+        ranks = allot_ranks(worths, mean)
+    components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]
+    for component, choice in zip(components, choices, strict=True):
+        fill_closed_form(component, choice, bases.pop(0))
+    refitted = False
+    if config.refit:
+        _, layers = find_layers(model)
+        sample = tokens[: max(1, _REFIT_TOKENS // tokens.shape[1])]
+        bar = progress_bar("refitting on the converted stream", len(layers), "layers", enabled=progress)
+        with evaluating(model), bar as advance:
+            refitted = refit_sequentially(
+                model, layers, choices, components, metrics, covariances, sample, advance=advance
+            )
+    dropped = [float(worth[c.total_rank :].sum()) for worth, c in zip(worths, components, strict=True)]
+    notes: dict[str, Any] = {
+        "tokens": tokens.numel(),
+        "basis": config.basis,
+        "refit": refitted,
+        "dropped_worth": dropped,
+        "worth_unit": unit,
+    }
+    if config.refit and not refitted:
+        notes["unused"] = "refit=True was not used: the model works on the hidden states between its layers"
+    return components, notes
+
+
+def _fit_bases(name: str, moments: list[Moments]) -> tuple[list[Metric], list[Tensor], list[Basis]]:
+    """Metrics, covariances and bases of the layers, in host memory; ``moments`` is used up.
+
+    They are d × d in float64: 21 GiB for an 8B model, of which a GPU needs one layer's at a time.
+    """
+    metrics, covariances, bases = [], [], []
+    while moments:
+        entry = moments.pop(0)
+        metric, covariance = make_metric(name, entry), entry.covariance / entry.tokens
+        del entry
+        basis = make_basis(metric, covariance)
+        metrics.append(metric.to("cpu"))
+        covariances.append(covariance.cpu())
+        bases.append(Basis(basis.encoder.cpu(), basis.decoder.cpu(), basis.worth.cpu()))
+    return metrics, covariances, bases

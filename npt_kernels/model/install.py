@@ -1,0 +1,141 @@
+"""NP components put on the layers of a model instance, found again, switched off for a while, and taken off bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..component import NPComponent
+from ..config import NPTConfig
+from .layer import NPTLayer, convert_layer, restore_layer
+from .select import LayerChoice
+from .sharding import is_sharded
+from .weight_location import compute_device
+
+__all__ = [
+    "converted_layers",
+    "install",
+    "make_component",
+    "npt_config",
+    "npt_disabled",
+    "npt_parameters",
+    "remove_npt",
+]
+
+#: Attribute of the module that was converted.
+_STATE = "_npt_state"
+
+
+@dataclass
+class NPTState:
+    """What a converted model remembers: its configuration and which base parameters were trainable before."""
+
+    config: NPTConfig
+    trainable_before: list[str] = field(default_factory=list)
+
+
+def make_component(choice: LayerChoice, config: NPTConfig, rank: int) -> NPComponent:
+    """An NP component of zeros, fp32, on the device where the layer computes."""
+    weight = next(choice.layer.parameters())
+    if weight.is_meta:
+        raise ValueError(f"layer {choice.plan.index} has no weights yet (device 'meta'); load them before converting")
+    return NPComponent(
+        choice.hidden_size,
+        choice.targets,
+        rank=rank,
+        rule=config.rule,
+        num_ranks=config.num_ranks,
+        scale=config.modulation_scale,
+        dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+        device=compute_device(choice.layer),
+    )
+
+
+def install(model: nn.Module, config: NPTConfig, choices: list[LayerChoice], components: list[NPComponent]) -> None:
+    """Freeze the base and put the components in place. The step of ``apply_npt`` and ``load_npt`` that changes the model."""
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    for choice, component in zip(choices, components, strict=True):
+        convert_layer(choice.layer, choice.plan, component)
+    setattr(model, _STATE, NPTState(config, trainable))
+
+
+def converted_layers(model: nn.Module) -> dict[int, Any]:
+    """Index → converted layer, in order; empty for a model without NPT."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return {m.npt_plan.index: m for m in model.modules() if isinstance(m, NPTLayer)}
+
+
+def remove_npt(model: nn.Module) -> None:
+    """Put the original modules back, bit for bit, and restore which parameters were trainable.
+
+    Raises ``ValueError`` if the model is not converted, or is only a part of the one that ``apply_npt`` was given.
+    """
+    layers = converted_layers(model)
+    if not layers:
+        raise ValueError("the model has no NPT layers; nothing to remove")
+    if is_sharded(model):
+        raise ValueError(
+            "the model is sharded with fully_shard, which cannot be undone; save_npt, and load a fresh model"
+        )
+    # The state sits on the module that was given to apply_npt: this one or a submodule.
+    states: list[tuple[nn.Module, NPTState]] = [
+        (m, m.__dict__[_STATE]) for m in model.modules() if _STATE in m.__dict__
+    ]
+    if not states:
+        raise ValueError(
+            f"this {type(model).__name__} is a part of the model that was converted; call remove_npt on the one that "
+            "apply_npt or load_npt was given"
+        )
+    for layer in layers.values():
+        restore_layer(layer)
+    for module, state in states:
+        trainable = set(state.trainable_before)
+        for name, parameter in module.named_parameters():
+            if name in trainable:
+                parameter.requires_grad_(True)
+        delattr(module, _STATE)
+
+
+@contextmanager
+def npt_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the ``with`` block the model is the original one, exactly; afterwards it is as it was. May be nested.
+
+    Raises ``ValueError`` if the model is not converted.
+    """
+    components = [layer.np_component for layer in converted_layers(model).values()]
+    if not components:
+        raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
+    before = [component.enabled for component in components]
+    for component in components:
+        component.enabled = False
+    try:
+        yield model
+    finally:
+        for component, enabled in zip(components, before, strict=True):
+            component.enabled = enabled
+
+
+def npt_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters, layer by layer. Raises ``ValueError`` if the model is not converted."""
+    layers = converted_layers(model)
+    if not layers:
+        raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
+    return [parameter for layer in layers.values() for parameter in layer.np_component.parameters()]
+
+
+def npt_config(model: nn.Module) -> NPTConfig:
+    """The configuration a converted model was made with. Raises ``ValueError`` if the model is not converted."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        state = getattr(module, _STATE, None)
+        if state is not None:
+            return state.config
+    raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
