@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.apply import apply_npt
 from ..configs.schema import RunConfig
+from ..conversion.apply import apply_npt
 from ..estimate.byte_count import count_bytes
 from ..estimate.devices import local_gpu
 from ..estimate.flops import needed_flops, step_time

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..model.forward import decoder_of, evaluating, first_output
-from ..model.patching import converted_layers, find_layers
+from ..model.install import converted_layers
+from ..model.linears import linear_shape, linear_weight
+from ..model.select import find_layers
 from ..model.shapes import LAYER_SHAPES
-from ..model.shapes.base import LayerShape, linear_shape, linear_weight, weight_source
+from ..model.shapes.base import LayerShape, weight_source
 from ..model.sharding import is_sharded
 
 __all__ = [
