@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..model.forward import decoder_of, evaluating, first_output
 from ..model.install import converted_layers
-from ..model.linears import linear_shape, linear_weight
+from ..model.linears import linear_shape, linear_weight, weight_source
 from ..model.select import find_layers
 from ..model.shapes import LAYER_SHAPES
-from ..model.shapes.base import LayerShape, weight_source
+from ..model.shapes.base import LayerShape
 from ..model.sharding import is_sharded
 
 __all__ = [
