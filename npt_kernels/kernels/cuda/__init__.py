@@ -1,66 +1,44 @@
-"""Host side of the hand-written Hopper kernels (``csrc/``): what can run, which tile, and the launch.
+"""The hand-written Hopper kernels (``csrc/``) as a backend: what can run, and the way to it. Loads no kernel.
 
-Unverified on hardware: compiled, disassembled, its index arithmetic emulated and its barrier protocol model-checked, but never
-run on a GPU. Hence the backend ``cuda`` runs only when asked for by name.
+Ran on an H200 for the first time on 2026-11-26 (benchmarks/results/nvidia-h200); docs/status.md says what is verified.
 """
 
 from __future__ import annotations
 
-import importlib
-from functools import lru_cache
-from types import ModuleType
-
 import torch
 
-__all__ = ["ABSENT", "OPS", "extension", "unavailable"]
+from ..backend import Backend
+from ..steps import Steps
+from . import support
 
-#: Ops with a kernel.
-OPS = ("factored_linear", "mlp")
-#: Ops without one → why.
+__all__ = ["BACKEND"]
+
+#: Ops without a kernel → why.
 ABSENT = {
     "linear": "it has no kernel for the explicit form (nothing fuses there); use 'eager' or 'triton'",
     "matched_norm": "it has no kernel for matched_norm (memory bound, no tensor core); use 'eager' or 'triton'",
 }
 
 
-@lru_cache(maxsize=None)
-def _import() -> ModuleType | str:
-    try:
-        return importlib.import_module("npt_kernels._cuda")
-    except ImportError as error:
-        if "_cuda" in str(error) and "No module" in str(error):
-            return (
-                "its kernels are not built in this installation; install the CUDA toolkit 12.5 or newer (nvcc on PATH), "
-                "then NPT_CUDA=1 pip install -e . (says what is missing)"
-            )
-        return f"its kernels do not load: {error}"
+@torch.compiler.assume_constant_result
+def _check(device: torch.device, dtype: torch.dtype) -> str | None:
+    """:func:`.support.unavailable`, of which ``torch.compile`` keeps the answer: it cannot trace the import of the module."""
+    return support.unavailable(device, dtype)
 
 
-def extension() -> ModuleType:
-    """The compiled module. Raises ``ImportError`` with the way to get it."""
-    module = _import()
-    if isinstance(module, str):
-        raise ImportError(f"npt_kernels cuda: {module}")
-    return module
+def _load() -> Steps:
+    from .steps import CudaSteps
+
+    return CudaSteps()
 
 
-@lru_cache(maxsize=None)
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why its kernels cannot run there, or ``None``; the registry's ``check``."""
-    if device.type != "cuda":
-        return f"the tensors are on {device}, and it needs an sm_90 GPU (H100, H200)"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"dtype is {dtype}, and it has bfloat16 and float16"
-    module = _import()
-    if isinstance(module, str):
-        return module
-    capability = _capability(device.index if device.index is not None else torch.cuda.current_device())
-    if capability != (9, 0):
-        return (
-            f"{device} is sm_{capability[0]}{capability[1]}, and its instructions (wgmma, sm_90a) exist on sm_90 only"
-        )
-    return None
+BACKEND = Backend(
+    name="cuda",
+    load=_load,
+    summary="hand-written Hopper kernels (sm_90a): fused segmented-K GEMMs; bf16, fp16",
+    automatic=False,  # one run so far, with a mended bug in it
+    check=lambda call: _check(call.device, call.dtype),
+    ops=("factored_linear", "mlp"),
+    absent=ABSENT,
+    rules=frozenset(support.RULE_IDS),
+)
