@@ -69,18 +69,13 @@ NO_LIBRARY = {
 
 #: (importer, imported) that the table does not allow yet.
 EXCEPTIONS: set[tuple[str, str]] = {
-    ("base_model.loading", "offload"),
     ("estimate.advice", "evaluation"),
     ("measure.problems", ""),
     ("measure.shapes", "bench.results"),
     ("model.patching", "conversion"),
     ("model.patching", "conversion.random_start"),
-    ("offload.setup", "base_model.loading"),
     ("quantised.linear", "model.patching"),
     ("quantised.linear", "model.shapes.base"),
-    ("training.distributed", "base_model.loading"),
-    ("training.loop", "run.checkpoints"),
-    ("training.loop", "run.oom"),
 }
 
 #: (op, kernel) that go by a backend's name yet.
@@ -113,7 +108,6 @@ NAMED_BACKENDS: set[tuple[str, str]] = {
 
 #: Groups of modules that import each other in a circle yet.
 CIRCLES: list[list[str]] = [
-    ["base_model.loading", "offload", "offload.setup"],
     ["bench.training", "bench.training_shapes"],
     [
         "conversion",
@@ -129,7 +123,6 @@ CIRCLES: list[list[str]] = [
         "quantised.foreign",
         "quantised.linear",
     ],
-    ["estimate.advice", "run.oom", "training.loop"],
 ]
 
 

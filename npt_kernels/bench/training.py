@@ -24,7 +24,7 @@ from ..measure.random_model_step import build_model, quantise
 from ..measure.timing import clocks, cpu_ceilings, settle_power
 from ..model.patching import apply_npt, converted_layers
 from ..offload import LayerStreamer, stream_mode, streaming
-from ..run.accelerator import make_accelerator
+from ..run.open import make_accelerator
 from ..training.loop import Phase, PhaseLoop, StopRequest, make_objective
 from ..training.objectives import delta_variances, enable_checkpointing
 from ..training.precision import autocast
@@ -377,7 +377,8 @@ def _run_steps(
     phase = Phase("bench", kind, steps, config.training.learning_rate, 0)
     loop = PhaseLoop(phase, model, objective, ids, config, accelerator)
     try:
-        loop.run(StopRequest(), after)
+        for report in loop.steps(StopRequest()):
+            after(report)
     finally:
         loop.close()
 

@@ -17,7 +17,7 @@ from npt_kernels.measure.live_bytes import LiveBytes
 from npt_kernels.model.patching import converted_layers, find_layers
 from npt_kernels.offload import LayerStreamer
 from npt_kernels.offload.weights import layer_tensors
-from npt_kernels.run.oom import base_fingerprint
+from npt_kernels.run.fingerprint import base_fingerprint
 from npt_kernels.training.objectives import KLObjective, LayerObjective, LocalObjective, enable_checkpointing
 from tests.support.helpers import randomise, tiny_model, token_ids
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.evaluation.perplexity import evaluate, evaluate_base
 from npt_kernels.model.forward import isolated_documents, isolates_documents
-from npt_kernels.run.engine import run_training
+from npt_kernels.run.run import run_training
 from tests.support.helpers import Words, tiny_model, token_ids
 
 EOS = 5
