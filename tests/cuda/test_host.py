@@ -111,8 +111,8 @@ def test_split_tiles_where_their_number_leaves_most_sms_idle() -> None:
     d, f = 4096, 14336 + 64
     ways = {t: choose(Epilogue.STORE, t, d, f) for t in (65, 128, 192, 256, 384, 512)}
     assert {t: (c.family, c.cluster, c.split) for t, c in ways.items()} == {
-        65: (Family.SPLIT, 1, 8), 128: (Family.SPLIT, 1, 8), 192: (Family.SPLIT, 2, 4), 256: (Family.SPLIT, 2, 4),
-        384: (Family.SPLIT, 1, 2), 512: (Family.SPLIT, 2, 2),
+        65: (Family.SPLIT, 1, 4), 128: (Family.SPLIT, 1, 4), 192: (Family.PINGPONG, 2, 1), 256: (Family.PINGPONG, 2, 1),
+        384: (Family.PINGPONG, 1, 1), 512: (Family.PINGPONG, 2, 1),
     }  # fmt: skip
     assert choose(Epilogue.STORE, 2048, d, f).family == Family.COOP  # 256 tiles
     assert choose(Epilogue.STORE, 256, d, 1024).family == Family.PINGPONG  # two k-blocks a part: the meeting costs more
