@@ -64,10 +64,13 @@ def _triton(call: Call) -> str | None:
     return triton_support.why_not(call.device, call.dtype, act)
 
 
-@torch.compiler.assume_constant_result
 def _cuda_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """The answer is kept when compiling: torch.compile cannot trace the import of the compiled module (seen on an H200)."""
     return cuda_support.unavailable(device, dtype)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo: 1.1 s for whoever imports an op.
+_cuda_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cuda(call: Call) -> str | None:

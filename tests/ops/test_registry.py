@@ -175,3 +175,13 @@ def test_environment_variable():
 def test_cuda_for_everything_runs_what_it_lacks_elsewhere():
     """The explicit linear has no kernel on cuda: the note is one line, the result the automatic choice's."""
     assert run_with("cuda") == "48.0"
+
+
+def test_the_question_whether_the_cuda_kernels_run_is_not_traced():
+    """Seen on an H200: a compiled call that names the backend ended at the import of the compiled module."""
+
+    def called(x):
+        reason = backends.BACKENDS["cuda"].reason(backends.Call("mlp", x.device, torch.bfloat16))
+        return x + 1 if reason else x
+
+    assert torch.compile(called, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
