@@ -80,32 +80,7 @@ EXCEPTIONS: set[tuple[str, str]] = {
 }
 
 #: (op, kernel) that go by a backend's name yet.
-NAMED_BACKENDS: set[tuple[str, str]] = {
-    ("ops.factored_linear.cuda", "kernels.cuda.choose"),
-    ("ops.factored_linear.cuda", "kernels.cuda.launch"),
-    ("ops.factored_linear.cuda", "kernels.cuda.skinny"),
-    ("ops.factored_linear.triton", "kernels.triton.decode"),
-    ("ops.factored_linear.triton", "kernels.triton.rules"),
-    ("ops.factored_linear.triton", "kernels.triton.segmented_gemm"),
-    ("ops.factored_linear.triton", "kernels.triton.value_grads"),
-    ("ops.linear.triton", "kernels.triton.decode"),
-    ("ops.linear.triton", "kernels.triton.explicit"),
-    ("ops.linear.triton", "kernels.triton.segmented_gemm"),
-    ("ops.matched_norm.triton", "kernels.triton.aot"),
-    ("ops.matched_norm.triton", "kernels.triton.numerics"),
-    ("ops.matched_norm.triton", "kernels.triton.value_grads"),
-    ("ops.mlp.cuda", "kernels.cuda.choose"),
-    ("ops.mlp.cuda", "kernels.cuda.launch"),
-    ("ops.mlp.cuda", "kernels.cuda.skinny"),
-    ("ops.mlp.triton", "kernels.triton.coefficients"),
-    ("ops.mlp.triton", "kernels.triton.decode"),
-    ("ops.mlp.triton", "kernels.triton.gate_up"),
-    ("ops.mlp.triton", "kernels.triton.rules"),
-    ("ops.mlp.triton", "kernels.triton.segmented_gemm"),
-    ("ops.mlp.triton", "kernels.triton.value_grads"),
-    ("ops.registry", "kernels.cuda"),
-    ("ops.registry", "kernels.triton.support"),
-}
+NAMED_BACKENDS: set[tuple[str, str]] = set()
 
 #: Groups of modules that import each other in a circle yet.
 CIRCLES: list[list[str]] = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from npt_kernels import BackendUnavailableError, NPTConfig, apply_npt
-from npt_kernels.kernels import cuda as _cuda
+from npt_kernels.kernels.cuda import support as _cuda
 from npt_kernels.ops import registry as backends
 from tests.support.fake_launch import LAUNCHES, OVERLAPS, install
 from tests.support.helpers import tiny_model, token_ids

@@ -25,7 +25,8 @@ from ...rules import get_rule
 from . import tables
 from .aot import AotSpec
 from .numerics import INTERPRET, device_guard, dot, dot_precision, multiprocessor_count, next_power_of_2, rounded
-from .rules import RULE_IDS, apply_rule, merge_dz, rule_backward, rule_forward
+from .rules import apply_rule, merge_dz, rule_backward, rule_forward
+from .support import RULE_IDS
 
 __all__ = ["aot_specs", "coefficients_forward", "merge_dz", "rule_backward", "rule_forward", "tunables"]
 
@@ -249,10 +250,11 @@ def coefficients_forward(
         pitch = total_rank + {"none": 0, "vector": 1, "matrix": total_rank}[key]
         workspace = torch.empty(splits, tokens, pitch, dtype=torch.float32, device=a.device)
     scale_tensor = z if key_scale is None else key_scale.contiguous()
+    terms, width = get_rule(rule).term_widths(total_rank, num_ranks)
     constants = {
         "RULE": RULE_IDS[rule],
-        "NUM_RANKS": num_ranks if rule == "rank1" else 1,
-        "WIDTH": total_rank // num_ranks if rule == "rank1" else total_rank,
+        "NUM_RANKS": terms,
+        "WIDTH": width,
         "HAS_KEY_SCALE": key_scale is not None,
         "WRITE_C": write_c,
         "INTERPRETED": INTERPRET,
