@@ -5,7 +5,7 @@ that it lacks why, and has a ``check`` that says why it cannot run a call. Who n
 something else in silence:
 
 * **For one call** (``backend="..."`` of a public op): that backend, or ``BackendUnavailableError`` with the reason.
-* **For everything** (``NPT_BACKEND``, or a converted layer, which is several ops): "this one wherever it exists". An
+* **For everything** (``NPT_BACKEND``; a converted layer is several ops): "this one wherever it exists". An
   op that the backend does not implement at all (``cuda`` has no norm kernel) runs on the automatic choice instead; a warning
   says so once, and :func:`explain` always. An op that it does implement but refuses here (a dtype, a device, a missing build)
   still raises: that is what the user wanted to know.
@@ -47,9 +47,6 @@ class BackendUnavailableError(RuntimeError):
     """The backend that was asked for by name cannot run this call; the message says why."""
 
 
-#: Ops that only a layer runs: a backend named for them was named for the layer.
-_LAYER_OPS = ("matched_norm",)
-
 #: In order of preference for the automatic choice.
 BACKENDS: dict[str, Backend] = backends()
 
@@ -84,19 +81,17 @@ def resolve_backend(
     *,
     act: str | None = None,
     rule: str | None = None,
-    part_of_layer: bool = False,
 ) -> str:
     """Name of the backend that will run ``op``; see the module's docstring for who gets what.
 
     Args:
         requested: The backend that was asked for; ``None``: ``NPT_BACKEND``, else the first that can.
-        part_of_layer: ``requested`` was chosen for a whole layer, so an op that it does not implement goes elsewhere.
 
     Raises:
         BackendUnavailableError: The backend asked for cannot run the call (with its reason), or none can.
     """
     call = Call(op, device, dtype, act, rule)
-    for_all = requested is None or part_of_layer
+    for_all = requested is None
     requested = requested or _DEFAULT_BACKEND
     if requested is not None:
         backend = get_backend(requested)
@@ -176,7 +171,7 @@ def explain(
         rule,
     )
     requested = backend or _DEFAULT_BACKEND
-    for_all = backend is None or name in _LAYER_OPS
+    for_all = backend is None
     chosen: str | None = None
     reasons: dict[str, str] = {}
     if requested is not None and requested not in BACKENDS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -168,28 +167,24 @@ def partial(monkeypatch):
     return entry
 
 
-@pytest.mark.parametrize("how", ["environment", "layer"])
-def test_a_backend_named_for_everything_leaves_ops_that_it_lacks_to_the_automatic_choice(partial, monkeypatch, how):
-    cpu, name = torch.device("cpu"), "partial"
-    if how == "environment":
-        monkeypatch.setattr(backends, "_DEFAULT_BACKEND", name)
-        name = None
-    resolve = functools.partial(backends.resolve_backend, part_of_layer=how == "layer")
+def test_a_backend_named_for_everything_leaves_ops_that_it_lacks_to_the_automatic_choice(partial, monkeypatch):
+    cpu, resolve = torch.device("cpu"), backends.resolve_backend
+    monkeypatch.setattr(backends, "_DEFAULT_BACKEND", "partial")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):
-            assert resolve("matched_norm", name, cpu, torch.float32) == "eager"
-        assert resolve("mlp", name, cpu, torch.float32) == "partial"
+            assert resolve("matched_norm", None, cpu, torch.float32) == "eager"
+        assert resolve("mlp", None, cpu, torch.float32) == "partial"
     assert [str(w.message) for w in seen] == [
         "npt_kernels: matched_norm runs on 'eager', not on 'partial': it has no norm kernel"
     ], "one note, and none for what it does run"
     # It implements mlp and refuses this call: that is an error, whoever named it.
     with pytest.raises(BackendUnavailableError, match=r"partial.*mlp.*float64 is not supported"):
-        resolve("mlp", name, cpu, torch.float64)
+        resolve("mlp", None, cpu, torch.float64)
     # An op without a listed reason still has one.
     with pytest.warns(UserWarning, match="it has no implementation of linear"):
-        assert resolve("linear", name, cpu, torch.float32) == "eager"
-    explained = backends.explain("matched_norm", backend=name)
+        assert resolve("linear", None, cpu, torch.float32) == "eager"
+    explained = backends.explain("matched_norm")
     assert explained.chosen == "eager" and "no norm kernel" in explained.reasons["partial"]
     assert "automatic choice" in str(explained)
 
@@ -203,8 +198,9 @@ def test_a_backend_named_for_one_call_is_that_one_or_an_error(partial):
 
 def test_nothing_automatic_for_an_op_that_the_named_backend_lacks(partial, monkeypatch):
     monkeypatch.setattr(backends, "BACKENDS", {"partial": partial})
+    monkeypatch.setattr(backends, "_DEFAULT_BACKEND", "partial")
     with pytest.raises(BackendUnavailableError, match="no backend can run matched_norm"):
-        backends.resolve_backend("matched_norm", "partial", torch.device("cpu"), torch.float32, part_of_layer=True)
+        backends.resolve_backend("matched_norm", None, torch.device("cpu"), torch.float32)
 
 
 def run_with(value):
