@@ -53,7 +53,8 @@ class Bottleneck:
         w_down: Tensor | None = None,
     ) -> None:
         self.a, self.w_down, self.key_scale = a, w_down, key_scale
-        self._z, self._scaled = z, None
+        self._z: Tensor | None = z
+        self._scaled: Tensor | None = None
 
     @property
     def made(self) -> bool:

@@ -119,5 +119,5 @@ def define_op(
             "backward": staticmethod(torch.autograd.function.once_differentiable(eager_backward)),
         },
     )
-    apply = super(torch.autograd.Function, function).apply
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return Op(name, function, forward, library_op, library_backward, apply)

@@ -1,8 +1,7 @@
 """Coefficients of a rule in one kernel: reads ``a`` and ``u`` once, writes ``z = a @ w_down``, ``p = u @ w_a_upᵀ`` and ``c``.
 
 How far one kernel pays. Per token it reads ``(d_a + d_u)·e`` bytes (e the item size) and does ``2·(d_a + d_u)·R`` flops, that
-is R flops per byte at e = 2. The chip balances 788 TFLOP/s against 4.3 TB/s = 183 flops per byte (research/kernels.md,
-ceilings of the H200), so up to R = 128 the products hide behind the reads and one pass is all there is to gain; from R = 256
+is R flops per byte at e = 2. The chip balances 788 TFLOP/s against 4.3 TB/s = 183 flops per byte, so up to R = 128 the products hide behind the reads and one pass is all there is to gain; from R = 256
 on they are ordinary GEMMs, and two fp32 accumulators ``[64, R]`` would not fit a program's registers either. There
 ``z`` and ``p`` come from the vendor's GEMM and ``rule_kernels.rule_forward`` makes ``c``.
 

@@ -2,7 +2,7 @@
 
 Each segment has its own pointers, strides and K, so ``x Wᵀ + c w_b_up`` is one GEMM whose K loop runs over ``in`` and then over
 R more columns taken from elsewhere. Any segment may be the low-rank one (R from 1 to d, no multiple of the tile needed); the
-low-rank one should come last: a dot before the main loop costs its shared-memory ring a second time (research/kernels.md §1.3).
+low-rank one should come last: a dot before the main loop costs its shared-memory ring a second time.
 W_i may be contiguous along K (``F.linear``'s layout) or along N (``dy @ W``, ``c @ w_b_up``): no weight is copied.
 
 Epilogues: ``epilogues.finish``. The two-accumulator SwiGLU forward is in ``gate_up_forward.py``.

@@ -115,7 +115,7 @@ def backward(
             dz,
             dp,
             Projection(
-                dy.t() @ u if n.weight else None,
+                dy.t() @ u if n.weight else None,  # type: ignore[operator]
                 dy.sum(0) if n.bias else None,
                 steps.key_grad(dp, u, spec) if n.key else None,  # type: ignore[arg-type]
                 d_value,
