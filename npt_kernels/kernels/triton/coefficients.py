@@ -1,9 +1,10 @@
 """Coefficients of a rule in one kernel: reads ``a`` and ``u`` once, writes ``z = a @ w_down``, ``p = u @ w_a_upᵀ`` and ``c``.
 
 How far one kernel pays. Per token it reads ``(d_a + d_u)·e`` bytes (e the item size) and does ``2·(d_a + d_u)·R`` flops, that
-is R flops per byte at e = 2. The chip balances 788 TFLOP/s against 4.3 TB/s = 183 flops per byte, so up to R = 128 the products hide behind the reads and one pass is all there is to gain; from R = 256
-on they are ordinary GEMMs, and two fp32 accumulators ``[64, R]`` would not fit a program's registers either. There
-``z`` and ``p`` come from the vendor's GEMM and ``rule_kernels.rule_forward`` makes ``c``.
+is R flops per byte at e = 2. The chip balances 788 TFLOP/s against 4.3 TB/s = 183 flops per byte (an H200's ceilings), so up to
+R = 128 the products hide behind the reads and one pass is all there is to gain; from R = 256 on they are ordinary GEMMs, and two
+fp32 accumulators ``[64, R]`` would not fit a program's registers either. There ``z`` and ``p`` come from the vendor's GEMM and
+``rules.rule_forward`` makes ``c``.
 
 Few tokens give few tiles, so K is then split over programs: fp32 partial products go to a workspace and a second kernel adds
 them in a fixed order and applies the rule. No atomics: two runs are bitwise equal.

@@ -5,7 +5,7 @@ R more columns taken from elsewhere. Any segment may be the low-rank one (R from
 low-rank one should come last: a dot before the main loop costs its shared-memory ring a second time.
 W_i may be contiguous along K (``F.linear``'s layout) or along N (``dy @ W``, ``c @ w_b_up``): no weight is copied.
 
-Epilogues: ``epilogues.finish``. The two-accumulator SwiGLU forward is in ``gate_up_forward.py``.
+Epilogues: ``epilogues.finish``. The two-accumulator SwiGLU forward is in ``gate_up.py``.
 """
 
 from __future__ import annotations
