@@ -71,12 +71,7 @@ NO_LIBRARY = {
 
 #: (importer, imported) that the table does not allow yet.
 EXCEPTIONS: set[tuple[str, str]] = {
-    ("base_model.loading", "offload"),
     ("estimate.advice", "evaluation"),
-    ("offload.setup", "base_model.loading"),
-    ("training.distributed", "base_model.loading"),
-    ("training.loop", "run.checkpoints"),
-    ("training.loop", "run.oom"),
 }
 
 #: (op, kernel) that go by a backend's name yet.
@@ -108,10 +103,7 @@ NAMED_BACKENDS: set[tuple[str, str]] = {
 }
 
 #: Groups of modules that import each other in a circle yet.
-CIRCLES: list[list[str]] = [
-    ["base_model.loading", "offload", "offload.setup"],
-    ["estimate.advice", "run.oom", "training.loop"],
-]
+CIRCLES: list[list[str]] = []
 
 
 def short(module: str) -> str:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +173,7 @@ def test_offline_hub_id_fails_within_three_seconds() -> None:
 
 
 def test_offline_dataset_fails_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from npt_kernels.base_model import loading
-
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("npt_kernels.run.open.load_model", lambda *_, **__: pytest.fail("the model was loaded first"))
     assert "data.dataset_name='Salesforce/wikitext'" in error_of("train", "small")
     assert "matches no file" in error_of("train", "data.train_files=['none.txt']")
 
@@ -244,7 +241,7 @@ def test_train_hands_everything_to_the_engine(tiny: Path, monkeypatch: pytest.Mo
     ) -> None:
         seen.update(config=config, model=model, blocks=blocks, resume=resume, world=world)
 
-    monkeypatch.setitem(sys.modules, "npt_kernels.run.engine", types.SimpleNamespace(run_training=run_training))
+    monkeypatch.setattr("npt_kernels.run.run.run_training", run_training)
     result = npt("train", "--config", "tiny.yaml", "training.max_steps=1")
     assert result.exit_code == 0, (result.output, result.exception)
     assert seen["config"].training.max_steps == 1 and seen["resume"] is None and seen["world"].size == 1
@@ -252,12 +249,12 @@ def test_train_hands_everything_to_the_engine(tiny: Path, monkeypatch: pytest.Mo
     assert load_run_config(file=tiny / "out" / "config.yaml") == seen["config"]
     (tiny / "out" / "npt_config.json").write_text("{}")
     npt("train", "--config", "tiny.yaml", "--resume", "out")
-    assert str(seen["resume"]) == "out"
+    assert str(seen["resume"].adapter) == "out"
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "npt_kernels.run.engine", types.SimpleNamespace(run_training=interrupted))
+    monkeypatch.setattr("npt_kernels.run.run.run_training", interrupted)
     assert npt("train", "--config", "tiny.yaml").exit_code == 130
 
 
