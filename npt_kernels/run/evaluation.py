@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..configs.schema import RunConfig
+from ..estimate.byte_count import TEACHER_BYTES
 from ..evaluation.fidelity import LayerFidelity, layer_fidelity
 from ..evaluation.perplexity import EvalResult, TeacherStates, evaluate, evaluate_base
 from ..evaluation.samples import Sample, generate, generate_samples
@@ -20,9 +21,6 @@ from .display import describe
 from .records import Recorder
 
 __all__ = ["Measured", "RunEvaluation", "timed"]
-
-#: The original's states of the evaluation text are kept if they fit in this many bytes, else it runs again every time.
-_TEACHER_BYTES = 2**29
 
 
 @contextmanager
@@ -98,9 +96,9 @@ class RunEvaluation:
         """The original; also after a checkpoint (``record`` false), as proof that model and text are the same."""
         with timed(self.seconds, "evaluate original"), self._bar("original") as advance:
             base, teacher = evaluate_base(self.model, self.heldout, advance=advance, ranks=self.world)
-            # The same decision everywhere: without its states a process runs forwards that the others do not.
+            # Without its states the original runs again at every evaluation, and on every process: one decision for all.
             (size,) = self.world.agree(teacher.states.numel() * teacher.states.element_size())
-            self.teacher = teacher if size <= _TEACHER_BYTES else None
+            self.teacher = teacher if size <= TEACHER_BYTES else None
         if record:
             self.recorder.result("original", base, 0)
         self.recorder.say(f"original: perplexity {base.base_perplexity:.3f} on {base.tokens:,} held-out tokens")

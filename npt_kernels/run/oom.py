@@ -1,21 +1,45 @@
-"""What an out-of-memory error should tell."""
+"""Advice after an out-of-memory error: settings that need less."""
 
 from __future__ import annotations
 
 import torch
 
+from .. import conversion, evaluation
 from ..configs.schema import RunConfig
 from ..estimate.advice import advise
+from ..training import loop, objectives
 
-__all__ = ["memory_advice"]
+__all__ = ["failed_phases", "memory_advice"]
+
+#: Module that an error came through → phases that the plan counts for what runs there; the first in the list counts.
+_PHASES = (
+    (evaluation, ("evaluation", "generation")),
+    (conversion, ("conversion",)),
+    (objectives, ("local", "end_to_end")),
+    (loop, ("local", "end_to_end")),
+)
+
+
+def failed_phases(error: BaseException) -> tuple[str, ...]:
+    """Phases of the plan that an error may have happened in, by its traceback; empty if that does not tell."""
+    passed = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        passed.append(f"{traceback.tb_frame.f_globals.get('__name__', '')}.")
+        traceback = traceback.tb_next
+    for module, phases in _PHASES:
+        if any(name.startswith(f"{module.__name__}.") for name in passed):
+            return phases
+    return ()
 
 
 def memory_advice(config: RunConfig, error: BaseException) -> str:
     """What ran out, and what would need less: by the planner's count, or by rules of thumb where it does not know the model."""
-    where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the host"
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    where = "the GPU" if on_gpu else "the host"
     first = (str(error) or type(error).__name__).splitlines()[0]
     try:
-        found = advise(config, error)
+        found = advise(config, torch.device("cuda" if on_gpu else "cpu"), failed_phases(error))
     except ValueError:  # a model whose config.json is nowhere
         found = []
     if found:
