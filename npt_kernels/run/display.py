@@ -1,4 +1,4 @@
-"""What a run shows while it trains and when it ends: a live table on a terminal, plain lines elsewhere, tables, samples."""
+"""A run on the console: a live table while it trains (plain lines off a terminal), then tables of results and samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run measures of its model before, during and after training: perplexity, KL, layers, samples."""
+"""Measurements of a run's model before, during and after training: perplexity, KL, layers, samples."""
 
 from __future__ import annotations
 

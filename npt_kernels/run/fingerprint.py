@@ -1,4 +1,4 @@
-"""Proof that the frozen base did not move, and that a text is the one of before."""
+"""Fingerprints: of the frozen base, which must not move, and of the training text, which a resumed run expects again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run works on, the same for training and evaluation: device, threads, precision, base model, text, streamed layers."""
+"""Opens a run, for training and evaluation alike: device, threads, precision, base model, text, streamed layers."""
 
 from __future__ import annotations
 

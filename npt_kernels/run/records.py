@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: metrics.jsonl, trackers, samples, plots, the summary."""
+"""The records of a run: metrics.jsonl, trackers, samples, plots, the summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``--resume PATH`` means: a checkpoint or a plain adapter, and whether this run's configuration can go on from it."""
+"""``--resume PATH``: finds the checkpoint or plain adapter there; checks that the configuration can go on from it."""
 
 from __future__ import annotations
 

@@ -316,32 +316,9 @@ class Run:
 
     def train(self, phase: Phase, stop: StopRequest) -> None:
         """One phase, or what is left of it. Raises ``KeyboardInterrupt`` after the step in which a stop was asked for."""
-        with timed(self.state.seconds, f"train {phase.name}"):
-            self._train(phase, stop)
-        if stop.agreed:
-            raise KeyboardInterrupt
-
-    def _train(self, phase: Phase, stop: StopRequest) -> None:
-        config, state, t = self.config, self.state, self.config.training
-        objective = self._objective(phase)
-        utilisation = utilisation_of(
-            self.model, self.blocks.heldout.shape[1], phase.objective, devices=self.accelerator.num_processes
-        )
-        display, pace = TrainingDisplay(self.console, utilisation), Pace()
-
-        def note(text: str) -> None:
-            display.note(text)
-            self.recorder.record("note", text=text)
-
-        state.enter(phase)
-        loop = PhaseLoop(
-            phase, self.model, objective, self.blocks.train, config, self.accelerator,
-            progress=state.progress, note=note, world=self.world,
-        )  # fmt: skip
-        try:
-            self._go_on(loop)
-            enable_checkpointing(self.model, config.optimization.gradient_checkpointing and phase.objective != "local")
-            with display.open(relative=t.loss == "relative_mse"):
+        state, t, pace = self.state, self.config.training, Pace()
+        with timed(state.seconds, f"train {phase.name}"):
+            with self._entered(phase) as (loop, display):
                 if state.pending:
                     self._periodic(display)
                 for report in loop.steps(stop):
@@ -360,12 +337,39 @@ class Run:
                         # Last, so that what it holds of the log is complete.
                         if t.save_steps and report.step % t.save_steps == 0:
                             self._try_checkpoint(display)
+            if not stop.agreed and self.saved_steps != state.total_steps:
+                self._save_checkpoint()
+        if stop.agreed:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def _entered(self, phase: Phase) -> Iterator[tuple[PhaseLoop, TrainingDisplay]]:
+        """The loop of a phase, where the state says that it stands, and the open display."""
+        config, state = self.config, self.state
+        objective = self._objective(phase)
+        utilisation = utilisation_of(
+            self.model, self.blocks.heldout.shape[1], phase.objective, devices=self.accelerator.num_processes
+        )
+        display = TrainingDisplay(self.console, utilisation)
+
+        def note(text: str) -> None:
+            display.note(text)
+            self.recorder.record("note", text=text)
+
+        state.enter(phase)
+        loop = PhaseLoop(
+            phase, self.model, objective, self.blocks.train, config, self.accelerator,
+            progress=state.progress, note=note, world=self.world,
+        )  # fmt: skip
+        try:
+            self._go_on(loop)
+            enable_checkpointing(self.model, config.optimization.gradient_checkpointing and phase.objective != "local")
+            with display.open(relative=config.training.loss == "relative_mse"):
+                yield loop, display
         finally:
             loop.close()
             enable_checkpointing(self.model, False)
             self.model.eval()
-        if not stop.agreed and self.saved_steps != state.total_steps:
-            self._save_checkpoint()
 
     def _objective(self, phase: Phase) -> Objective:
         variances: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Where a run is: what a checkpoint holds, and what a resumed run starts from."""
+"""The state of a run: the content of a checkpoint, and the start of a resumed run."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -233,7 +234,33 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_train_hands_everything_to_the_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_levels_from_the_command_to_the_step(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who wants to know what a run does reads this chain, top to bottom."""
+    from npt_kernels.training.loop import PhaseLoop
+
+    chains: list[list[str]] = []
+
+    def step(self: PhaseLoop, batch: Any) -> Any:
+        frames = [frame.frame for frame in inspect.stack()[1:]]
+        names = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in reversed(frames)]
+        chains.append([f"{module}.{name}" for module, name in names if module.startswith("npt_kernels.")])
+        return original(self, batch)
+
+    original = PhaseLoop._step
+    monkeypatch.setattr(PhaseLoop, "_step", step)
+    assert npt("train", "--config", "tiny.yaml", "model.init=small").exit_code == 0
+    assert len(chains) == 2
+    for chain in chains:
+        assert chain == [
+            "npt_kernels.cli.errors.wrapped",  # the decorator of every command
+            "npt_kernels.cli.train.train",
+            "npt_kernels.run.run.run_training",
+            "npt_kernels.run.run.train",
+            "npt_kernels.training.loop.steps",
+        ]
+
+
+def test_train_hands_everything_to_the_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     def run_training(
