@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from npt_kernels.conversion.quantise import quantise_linear
 from npt_kernels.ops.dense_on_use import dense
-from npt_kernels.quantised.formats import FORMATS, import_library
+from npt_kernels.quantised.names import FORMATS, import_library
 
 
 def milliseconds(call: Callable[[], Any], repeat: int, device: torch.device) -> float:

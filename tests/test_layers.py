@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 NO_LIBRARY = {
     "rules": ("transformers", "triton", "numpy"),
     "configs": ("torch", "transformers"),
-    "quantised.formats": ("torch",),
+    "quantised.names": ("torch",),
 }
 
 #: (op, kernel) that go by a backend's name yet.

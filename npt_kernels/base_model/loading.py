@@ -19,7 +19,7 @@ from torch import nn
 from ..configs.models import KNOWN_MODELS
 from ..configs.schema import ConfigError, RunConfig, default_cache_dir
 from ..conversion.quantise import adopt_quantised, quantise_base
-from ..quantised.formats import import_library, missing_library
+from ..quantised.names import import_library, missing_library
 from .assets import demo_model_cached, demo_model_dir
 
 __all__ = [

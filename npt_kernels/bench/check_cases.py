@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ..measure.shapes import MODELS, SMALL_MODELS, Case, ModelShape
+from .grid import Setting
 from .kernels import measure_setting
 from .memory import measure_memory
 from .providers import PROVIDERS
-from .registry import Setting
 from .single_kernels import SingleKernel, against_products, cuda_kernels
 
 __all__ = ["Timing", "numeric_cases", "repeat_cases", "timings"]

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measure.check import CHUNK, poisoned, sample_rows
 from ..measure.error_rule import worst_excess
+from ..measure.numerics import CHUNK, poisoned, sample_rows
 from ..measure.problems import Problem
 from ..measure.reference import reference_results, term_sizes
 from ..measure.shapes import ModelShape
 from ..measure.timing import Call, clocks, compare, compare_graphs, cpu_ceilings, rotation, settle_power
 from .costs import minimum_flops, roofline_us
+from .grid import Setting, slow_seconds
 from .providers import BASELINE, Provider, Results
-from .registry import Setting, slow_seconds
 from .results import ResultFile
 
 __all__ = ["check_provider", "host_overhead", "measure_setting", "run_kernels", "short_reason"]

@@ -15,10 +15,10 @@ import torch
 from ..measure.allocations import memory_meter
 from ..measure.problems import Problem
 from ..measure.shapes import MODELS
+from .grid import Filters, Setting, plan_settings, slow_seconds
 from .kernels import check_provider, short_reason
 from .peers import delta_bytes
 from .providers import PROVIDERS, Provider, Results
-from .registry import Filters, Setting, plan_settings, slow_seconds
 from .results import ResultFile
 
 __all__ = ["headline", "measure_memory", "peak_of", "plan_memory", "run_memory"]

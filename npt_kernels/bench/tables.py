@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from .compare import Comparison
-    from .registry import Setting
+    from .grid import Setting
     from .training_shapes import TrainRow
 
 __all__ = [

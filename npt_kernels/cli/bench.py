@@ -85,12 +85,12 @@ def kernels(
     out: _Out = _RESULTS,
 ) -> None:
     _quiet_torch()
+    from ..bench import grid
     from ..bench import kernels as suite
-    from ..bench import registry
 
     where, size = _where(device, small)
     filters = _filters(op, shape, provider, mode, tokens, rank, rule)
-    settings = registry.plan_settings(filters, size, _dtype(dtype, where))
+    settings = grid.plan_settings(filters, size, _dtype(dtype, where))
     count = rounds if rounds is not None else suite.ROUNDS[where.type]
     if count < 1:
         raise ValueError(f"--rounds {rounds} must be at least 1")
@@ -125,7 +125,7 @@ def memory(
 
 
 def _filters(op: _Names, shape: _Names, provider: _Names, mode: _Names, tokens: _Names, rank: _Names, rule: str) -> Any:
-    from ..bench.registry import Filters
+    from ..bench.grid import Filters
 
     return Filters(
         _words(op), _words(shape), _words(provider), _words(mode),
@@ -146,9 +146,9 @@ def _run_settings(
     slow_limit: float,
 ) -> None:
     from ..bench import tables
+    from ..bench.grid import estimate, settings_of_part
     from ..bench.kernels import run_kernels
     from ..bench.memory import run_memory
-    from ..bench.registry import estimate, settings_of_part
 
     seconds = [estimate(setting, device, rounds, slow_limit) for setting in settings]
     chosen = settings_of_part(settings, _part(part), seconds)
@@ -199,7 +199,7 @@ def train(
 ) -> None:
     _quiet_torch()
     from ..bench import tables
-    from ..bench.registry import settings_of_part
+    from ..bench.grid import settings_of_part
     from ..bench.training import estimate_row, plan_rows, run_train
 
     where, size = _where(device, small)
@@ -403,7 +403,7 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     import torch
 
     if name is None:
-        from ..bench.registry import default_dtype
+        from ..bench.grid import default_dtype
 
         return default_dtype(device)
     if name not in _DTYPES:

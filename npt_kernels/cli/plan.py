@@ -59,8 +59,8 @@ def plan(
     from ..configs.schema import ConfigError
     from ..estimate.devices import find_gpu, parse_size
     from ..estimate.parallel import Parallel
-    from ..estimate.plan import make_plan
     from ..estimate.printing import print_plan
+    from ..estimate.whole_run import make_plan
 
     if cpu and (gpu is not None or gpu_memory is not None):
         raise ConfigError("--cpu plans for the CPU; leave --gpu and --gpu-memory away")

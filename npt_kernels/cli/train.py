@@ -83,8 +83,8 @@ def train(
     if output_dir is not None:
         run_config.paths.output_dir = str(output_dir)
     if dry_run:
-        from ..estimate.plan import make_plan
         from ..estimate.printing import print_configuration, print_plan
+        from ..estimate.whole_run import make_plan
 
         plan = make_plan(run_config)
         if os.environ.get("RANK", "0") == "0":

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..config import NPTConfig
-from ..quantised.formats import choose_library
+from ..quantised.names import choose_library
 
 __all__ = ["SECTIONS", "ConfigError", "RunConfig", "default_cache_dir"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .moments import Moments
+from .attention_moments import Moments
 
 __all__ = ["Basis", "Metric", "make_basis", "make_metric"]
 

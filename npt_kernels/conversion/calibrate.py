@@ -12,9 +12,9 @@ from ..model.forward import evaluating
 from ..model.install import make_component
 from ..model.select import LayerChoice, find_layers
 from ..progress import progress_bar
+from .attention_moments import Moments, check_tokens, collect_moments
 from .bases import Basis, Metric, make_basis, make_metric
 from .closed_form import fill_closed_form
-from .moments import Moments, check_tokens, collect_moments
 from .ranks import allot_ranks
 from .refit import refit_sequentially
 

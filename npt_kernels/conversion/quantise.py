@@ -15,8 +15,8 @@ from ..model.linears import is_conv1d, linear_bias, linear_weight, weight_source
 from ..model.select import find_layers
 from ..progress import progress_bar
 from ..quantised.foreign import made_by_library, taken_over
-from ..quantised.formats import choose_library, import_library
 from ..quantised.linear import QuantisedLinear, quantise_weight, weight_problem
+from ..quantised.names import choose_library, import_library
 
 __all__ = ["QuantisationReport", "adopt_quantised", "quantise_base", "quantise_linear"]
 
@@ -76,7 +76,7 @@ def quantise_base(
 
     Args:
         model: A causal language model (or its decoder) with layers that NPT knows.
-        format, library: As in :data:`npt_kernels.quantised.formats.FORMATS`; ``auto`` takes the format's first library.
+        format, library: As in :data:`npt_kernels.quantised.names.FORMATS`; ``auto`` takes the format's first library.
         device: Where the quantised linears go; each dense weight is moved, quantised and freed, so a GPU never holds more than
             one of them. The rest of the model is left where it is. ``None``: every linear stays on its device.
         progress: Show a progress bar.

@@ -21,9 +21,9 @@ from ..model.forward import first_output
 from ..model.layer import student_output, teacher_output
 from ..model.select import LayerChoice
 from ..model.visits import record_calls
+from .attention_moments import second_moment
 from .bases import Metric, make_basis
 from .closed_form import fill_closed_form
-from .moments import second_moment
 
 __all__ = ["refit_sequentially"]
 

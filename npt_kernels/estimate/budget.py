@@ -10,11 +10,12 @@ from torch import nn
 
 from ..base_model.loading import check_length, load_model_config
 from ..configs.schema import ConfigError, RunConfig
-from .byte_count import Phase, count_bytes, peak, reserve
+from .byte_count import count_bytes, peak, reserve
 from .devices import GPUS_PER_MACHINE, Gpu
 from .flops import StepTime, step_time
 from .model_sizes import Adapter, ModelNumbers, count_adapter, meta_model, read_numbers
 from .parallel import Parallel
+from .terms import Phase
 
 __all__ = ["Budget", "Need", "Sizes"]
 

@@ -14,7 +14,7 @@ would count was therefore not measured.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -25,8 +25,9 @@ from .layer_bytes import LayerBytes
 from .model_sizes import Adapter, ModelNumbers
 from .parallel import Parallel
 from .storage import Precision
+from .terms import MemoryTerm, Phase
 
-__all__ = ["MemoryTerm", "Phase", "count_bytes", "peak", "reserve", "streams"]
+__all__ = ["count_bytes", "peak", "reserve", "streams"]
 
 #: Tokens per forward of the closed form's first pass (``collect_moments``), of its refit, and of an evaluation.
 CALIBRATION_BATCH, REFIT_TOKENS, EVALUATION_BATCH = 512, 16384, 2048
@@ -35,55 +36,6 @@ TEACHER_BYTES = 2**29
 #: Tokens of a prompt, which only a tokenizer would tell.
 _PROMPT_TOKENS = 32
 _WIDE, _DOUBLE = 4, 8
-
-
-@dataclass(frozen=True)
-class MemoryTerm:
-    """One line of the count.
-
-    Attributes:
-        where: ``device`` or ``host``; on a CPU both are the same memory.
-        once: Only one process of a run has it (host).
-    """
-
-    name: str
-    bytes: int
-    why: str
-    where: str = "device"
-    once: bool = False
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A phase of a run at its worst moment.
-
-    Attributes:
-        name: ``load``, ``conversion``, ``local``, ``end_to_end``, ``evaluation``, ``generation``.
-        moment: Which moment that is.
-        terms: What exists then.
-        moments: Every moment that was weighed → its bytes on the device.
-    """
-
-    name: str
-    moment: str
-    terms: list[MemoryTerm]
-    moments: dict[str, int] = field(default_factory=dict)
-
-    def bytes(self, where: str) -> int:
-        return sum(term.bytes for term in self.terms if term.where == where)
-
-    @property
-    def device_bytes(self) -> int:
-        return self.bytes("device")
-
-    @property
-    def host_bytes(self) -> int:
-        return self.bytes("host")
-
-    def machine_bytes(self, processes: int) -> int:
-        """Host memory of a machine with that many processes of the run."""
-        host = [term for term in self.terms if term.where == "host"]
-        return sum(term.bytes * (1 if term.once else processes) for term in host)
 
 
 def streams(config: RunConfig, device: torch.device) -> bool:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from ..config import parse_rank
 from .devices import COMPUTE_EFFICIENCY, TRANSFER_EFFICIENCY
-from .plan import Plan
+from .whole_run import Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from .byte_count import Phase
+    from .terms import Phase
 
 __all__ = ["print_configuration", "print_plan", "size_text"]
 

@@ -1,4 +1,4 @@
-"""The steps that a backend supplies, and what they hand to each other. The order in which they run is in ``ops/*/plan.py``.
+"""The steps that a backend supplies, and what they hand to each other. The order in which they run is in ``ops/*/passes.py``.
 
 Shapes: ``T`` tokens, ``R`` = k·r columns of the bottleneck, ``P`` columns of a key product (R for a matrix key, 1 for a vector
 key). All tensors are flat ``[T, ...]``. ``c [T, R]`` are a rule's coefficients: ``ΔW_t u_t = c_t @ w_b_up``.

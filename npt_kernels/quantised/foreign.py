@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.dense_on_use import WeightSource
-from .formats import import_library
 from .linear import QuantisedLinear, dequantise_4bit
+from .names import import_library
 
 __all__ = ["library_problem", "library_source", "made_by_library", "stored_tensors", "taken_over"]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.dense_on_use import DeferredWeight, WeightSource
-from .formats import choose_library, import_library
+from .names import choose_library, import_library
 
 __all__ = ["QuantisedLinear", "dequantise_4bit", "quantise_weight", "readable", "weight_problem"]
 
@@ -46,7 +46,7 @@ class QuantisedLinear(nn.Module):
     frozen parameters; casts of the module (``.to(dtype)``, ``.half()``) change the dtype of ``weight``, not what is stored.
 
     Attributes:
-        format, library: As in :data:`npt_kernels.quantised.formats.FORMATS`.
+        format, library: As in :data:`npt_kernels.quantised.names.FORMATS`.
         in_features, out_features: Of the weight.
         weight_dtype: Dtype that the weight had when it was quantised, and in which it is made dense.
         dtype: Dtype of ``weight``: the same until the module is cast.

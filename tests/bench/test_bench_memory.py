@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from npt_kernels.bench import memory
+from npt_kernels.bench.grid import Filters, Setting
 from npt_kernels.bench.memory import headline, measure_memory, peak_of, plan_memory, run_memory
 from npt_kernels.bench.providers import PROVIDERS
-from npt_kernels.bench.registry import Filters, Setting
 from npt_kernels.bench.results import ResultFile, environment
 from npt_kernels.measure.shapes import MODELS, ModelShape
 

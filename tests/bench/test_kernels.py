@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from npt_kernels.bench import kernels
+from npt_kernels.bench.grid import Setting
 from npt_kernels.bench.kernels import measure_setting, run_kernels
 from npt_kernels.bench.providers import PROVIDERS
-from npt_kernels.bench.registry import Setting
 from npt_kernels.bench.results import ResultFile, environment
 from npt_kernels.measure.shapes import ModelShape
 

@@ -115,8 +115,8 @@ def only_file(folder: Path) -> dict[str, Any]:
 def test_help_of_the_suites_teaches() -> None:
     text = npt("bench", "--help").stdout
     assert all(name in text for name in ("kernels", "memory", "train", "report", "compare", "tune", "Ctrl-C"))
+    from npt_kernels.bench.grid import OPS
     from npt_kernels.bench.providers import PROVIDERS
-    from npt_kernels.bench.registry import OPS
     from npt_kernels.bench.training_shapes import SETTINGS
     from npt_kernels.measure.reference import MODES
 

@@ -177,9 +177,9 @@ def test_the_cpu_plans_too(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_named_the_plan_says_how(monkeypatch: pytest.MonkeyPatch, eight: Path) -> None:
-    from npt_kernels.estimate import plan
+    from npt_kernels.estimate import whole_run
 
-    monkeypatch.setattr(plan, "choose_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(whole_run, "choose_device", lambda: torch.device("cuda"))
     assert "name the GPU to see whether it fits: --gpu H100" in run("plan", "--model", str(eight))
 
 

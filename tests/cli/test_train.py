@@ -195,7 +195,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from npt_kernels.estimate import plan as planning
+    from npt_kernels.estimate import whole_run as planning
 
     monkeypatch.setattr(planning, "make_plan", lambda config: {}["bug"])
     assert isinstance(npt("train", "--dry-run").exception, KeyError)

@@ -9,7 +9,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters, remove_npt
-from npt_kernels.conversion.moments import collect_moments, second_moment
+from npt_kernels.conversion.attention_moments import collect_moments, second_moment
 from tests.support.helpers import VOCAB, assert_unchanged, randomise, snapshot, tiny_model, token_ids
 
 CALIBRATION = token_ids(16, 32, seed=5)

@@ -155,7 +155,7 @@ def test_advice_is_about_the_phase_that_failed(folder: Path) -> None:
     sizes = Sizes.of(config, torch.device("cpu"))
     for module, phase in (
         ("npt_kernels.training.loop", "end_to_end"),
-        ("npt_kernels.conversion.moments", "conversion"),
+        ("npt_kernels.conversion.attention_moments", "conversion"),
     ):
         error = raised_in(module, MemoryError())
         found = advise(config, torch.device("cpu"), failed_phases(error), limit=64 * GIB)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from npt_kernels.estimate.byte_count import Phase, count_bytes, peak, reserve
+from npt_kernels.estimate.byte_count import count_bytes, peak, reserve
 from npt_kernels.estimate.parallel import Parallel
 from npt_kernels.estimate.storage import FORMATS
+from npt_kernels.estimate.terms import Phase
 from npt_kernels.measure.random_model_step import measure_phases
 from tests.support.plan_cases import FAMILIES, GPT2, LLAMA, config_of, sizes_of
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from npt_kernels import apply_npt
 from npt_kernels.configs import load_run_config, named_configs, parse_yaml
 from npt_kernels.configs.schema import ConfigError, RunConfig
-from npt_kernels.estimate.byte_count import MemoryTerm
-from npt_kernels.estimate.plan import Plan, make_plan
 from npt_kernels.estimate.printing import print_configuration, print_plan
+from npt_kernels.estimate.terms import MemoryTerm
+from npt_kernels.estimate.whole_run import Plan, make_plan
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,

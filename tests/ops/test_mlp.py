@@ -12,8 +12,7 @@ from torch.library import opcheck
 
 from npt_kernels import AdapterTensors, NPComponent, npt_gated_mlp, npt_mlp
 from npt_kernels.ops.mlp.op import OP as op
-from npt_kernels.rules import get_rule
-from tests.support.helpers import ALL_RULES, MLP_TENSORS, GemmMeter, check_twice, integers, mlp_problem, randn, subsets
+from tests.support.helpers import ALL_RULES, MLP_TENSORS, check_twice, integers, mlp_problem, randn, subsets
 from tests.support.mlp_calls import mlp_operands
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -230,88 +229,6 @@ def test_drawn_subsets_of_gradients_through_the_library_op(rule):
                 torch.testing.assert_close(leaves[name].grad, grads_all[name], rtol=1e-12, atol=1e-12)
             else:
                 assert leaves[name].grad is None
-
-
-# ------------------------------------------------------------------- what is saved and what is computed
-
-TOKENS, D, F, D_A, R = 64, 24, 40, 20, 2
-FULL = TOKENS * D * F
-
-
-def sized(rule, targets=("gate", "up", "down"), gated=True):
-    return problem_of(rule, targets, gated, tokens=TOKENS, d=D, f=F, d_a=D_A, r=R, bias=True)
-
-
-def trained_names(problem):
-    return [n for n in problem.present() if n.endswith(("_key", "_value")) or n == "w_down"]
-
-
-def saved_shapes(y):
-    return [tuple(t.shape) for t in y.grad_fn.saved_tensors if t is not None and t.numel()]
-
-
-def backward_products(problem, needs):
-    y = problem.op(**problem.leaves(needs))
-    with GemmMeter() as meter:
-        y.sum().backward()
-    return meter
-
-
-@rules
-@forms
-def test_local_training_needs_one_full_gemm(rule, gated, targets):
-    """Frozen weights and no dx: the backward never forms dy @ W of gate and up; only dout @ Wd, if a target is below it."""
-    problem = sized(rule, targets, gated)
-    with GemmMeter() as meter:
-        problem.op(**problem.leaves(trained_names(problem)))
-    assert meter.count(FULL) == (3 if gated else 2)
-    above = bool({"gate", "up"} & set(targets))
-    meter = backward_products(problem, trained_names(problem))
-    assert meter.count(FULL) == (1 if above else 0), "full GEMMs in the backward"
-    y = problem.op(**problem.leaves(trained_names(problem)))
-    assert not {(F, D)} & set(saved_shapes(y)), "gate and up weights are only needed for dx"
-
-
-def test_every_full_gemm_is_accounted_for():
-    problem = sized("self_key")
-    trained = trained_names(problem)
-    assert backward_products(problem, [*trained, "x"]).count(FULL) == 3  # dinter, dgate @ Wg, dup @ Wu
-    assert backward_products(problem, [*trained, "a"]).count(FULL) == 1
-    assert backward_products(problem, ["down_weight"]).count(FULL) == 1
-    assert backward_products(problem, ["gate_weight"]).count(FULL) == 2
-    assert backward_products(problem, ["down_bias"]).products == []
-    assert backward_products(problem, ["down_value"]).products == [(R, D, TOKENS)]
-    assert backward_products(problem, problem.present()).count(FULL) == 6
-
-
-@rules
-def test_saved_tensors(rule):
-    problem = sized(rule)
-    keyed = get_rule(rule).key != "none"
-
-    def saved(*needs):
-        return saved_shapes(problem.op(**problem.leaves(needs)))
-
-    wide, x, a = (TOKENS, F), (TOKENS, D), (TOKENS, D_A)
-    local = saved(*trained_names(problem))
-    assert local.count(wide) == 2, "gate and up, nothing else of that size"
-    assert local.count(x) == (1 if keyed else 0), "x is only saved for a key matrix's gradient"
-    assert local.count(a) == 1
-    assert local.count((F, D)) == 0
-    assert saved("x").count((F, D)) == 2
-    assert saved("x").count(x) == saved("x").count(a) == 0
-    assert saved("w_down").count(x) == 0
-    for only in ("down_value", "down_bias"):
-        assert wide not in saved(only), f"d {only} needs neither gate nor up"
-    assert saved("down_weight").count(wide) == 2
-
-
-def test_no_grad_saves_and_equals():
-    problem = sized("rank1")
-    with torch.no_grad():
-        y = problem.op(**problem.leaves())
-    assert not y.requires_grad
-    assert torch.equal(y, problem.run("op")[0])
 
 
 # -------------------------------------------------------------------------------------- the other invariants

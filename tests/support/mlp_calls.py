@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npt_kernels.kernels.steps import Projection, Spec
 from npt_kernels.ops.factored_linear import op as factored_op
-from npt_kernels.ops.mlp import plan
+from npt_kernels.ops.mlp import passes
 from npt_kernels.ops.mlp.operands import Operands, Saved
 from npt_kernels.ops.registry import get_steps
 
@@ -32,7 +32,7 @@ class MlpCalls:
     def forward(self, *args: Any) -> tuple[Tensor, ...]:
         """``(out, z, p_gate, p_up, p_down, gate, up)`` of 16 tensors, then act, rule, num_ranks, scale, save."""
         *spec, save = args[16:]
-        out, made = plan.forward(get_steps(self.backend), mlp_operands(args[:16]), Spec(*spec), save)
+        out, made = passes.forward(get_steps(self.backend), mlp_operands(args[:16]), Spec(*spec), save)
         return (out, *made)
 
     def backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
@@ -44,7 +44,7 @@ class MlpCalls:
         gated, *spec, needs = args[19:25]
         overwrite = bool(args[25:] and args[25])
         o, need = mlp_operands((*args[:6], None, None, None, *args[6:13])), mlp_operands(tuple(needs))
-        g = plan.backward(
+        g = passes.backward(
             get_steps(self.backend), dout, o, Saved(*args[13:19]), need, Spec(*spec), gated, overwrite
         )  # fmt: skip
         targets = (g.gate, g.up, g.down)

@@ -12,8 +12,8 @@ from torch import nn
 from npt_kernels import NPTConfig, apply_npt, npt_parameters
 from npt_kernels.conversion.quantise import quantise_base
 from npt_kernels.ops.dense_on_use import scratch_buffers
-from npt_kernels.quantised.formats import FORMATS
 from npt_kernels.quantised.linear import QuantisedLinear
+from npt_kernels.quantised.names import FORMATS
 from npt_kernels.training.objectives import KLObjective, LayerObjective, LocalObjective, enable_checkpointing
 from tests.support.helpers import assert_within_twice, randomise, tiny_model, token_ids
 

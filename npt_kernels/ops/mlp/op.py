@@ -14,7 +14,7 @@ from ..factored_linear.op import fake_key_product
 from ..overwrite import mark_overwritten, may_overwrite
 from ..registry import get_steps
 from .operands import BACKWARD_SCHEMA, FORWARD_SCHEMA, NUM_SAVED, NUM_TENSORS, Operands, Saved, Spec
-from .plan import backward, forward, keep
+from .passes import backward, forward, keep
 
 __all__ = ["OP", "mlp"]
 

@@ -16,12 +16,13 @@ from ..offload import streaming_notes
 from ..training.distributed import choose_device
 from .advice import Suggestion, largest_batch, machine_memory, suggest
 from .budget import Budget, Sizes
-from .byte_count import MemoryTerm, Phase, peak, reserve, uses_closed_form
+from .byte_count import peak, reserve, uses_closed_form
 from .count_steps import count_steps
 from .devices import GPUS_PER_MACHINE, Gpu, gpu_with, local_gpu
 from .flops import StepTime
 from .model_sizes import Adapter, ModelNumbers
 from .parallel import Parallel
+from .terms import MemoryTerm, Phase
 
 __all__ = ["MemoryTerm", "Plan", "make_plan"]
 

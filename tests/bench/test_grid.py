@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npt_kernels.bench.costs import minimum_bytes, minimum_flops, roofline_us
-from npt_kernels.bench.registry import GRIDS, Filters, Setting, estimate, find_shape, plan_settings, settings_of_part
+from npt_kernels.bench.grid import GRIDS, Filters, Setting, estimate, find_shape, plan_settings, settings_of_part
 from npt_kernels.bench.results import BenchError
 from npt_kernels.measure.shapes import MODELS, Case
 
