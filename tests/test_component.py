@@ -32,11 +32,11 @@ def test_parameter_shapes(rule, k):
     shapes = {name: tuple(p.shape) for name, p in component(rule, k).named_parameters()}
     total = k * R
     expected = {"w_down": (D, total)} | {f"w_b_up.{t}": (total, out) for t, (_, out) in TARGETS.items()}
-    if rule == "rank1":
-        expected |= {f"w_a_up.{t}": (total, d_in) for t, (d_in, _) in TARGETS.items()}
-    elif rule == "diagonal":
+    if rule == "diagonal":
         expected |= {"w_a_up.down": (total, F)}  # gate and up are tied to w_down
-    elif rule == "anchored":
+    elif get_rule(rule).key == "matrix":
+        expected |= {f"w_a_up.{t}": (total, d_in) for t, (d_in, _) in TARGETS.items()}
+    elif get_rule(rule).key == "vector":
         expected |= {f"w_a_up.{t}": (d_in,) for t, (d_in, _) in TARGETS.items()}
     assert shapes == expected
 

@@ -3,7 +3,7 @@
 Every form of the per-token weight change obeys ``ΔW_t u_t = c_t @ w_b_up`` with ``c [T, R]``. Forms differ only in ``c``;
 everything after ``c`` is one shared kernel. A new rule is one file with one :class:`Rule` subclass and one line in
 ``rules/__init__.py``; ops, the backend ``eager``, saving and tests take it from there. Backends with kernels of their own for
-the rules (``kernels/triton/support.py`` and ``kernels/cuda/__init__.py``: ``RULE_IDS``) give a reason until they have it.
+the rules (``RULE_IDS`` in ``kernels/triton/support.py`` and ``kernels/cuda/support.py``) give a reason until they have it.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def test_twice(rule, dtype, tokens, r, k):
     check_twice(factored_problem(rule, tokens, 64, 48, r, k, dtype=dtype, make=make), f"{rule} {dtype}")
 
 
-@pytest.mark.parametrize("rule", [r for r in ALL_RULES if r != "diagonal"])  # tanh of an integer is no integer
+@pytest.mark.parametrize("rule", ["rank1", "anchored", "self_key"])  # sums and products alone; no tanh
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 21])

@@ -125,6 +125,10 @@ def plain_coefficients(rule: str, z: Tensor, u: Tensor, key: Tensor | None, num_
     p = u @ key.t()
     if rule == "diagonal":
         return scale * torch.tanh(z) * p
+    if rule != "rank1":
+        raise NotImplementedError(
+            f"write the definition of rule {rule!r} into plain_coefficients of tests/support/helpers.py"
+        )
     z_blocks, p_blocks = z.unflatten(-1, (num_ranks, -1)), p.unflatten(-1, (num_ranks, -1))
     return (z_blocks * (z_blocks * p_blocks).sum(-1, keepdim=True)).flatten(-2)
 

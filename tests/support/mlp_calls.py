@@ -33,7 +33,7 @@ class MlpCalls:
         """``(out, z, p_gate, p_up, p_down, gate, up)`` of 16 tensors, then act, rule, num_ranks, scale, save."""
         *spec, save = args[16:]
         out, made = passes.forward(get_steps(self.backend), mlp_operands(args[:16]), Spec(*spec), save)
-        return (out, *made)
+        return (out, *(args[0].new_empty(0) if t is None else t for t in made))
 
     def backward(self, dout: Tensor, *args: Any) -> list[Tensor]:
         """Gradients that ``needs`` asks for, in the forward's order of tensors.

@@ -235,6 +235,8 @@ def test_leaving_ends_the_thread() -> None:
 
 
 def test_ctrl_c_while_waiting_for_text() -> None:
+    # Tests started in the background of a shell inherit SIGINT as ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     waiting, release = threading.Event(), threading.Event()
 
     class Slow:
@@ -264,6 +266,7 @@ def test_ctrl_c_while_waiting_for_text() -> None:
     finally:
         release.set()
         killer.join()
+        signal.signal(signal.SIGINT, handler)
     assert not threads()
 
 

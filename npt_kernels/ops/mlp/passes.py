@@ -19,7 +19,7 @@ __all__ = ["Wants", "backward", "forward", "keep"]
 
 
 def forward(steps: Steps, o: Operands, spec: Spec, save: bool) -> tuple[Tensor, Saved]:
-    """``out [T, d_out]`` and what was made on the way; the pre-activations are empty unless ``save``."""
+    """``out [T, d_out]`` and what was made on the way; ``None`` for what there is not: the pre-activations unless ``save``."""
     x = steps.readable(o.x)
     source = Bottleneck(key_scale=o.key_scale, a=o.a, w_down=o.w_down)
     gate = o.gate if o.gate.weight is not None else Projection()
@@ -34,9 +34,7 @@ def forward(steps: Steps, o: Operands, spec: Spec, save: bool) -> tuple[Tensor, 
     low_down = steps.low(inter, o.down, Bottleneck(z), spec) if o.down.value is not None else None
     out = steps.project(inter, o.down, low_down, spec, chained=True)
     products = [None if low is None else low.p for low in (low_gate, low_up, low_down)]
-    # An empty tensor of its own for each that is not there: torch.library refuses outputs that share memory.
-    made = [x.new_empty(0) if t is None else t for t in (*products, pre_gate, pre_up)]
-    return out, Saved(z, *made)
+    return out, Saved(z, *products, pre_gate, pre_up)
 
 
 class Wants(NamedTuple):
