@@ -33,8 +33,8 @@ def forward(steps: Steps, o: Operands, spec: Spec, save: bool) -> tuple[Tensor, 
     inter, pre_gate, pre_up = steps.activate(x, gate, o.up, low_gate, low_up, spec, save)
     low_down = steps.low(inter, o.down, Bottleneck(z), spec) if o.down.value is not None else None
     out = steps.project(inter, o.down, low_down, spec, chained=True)
-    products = [None if low is None else low.p for low in (low_gate, low_up, low_down)]
-    return out, Saved(z, *products, pre_gate, pre_up)
+    p_gate, p_up, p_down = (None if low is None else low.p for low in (low_gate, low_up, low_down))
+    return out, Saved(z, p_gate, p_up, p_down, pre_gate, pre_up)
 
 
 class Wants(NamedTuple):
