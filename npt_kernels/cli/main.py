@@ -20,6 +20,7 @@ from .errors import reports_errors
 from .eval import EVAL_HELP, evaluate
 from .learn import learn_command
 from .plan import plan_command
+from .transfer import transfer_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,6 +80,7 @@ app = typer.Typer(
 app.add_typer(bench)
 plan_command(app)
 learn_command(app)
+transfer_command(app)
 app.command("eval", help=EVAL_HELP)(evaluate)
 
 
