@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .rules import RULES
-
 __all__ = ["BASES", "INITS", "NPTConfig", "parse_rank", "resolve_layers"]
 
 INITS = ("auto", "closed_form", "small", "published")
@@ -57,6 +55,9 @@ class NPTConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # Here, not above: the schema of runs imports this file for every --help, and rules import torch (1.2 s, measured).
+        from .rules import RULES
+
         _one_of("rule", self.rule, tuple(RULES))
         _one_of("init", self.init, INITS)
         _one_of("basis", self.basis, BASES)

@@ -98,7 +98,7 @@ def _backends() -> dict[str, str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = {}
     for backend in BACKENDS.values():
-        reasons = {backend.check(Call(op, device, torch.float32)) for op in backend.modules} - {None}
+        reasons = {backend.check(Call(op, device, torch.float32)) for op in backend.ops} - {None}
         here = f"not on this {device.type}: {reasons.pop()}" if reasons else f"runs on this {device.type}"
         verified = (
             "verified, chosen automatically" if backend.automatic else "not verified on hardware: only when asked for"

@@ -13,6 +13,7 @@ from .argument_checks import autocast_dtype, check_shape, check_tensors, differ,
 from .ops.factored_linear import factored_linear
 from .ops.linear import linear
 from .ops.mlp import mlp
+from .ops.mlp.operands import Operands, Projection, Spec
 from .ops.registry import resolve_backend
 from .rules import Rule, get_rule
 
@@ -141,7 +142,7 @@ def npt_factored_linear(
     _check_num_ranks(op, num_ranks, total_rank)
     _check_adapter(op, "w_a_up", "w_b_up", w_a_up, w_b_up, rule_, total_rank, d_in, d_out)
     flat = flatten_tokens(op, "x", x, leading, 1, "[..., in]")
-    chosen = resolve_backend("factored_linear", backend, x.device, x.dtype)
+    chosen = resolve_backend("factored_linear", backend, x.device, x.dtype, rule=rule)
     y = factored_linear(flat, z, weight, w_a_up, w_b_up, bias, rule, num_ranks, float(scale), chosen)[0]
     return y if len(leading) == 1 else y.reshape(*leading, d_out)
 
@@ -296,12 +297,17 @@ def _mlp(
         if differ(key_scale.shape, leading):
             raise ValueError(f"{op}: key_scale has shape {list(key_scale.shape)}, expected [...] = {list(leading)}")
         key_scale = key_scale.reshape(-1)
-    chosen = resolve_backend("mlp", backend, x.device, x.dtype, act=act)
-    out = mlp(
-        flat, a_flat, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down,
-        keys[0], values[0], keys[1], values[1], keys[2], values[2],
-        act, adapter.rule, adapter.num_ranks, adapter.scale, torch.is_grad_enabled(), chosen,
-    )[0]  # fmt: skip
+    chosen = resolve_backend("mlp", backend, x.device, x.dtype, act=act, rule=adapter.rule)
+    gate, up, down = map(
+        Projection,
+        (gate_weight, up_weight, down_weight),
+        (gate_bias, up_bias, down_bias),
+        keys,
+        values,
+    )
+    operands = Operands(flat, a_flat, key_scale, w_down, gate, up, down)
+    spec = Spec(act, adapter.rule, adapter.num_ranks, adapter.scale)
+    out = mlp(operands, spec, torch.is_grad_enabled(), chosen)
     return out if len(leading) == 1 else out.reshape(*leading, d_out)
 
 

@@ -1,7 +1,6 @@
 """The layers of the package, as data: which room may import which. Lazy imports and module names in strings count.
 
-``EXCEPTIONS`` may only shrink: an entry that no longer happens fails the test, and so does an import that is neither allowed
-nor listed. CONTRIBUTING's table is checked against ``MAY_IMPORT``.
+CONTRIBUTING's table is checked against ``MAY_IMPORT``.
 """
 
 from __future__ import annotations
@@ -69,49 +68,8 @@ NO_LIBRARY = {
     "quantised.formats": ("torch",),
 }
 
-#: (importer, imported) that the table does not allow yet.
-EXCEPTIONS: set[tuple[str, str]] = {
-    ("base_model.loading", "offload"),
-    ("estimate.advice", "evaluation"),
-    ("offload.setup", "base_model.loading"),
-    ("training.distributed", "base_model.loading"),
-    ("training.loop", "run.checkpoints"),
-    ("training.loop", "run.oom"),
-}
-
 #: (op, kernel) that go by a backend's name yet.
-NAMED_BACKENDS: set[tuple[str, str]] = {
-    ("ops.factored_linear.cuda", "kernels.cuda.choose"),
-    ("ops.factored_linear.cuda", "kernels.cuda.launch"),
-    ("ops.factored_linear.cuda", "kernels.cuda.skinny"),
-    ("ops.factored_linear.triton", "kernels.triton.decode"),
-    ("ops.factored_linear.triton", "kernels.triton.rules"),
-    ("ops.factored_linear.triton", "kernels.triton.segmented_gemm"),
-    ("ops.factored_linear.triton", "kernels.triton.value_grads"),
-    ("ops.linear.triton", "kernels.triton.decode"),
-    ("ops.linear.triton", "kernels.triton.explicit"),
-    ("ops.linear.triton", "kernels.triton.segmented_gemm"),
-    ("ops.matched_norm.triton", "kernels.triton.aot"),
-    ("ops.matched_norm.triton", "kernels.triton.numerics"),
-    ("ops.matched_norm.triton", "kernels.triton.value_grads"),
-    ("ops.mlp.cuda", "kernels.cuda.choose"),
-    ("ops.mlp.cuda", "kernels.cuda.launch"),
-    ("ops.mlp.cuda", "kernels.cuda.skinny"),
-    ("ops.mlp.triton", "kernels.triton.coefficients"),
-    ("ops.mlp.triton", "kernels.triton.decode"),
-    ("ops.mlp.triton", "kernels.triton.gate_up"),
-    ("ops.mlp.triton", "kernels.triton.rules"),
-    ("ops.mlp.triton", "kernels.triton.segmented_gemm"),
-    ("ops.mlp.triton", "kernels.triton.value_grads"),
-    ("ops.registry", "kernels.cuda"),
-    ("ops.registry", "kernels.triton.support"),
-}
-
-#: Groups of modules that import each other in a circle yet.
-CIRCLES: list[list[str]] = [
-    ["base_model.loading", "offload", "offload.setup"],
-    ["estimate.advice", "run.oom", "training.loop"],
-]
+NAMED_BACKENDS: set[tuple[str, str]] = set()
 
 
 def short(module: str) -> str:
@@ -128,8 +86,7 @@ def test_nobody_imports_upwards() -> None:
         for importer, imported in edges()
         if room(imported) not in (room(importer), *MAY_IMPORT[room(importer)])
     }
-    assert found - EXCEPTIONS == set(), "imports that the layers do not allow"
-    assert EXCEPTIONS - found == set(), "exceptions that are no longer needed: delete them"
+    assert found == set()
 
 
 def test_ops_name_no_backend() -> None:
@@ -144,9 +101,7 @@ def test_ops_name_no_backend() -> None:
 
 
 def test_no_circles() -> None:
-    found = [[short(module) for module in group] for group in cycles()]
-    assert [group for group in found if group not in CIRCLES] == []
-    assert [group for group in CIRCLES if group not in found] == [], "circles that are gone: delete them from the list"
+    assert [[short(module) for module in group] for group in cycles()] == []
 
 
 @pytest.mark.parametrize("place", NO_LIBRARY)

@@ -8,7 +8,7 @@ For each kernel and architecture it asserts, from the compiled module:
 * no stack frame, hence no register spills (cuobjdump's resource usage of the cubin);
 * shared memory within what one block of that chip may use.
 
-Kernels of ``segmented_gemm``, ``pair_forward``, ``explicit`` and ``decode`` are recorded from calls of the host functions on
+Kernels of ``segmented_gemm``, ``gate_up_forward``, ``explicit`` and ``decode`` are recorded from calls of the host functions on
 ``meta`` tensors (``runtime.recording``): what is compiled is what a call would launch. Other files list ``aot_specs()``: with
 the default tile table everywhere, on sm_90 with the H200's too (a kernel without a tile table is the same in both, hence cached).
 ``--candidates`` compiles, for sm_90, the tiles that ``npt bench tune`` tries (``ops/_triton/tunables.py``) instead.
@@ -68,11 +68,11 @@ def _calls() -> dict[str, Any]:
     import torch
 
     from npt_kernels.kernels.triton import decode, explicit
-    from npt_kernels.kernels.triton.gate_up import pair_forward
+    from npt_kernels.kernels.triton.gate_up import gate_up_forward
     from npt_kernels.kernels.triton.segmented_gemm import (
+        gate_up_backward,
         gemm_act,
         gemm_act_backward,
-        gemm_pair_backward,
         gemm_terms,
         segmented_gemm,
     )
@@ -89,7 +89,7 @@ def _calls() -> dict[str, Any]:
     fp32, fp16 = torch.float32, torch.float16
 
     def pair(keep: bool, gate: bool = True, up: bool = True, rank: int = r, dtype: torch.dtype = torch.bfloat16) -> Any:
-        return lambda: pair_forward(
+        return lambda: gate_up_forward(
             new(T, d, dtype=dtype), new(f, d, dtype=dtype), new(f, d, dtype=dtype),
             low_rank(T, f, rank, dtype) if gate else None, low_rank(T, f, rank, dtype) if up else None,
             None, None, "silu", keep,
@@ -121,16 +121,16 @@ def _calls() -> dict[str, Any]:
         "pair forward r=1024": pair(True, rank=1024),
         "pair forward gate only r=1024": pair(True, up=False, rank=1024),
         "pair forward fp32": pair(True, dtype=fp32),
-        "pair backward r=64": lambda: gemm_pair_backward(
+        "pair backward r=64": lambda: gate_up_backward(
             [(new(T, d), new(d, f).t()), low_rank(T, f)], new(T, f), new(T, f), "silu", True, True
         ),
-        "pair backward T=16": lambda: gemm_pair_backward(
+        "pair backward T=16": lambda: gate_up_backward(
             [(new(16, d), new(d, f).t()), low_rank(16, f)], new(16, f), new(16, f), "silu", True, True
         ),
-        "pair backward no key": lambda: gemm_pair_backward(
+        "pair backward no key": lambda: gate_up_backward(
             [(new(T, d), new(d, f).t())], new(T, f), new(T, f), "gelu", True, True
         ),
-        "pair backward fp32": lambda: gemm_pair_backward(
+        "pair backward fp32": lambda: gate_up_backward(
             [(new(T, d, dtype=fp32), new(d, f, dtype=fp32).t())], new(T, f, dtype=fp32), new(T, f, dtype=fp32),
             "silu", True, True,
         ),
@@ -138,7 +138,7 @@ def _calls() -> dict[str, Any]:
         "row outer k=3": lambda: explicit.row_outer(new(T, 3), new(T, d)),
     }  # fmt: skip
     for t in (1, 16, 64):
-        calls[f"decode pair T={t}"] = lambda t=t: decode.decode_pair(
+        calls[f"decode pair T={t}"] = lambda t=t: decode.decode_gate_up(
             new(t, d), new(f, d), new(f, d), low_rank(t, f), low_rank(t, f), None, None, "silu", False
         )
         calls[f"decode down T={t}"] = lambda t=t: decode.decode_gemm([(new(t, f), new(d, f)), low_rank(t, d)], None)
@@ -237,7 +237,6 @@ def _spec_modules() -> list[Any]:
     import npt_kernels.kernels.triton as package
 
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
-    modules.append(importlib.import_module("npt_kernels.ops.matched_norm.triton"))
     return [m for m in modules if hasattr(m, "aot_specs")]
 
 

@@ -32,9 +32,10 @@ def exercise(device: str, tokens: tuple[int, ...] = TOKENS) -> Iterator[str]:
     """Run forward and backward of every kernel family once; yields what was run. Shapes are ragged on purpose."""
     import torch
 
-    from npt_kernels.kernels.cuda import skinny
-    from npt_kernels.ops.factored_linear import cuda as factored
-    from npt_kernels.ops.mlp import cuda as mlp
+    from npt_kernels.kernels.cuda import value_grads
+    from tests.support.mlp_calls import FactoredCalls, MlpCalls
+
+    factored, mlp = FactoredCalls("cuda"), MlpCalls("cuda")
 
     d, f, rank = 136, 264, 24
     for count in tokens:
@@ -79,7 +80,7 @@ def exercise(device: str, tokens: tuple[int, ...] = TOKENS) -> Iterator[str]:
                 y, p = factored.forward(x, z, weight, key(d), value, make(f), rule, 1, 0.7)
                 needs = [True, True, False, key(d) is not None, True, False]
                 factored.backward(torch.randn_like(y), x, z, weight, key(d), value, p, rule, 1, 0.7, needs)
-                skinny.value_grads(
+                value_grads.value_grads(
                     make(count, 520), make(rank, 520), z, p, make(count).abs(), rule, 1, 0.7, True, True, True, method="fused"
                 )  # fmt: skip
                 yield f"T={count} {str(dtype).removeprefix('torch.')} {rule}"
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     sys.path.insert(0, str(ROOT))
-    from npt_kernels.kernels import cuda as _cuda
+    from npt_kernels.kernels.cuda import support as _cuda
 
     if not torch.cuda.is_available():
         parser.exit(2, "gpu-sanitize: torch sees no CUDA GPU here; run it on a machine with an H100 or H200\n")

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npt_kernels.kernels import cuda
-from npt_kernels.kernels.cuda import launch
+from npt_kernels.kernels.cuda import launch, support
 from npt_kernels.kernels.cuda.choose import Config, Epilogue, Family, choose
 from npt_kernels.kernels.cuda.launch import LOW, MAIN, Segment, low_rank
 from npt_kernels.measure.timing import Call, clocks, compare, rotation, settle_power
@@ -138,7 +137,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.exit(2, "time_candidates: torch sees no CUDA GPU here; run it on a machine with an H100 or H200\n")
     device = torch.device("cuda", torch.cuda.current_device())
-    reason = cuda.unavailable(device, DTYPE)
+    reason = support.unavailable(device, DTYPE)
     if reason is not None:
         parser.exit(2, f"time_candidates: the kernels cannot run here: {reason}\n")
     started = time.perf_counter()

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ..configs.schema import default_cache_dir
+
 __all__ = [
     "DEMO_MODEL",
     "DEMO_TEXT",
@@ -99,14 +101,6 @@ _TEXT_FOLDER = "demo-text"
 _MANIFEST = "npt_cache.json"
 #: Raise when the cached layout changes, so that older caches are made anew.
 _LAYOUT = 2
-
-
-def default_cache_dir() -> Path:
-    """``NPT_CACHE_DIR``, else ``~/.cache/npt_kernels`` (``XDG_CACHE_HOME`` respected)."""
-    chosen = os.environ.get("NPT_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "npt_kernels"
 
 
 def demo_model_cached(cache_dir: Path) -> bool:

@@ -8,6 +8,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,17 @@ import torch
 from torch import nn
 
 from ..configs.models import KNOWN_MODELS
-from ..configs.schema import ConfigError, RunConfig
+from ..configs.schema import ConfigError, RunConfig, default_cache_dir
 from ..conversion.quantise import adopt_quantised, quantise_base
 from ..quantised.formats import import_library, missing_library
-from .assets import default_cache_dir, demo_model_cached, demo_model_dir
+from .assets import demo_model_cached, demo_model_dir
 
 __all__ = [
     "DEMO_NAME",
     "check_hub_reachable",
-    "choose_device",
     "load_model",
     "load_model_config",
-    "optimization_notes",
-    "resolve_cache_dir",
+    "quantization_notes",
     "resolve_dtype",
 ]
 
@@ -42,16 +41,6 @@ _WEIGHT_FILES = (
 )
 
 
-def resolve_cache_dir(config: RunConfig) -> Path:
-    """``paths.cache_dir``, else :func:`npt_kernels.base_model.assets.default_cache_dir`."""
-    return Path(config.paths.cache_dir).expanduser() if config.paths.cache_dir else default_cache_dir()
-
-
-def choose_device() -> torch.device:
-    """A GPU if torch sees one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """Dtype of the frozen base. ``auto``: float32 on a CPU (its bfloat16 GEMMs are slower), bfloat16 elsewhere."""
     if config.model.dtype == "auto":
@@ -59,44 +48,48 @@ def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return _DTYPES[config.model.dtype]
 
 
-def optimization_notes(config: RunConfig, device: torch.device) -> list[str]:
-    """What the memory keys do on this device, for the plan and the log: a key is never silently without effect."""
-    from ..offload import streaming_notes
-
-    notes = streaming_notes(config, device)
+def quantization_notes(config: RunConfig, device: torch.device) -> list[str]:
+    """What the keys of quantisation do on this device, for the plan and the log: a key is never silently without effect."""
     quantization = config.optimization.base_quantization
     if quantization is not None:
-        notes.append(
+        return [
             f"optimization.quantization={quantization[0]}: all linears of the decoder layers, by {quantization[1]}, after "
             "loading in model.dtype" + ("" if device.type == "cpu" else "; verified on a CPU only")
-        )
-    elif config.optimization.quantization_library != "auto":
-        notes.append("optimization.quantization_library: nothing to do without optimization.quantization")
-    return notes
+        ]
+    if config.optimization.quantization_library != "auto":
+        return ["optimization.quantization_library: nothing to do without optimization.quantization"]
+    return []
 
 
-def load_model(config: RunConfig, device: torch.device | str | None = None) -> tuple[nn.Module, Any]:
-    """The base model of ``model.base_model_name``, in eval mode on ``device``, and its tokenizer.
+#: ``(dtype, model_config, load) → model``: puts the weights into host memory, by ``load(dtype)`` or ``load("auto")``.
+HostLoader = Callable[[torch.dtype, Any, Callable[[torch.dtype | str], nn.Module]], nn.Module]
 
-    A model that will be streamed stays in host memory; ``npt_kernels.offload.streaming`` brings it to the device.
+
+def load_model(
+    config: RunConfig, device: torch.device | str, *, to_host: HostLoader | None = None
+) -> tuple[nn.Module, Any]:
+    """The base model of ``model.base_model_name``, in eval mode, and its tokenizer.
+
     A local directory wins over a hub id of the same name. A hub model that is in the cache is used as it is there.
 
     Args:
         config: The run.
-        device: ``None``: a GPU if there is one.
+        device: Where the model will compute. It is there on return, unless ``to_host`` is given.
+        to_host: For a model whose layers will be streamed to ``device``: loads it into host memory, where it stays
+            (``functools.partial(npt_kernels.offload.load_for_streaming, config, device)``).
 
     Raises:
         ConfigError: No such model, no network, no access, a model that is no causal language model, or sequences longer
             than it takes. Without network this takes seconds, not hub retries.
         AssetError: The demo files could not be fetched.
     """
-    device = torch.device(device) if device is not None else choose_device()
+    device = torch.device(device)
     name = config.model.base_model_name
     quantization = _quantization(config)
     source: str
     hub: dict[str, Any] = {}
     if name == DEMO_NAME:
-        source = str(demo_model_dir(resolve_cache_dir(config)))
+        source = str(demo_model_dir(config.cache_dir))
     elif (local := _local_directory(name)) is not None:
         source = str(local)
     else:
@@ -107,8 +100,6 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
     except ImportError as error:
         raise ConfigError(f"loading a model needs {error.name}; pip install 'npt_kernels[train]'") from error
     from transformers.utils import logging
-
-    from ..offload import load_for_streaming, stream_mode
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -121,16 +112,15 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
         check_length(config, model_config.to_dict())
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
         dtype = resolve_dtype(config, device)
-        streamed = stream_mode(config, device) != "off"
-        # A model to be streamed stays in host memory.
-        home = torch.device("cpu") if streamed else device
+        home = device if to_host is None else torch.device("cpu")
         placement = _prequantised(config, model_config, home)
 
-        def load(dtype: torch.dtype | str) -> Any:
+        def load(dtype: torch.dtype | str) -> nn.Module:
             arguments = {"config": model_config, "dtype": dtype, **placement, **hub}
-            return AutoModelForCausalLM.from_pretrained(source, **arguments)
+            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(source, **arguments)
+            return loaded
 
-        model: Any = load_for_streaming(config, device, dtype, model_config, load) if streamed else load(dtype)
+        model: Any = load(dtype) if to_host is None else to_host(dtype, model_config, load)
     except ConfigError:
         raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
@@ -143,7 +133,7 @@ def load_model(config: RunConfig, device: torch.device | str | None = None) -> t
             quantise_base(model, *quantization, device=home, progress=sys.stderr.isatty())
         except ValueError as error:
             raise ConfigError(f"optimization.quantization={quantization[0]!r}: {error}") from error
-    if not streamed and not placement:
+    if to_host is None and not placement:
         model = model.to(device)
     # The name that an adapter records as its base: 'demo' means the same on every machine, a cache path does not.
     model.config._name_or_path = name if name == DEMO_NAME or hub else str(Path(source).resolve())

@@ -119,7 +119,7 @@ npt bench compare main.json branch.json --threshold 0.05
 
 TUNE = """Time every candidate tile of the Triton kernels on this GPU and write the fastest to a table.
 
-KERNEL is any of segmented_gemm, gemm_act, pair_forward, pair_backward, decode, coefficients, skinny; all by default.
+KERNEL is any of segmented_gemm, gemm_act, gate_up_forward, gate_up_backward, decode, coefficients, value_grads; all by default.
 Nothing tunes itself: without a table for your GPU the kernels use tiles that are known to compile well, and this command
 replaces them by measured ones. It needs a CUDA GPU that is otherwise idle, and minutes per kernel.
 
@@ -127,8 +127,8 @@ replaces them by measured ones. It needs a CUDA GPU that is otherwise idle, and 
 
 \b
 npt bench tune
-npt bench tune coefficients skinny
-npt bench tune pair_forward --dtype fp16 --rounds 30
+npt bench tune coefficients value_grads
+npt bench tune gate_up_forward --dtype fp16 --rounds 30
 NPT_TUNING_DIR=~/tiles npt bench tune    (written there, and found there by every run with that variable)
 
 A table of another dtype or kernel in the same file is kept.

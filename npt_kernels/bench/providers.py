@@ -111,7 +111,7 @@ def _triton_mainloop(problem: Problem) -> Compute:
 
 
 def _cuda_mainloop(problem: Problem) -> Compute:
-    from ..ops.factored_linear.cuda import fused_sum
+    from ..kernels.cuda.steps import fused_sum
 
     def compute(tensors: dict[str, Tensor]) -> Tensor:
         y = fused_sum("bench", [(tensors["x"], tensors["weight"])], [])

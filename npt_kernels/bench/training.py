@@ -31,7 +31,7 @@ from ..measure.timing import clocks, cpu_ceilings, settle_power
 from ..model.install import converted_layers
 from ..offload import LayerStreamer, stream_mode, streaming
 from ..ops.dense_on_use import release_scratch
-from ..run.accelerator import make_accelerator
+from ..run.open import make_accelerator
 from ..training.loop import Phase, PhaseLoop, StopRequest, make_objective
 from ..training.objectives import delta_variances, enable_checkpointing
 from ..training.precision import autocast
@@ -399,7 +399,8 @@ def _run_steps(
     phase = Phase("bench", kind, steps, config.training.learning_rate, 0)
     loop = PhaseLoop(phase, model, objective, ids, config, accelerator)
     try:
-        loop.run(StopRequest(), after)
+        for report in loop.steps(StopRequest()):
+            after(report)
     finally:
         loop.close()
 

@@ -1,4 +1,4 @@
-"""How the ``npt`` command's own errors reach a user: one red line and exit code 2."""
+"""Errors of the ``npt`` command: the package's own become one red line and exit code 2."""
 
 from __future__ import annotations
 

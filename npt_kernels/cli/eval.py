@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from ..evaluation.perplexity import EvalResult
     from ..evaluation.samples import Sample
 
-__all__ = ["EVAL_HELP", "adapter_path", "evaluate"]
+__all__ = ["HELP", "adapter_path", "evaluate"]
 
-EVAL_HELP = """Measure a trained adapter: perplexity of original and converted model, KL, top-1 agreement, how well each layer
+HELP = """Measure a trained adapter: perplexity of original and converted model, KL, top-1 agreement, how well each layer
 does the original's work, how large its weight change is, samples side by side.
 
 Base model, text and prompts are those of the training run, if its config.yaml lies beside the adapter; any key can be set
@@ -70,36 +70,23 @@ def evaluate(
     path = adapter_path(adapter)
     config = _eval_config(path, overrides or [], model_name)
     directory = _writable(out.expanduser() if out is not None else _default_directory(path))
-    from ..base_model.loading import choose_device, load_model
     from ..evaluation.adapter import evaluate_adapter
-    from ..model.documents import isolated_documents
     from ..model.save import load_npt
-    from ..offload import streaming
     from ..progress import progress_bar
-    from ..text.blocks import check_sources, document_separator, load_token_blocks
-
-    check_sources(config)
-    if config.optimization.num_threads is not None:
-        import torch
-
-        torch.set_num_threads(config.optimization.num_threads)
-    device = choose_device()
-    console.print(f"loading {config.model.base_model_name} and {path} on {device}", markup=False)
-    model, tokenizer = load_model(config, device)
-    report = load_npt(model, path)
+    from ..run.open import computing, open_run
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    say(str(report))
-    blocks = load_token_blocks(config, tokenizer)
-    for line in blocks.sources:
-        say(line)
-    with streaming(config, model, device, say), isolated_documents(model, document_separator(config, tokenizer)):
-        measured = evaluate_adapter(
-            model, tokenizer, blocks.heldout, config.evaluation.prompts, config.evaluation.max_new_tokens,
-            lambda title, total, unit: progress_bar(title, total, unit, enabled=sys.stderr.isatty()),
-        )  # fmt: skip
+    with open_run(config, training=False, console=console) as opened:
+        model, tokenizer, blocks, device = opened.model, opened.tokenizer, opened.blocks, opened.world.device
+        report = load_npt(model, path)
+        say(f"{path}: {report}")
+        with computing(config, model, tokenizer, device, say):
+            measured = evaluate_adapter(
+                model, tokenizer, blocks.heldout, config.evaluation.prompts, config.evaluation.max_new_tokens,
+                lambda title, total, unit: progress_bar(title, total, unit, enabled=sys.stderr.isatty()),
+            )  # fmt: skip
     facts = {
         "adapter": str(path),
         "base_model": config.model.base_model_name,

@@ -15,9 +15,9 @@ from .reading import writable
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["learn_command"]
+__all__ = ["HELP", "learn"]
 
-_LEARN_HELP = """Write a fact into the weights, and see what that did to everything else.
+HELP = """Write a fact into the weights, and see what that did to everything else.
 
 The fact is a statement that ends with its answer (--answer, default: the last word). The report has three rows: before, with
 the fact in the context, and after; recall word for word and on your own questions, other subjects that now say it (leak), facts
@@ -41,12 +41,8 @@ npt learn … --on runs/zorvania --out runs/second                       (on top
 """
 
 
-def learn_command(app: typer.Typer) -> None:
-    """Register ``npt learn``."""
-    app.command("learn", help=_LEARN_HELP)(reports_errors(_learn))
-
-
-def _learn(
+@reports_errors
+def learn(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for edit and report; must not hold one.")
     ],
@@ -86,12 +82,14 @@ def _learn(
 ) -> None:
     from rich.console import Console
 
-    from ..base_model.loading import choose_device, load_model
+    from ..base_model.loading import load_model
     from ..configs.schema import RunConfig
-    from ..plasticity import Edit, apply_edit, learn
+    from ..plasticity import Edit, apply_edit
+    from ..plasticity import learn as learn_facts
     from ..plasticity.corpus import file_corpus
     from ..plasticity.learn import METHODS
     from ..plasticity.report import write_report
+    from ..training.distributed import choose_device
 
     console = Console(stderr=as_json)
     facts = _facts(facts_file, fact, subject, answer, ask, phrase, keep, other)
@@ -113,7 +111,7 @@ def _learn(
     model, tokenizer = load_model(config, device)
     for edit in earlier:
         apply_edit(model, edit)
-    learned = learn(
+    learned = learn_facts(
         model,
         tokenizer,
         facts,

@@ -13,9 +13,9 @@ from .errors import reports_errors
 if TYPE_CHECKING:
     from ..configs.schema import RunConfig
 
-__all__ = ["plan_command"]
+__all__ = ["HELP", "plan"]
 
-_PLAN_HELP = """Memory and time of a run, from config.json alone: no weights, no download, seconds.
+HELP = """Memory and time of a run, from config.json alone: no weights, no download, seconds.
 
 NAME, --config and section.key=value mean what they mean to `npt train`. With --model and neither NAME nor --config the
 configuration is `optimized`, made for large models.
@@ -35,12 +35,8 @@ npt plan --model ./llama --config mine.yaml --json > plan.json
 """
 
 
-def plan_command(app: typer.Typer) -> None:
-    """Register ``npt plan``."""
-    app.command("plan", help=_PLAN_HELP)(reports_errors(_plan))
-
-
-def _plan(
+@reports_errors
+def plan(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME] [section.key=value]...", show_default=False, help="See above.")
     ] = None,
@@ -68,7 +64,7 @@ def _plan(
 
     if cpu and (gpu is not None or gpu_memory is not None):
         raise ConfigError("--cpu plans for the CPU; leave --gpu and --gpu-memory away")
-    plan = make_plan(
+    found = make_plan(
         _configuration(arguments or [], config, model),
         "cpu" if cpu else None,
         gpu=None if gpu is None else find_gpu(gpu),
@@ -77,24 +73,17 @@ def _plan(
         parallel=Parallel(data=gpus),
     )
     if as_json:
-        typer.echo(json.dumps(plan.to_dict(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 
-    print_plan(plan, Console())
+    print_plan(found, Console())
 
 
 def _configuration(arguments: list[str], file: Path | None, model: str | None) -> RunConfig:
-    from ..configs import load_run_config
-    from ..configs.schema import ConfigError
+    from ..configs import load_run_config, split_arguments
 
-    overrides = list(arguments)
-    name = overrides.pop(0) if overrides and "=" not in overrides[0] else None
-    for text in overrides:
-        if "=" not in text:
-            raise ConfigError(
-                f"{text!r}: only one NAME is taken, and it comes first; settings look like training.max_steps=10"
-            )
+    name, overrides = split_arguments(arguments)
     if model is not None:
         if name is None and file is None:
             name = "optimized"

@@ -15,9 +15,9 @@ from .reading import load_for_reading, writable
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["transfer_command"]
+__all__ = ["HELP", "transfer"]
 
-_TRANSFER_HELP = """Which layers and tokens carry a context? Replay its weight changes in a run without it, and see.
+HELP = """Which layers and tokens carry a context? Replay its weight changes in a run without it, and see.
 
 The model reads CONTEXT and PROMPT, and what attention gave to every MLP (the per-token weight change) is kept. Then it reads
 PROMPT alone, with those changes put in. The table says how much of the context's effect comes over: probability of the answer,
@@ -35,12 +35,8 @@ npt transfer --context "…" --prompt "…" --tokens -1,-3 --adapter runs/demo  
 """
 
 
-def transfer_command(app: typer.Typer) -> None:
-    """Register ``npt transfer``."""
-    app.command("transfer", help=_TRANSFER_HELP)(reports_errors(_transfer))
-
-
-def _transfer(
+@reports_errors
+def transfer(
     context: Annotated[str, typer.Option("--context", help="What only the first run reads.")],
     prompt: Annotated[str, typer.Option("--prompt", help="What both runs read.")],
     answer: Annotated[
@@ -66,14 +62,14 @@ def _transfer(
 ) -> None:
     from rich.console import Console
 
-    from ..plasticity import transfer
+    from ..plasticity import transfer as transfer_deltas
     from ..plasticity.transfer import write_transfer
 
     console = Console(stderr=as_json)
     places = _tokens(tokens)
     directory = None if out is None else writable(out.expanduser())
     model, tokenizer = load_for_reading(console, model_name, adapter, threads)
-    transferred = transfer(
+    transferred = transfer_deltas(
         model, tokenizer, context, prompt, answer=answer, layers=layers, tokens=places, max_new_tokens=new_tokens,
         with_map=not no_map, progress=sys.stderr.isatty(),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import yaml
 
 from .schema import ConfigError, RunConfig
 
-__all__ = ["DEFAULT_CONFIG", "load_run_config", "named_configs", "parse_yaml", "read_named"]
+__all__ = ["DEFAULT_CONFIG", "load_run_config", "named_configs", "parse_yaml", "read_named", "split_arguments"]
 
 DEFAULT_CONFIG = "demo"
 
@@ -52,6 +52,18 @@ def read_named(name: str) -> str:
             hint = f"for a file: --config {name}; "
         raise ConfigError(f"no configuration is called {name!r}; {hint}there are: {', '.join(names)}")
     return (resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """``[NAME] [section.key=value]…`` of a command → ``(name, overrides)`` of :func:`load_run_config`."""
+    overrides = list(arguments)
+    name = overrides.pop(0) if overrides and "=" not in overrides[0] else None
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(
+                f"{text!r}: only one NAME is taken, and it comes first; settings look like training.max_steps=10"
+            )
+    return name, overrides
 
 
 def load_run_config(

@@ -8,6 +8,7 @@ error with a suggestion; a wrong value is one line that names key, value and wha
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..config import NPTConfig
 from ..quantised.formats import choose_library
 
-__all__ = ["SECTIONS", "ConfigError", "RunConfig"]
+__all__ = ["SECTIONS", "ConfigError", "RunConfig", "default_cache_dir"]
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message is for users and needs no traceback."""
+
+
+def default_cache_dir() -> Path:
+    """``NPT_CACHE_DIR``, else ``~/.cache/npt_kernels`` (``XDG_CACHE_HOME`` respected)."""
+    chosen = os.environ.get("NPT_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "npt_kernels"
 
 
 class _Section(BaseModel):
@@ -296,6 +305,11 @@ class RunConfig(_Section):
             if self.paths.checkpoint_dir
             else self.output_dir / "checkpoints"
         )
+
+    @property
+    def cache_dir(self) -> Path:
+        """Downloads, converted demo weights, files of streamed layers: ``paths.cache_dir``, else :func:`default_cache_dir`."""
+        return Path(self.paths.cache_dir).expanduser() if self.paths.cache_dir else default_cache_dir()
 
     def save(self) -> Path:
         """Write ``output_dir/config.yaml``, in the form that ``--config`` takes. Raises :class:`ConfigError` if it cannot."""

@@ -39,7 +39,7 @@ class Basis:
     Attributes:
         encoder: ``[d, d]``; its first r columns are the encoder of rank r.
         decoder: ``[d, d]``; its first r rows are the decoder. Rows have unit norm: raw Fisher pairs have a tiny encoder and a
-            huge decoder, on which Adam diverged (perplexity ratio 1.027 → 1.46, research: equivalence §0).
+            huge decoder, on which Adam diverged (perplexity ratio 1.027 → 1.46).
         worth: ``[d]``, what keeping a direction saves, descending: nats per token in the Fisher metric, energy in the plain.
     """
 

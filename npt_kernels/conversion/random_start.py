@@ -8,7 +8,7 @@ from ..component import NPComponent
 
 __all__ = ["initialise"]
 
-#: Width of the Gaussians of earlier recipes' start. Measured on a tiny model (equivalence §5): .01 on every factor trains,
+#: Width of the Gaussians of earlier recipes' start. Measured on a tiny model: .01 on every factor trains,
 #: zeros on both up-projections never do (their gradients are exactly zero), .1 starts far off.
 _PUBLISHED_STD = 0.01
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,42 +283,35 @@ def largest_batch(config: RunConfig, sizes: Sizes, budget: Budget, limit: int = 
 
 
 def advise(
-    config: RunConfig, error: BaseException, *, limit: int | None = None, processes: int = 1
+    config: RunConfig,
+    device: torch.device,
+    failed: Sequence[str] = (),
+    *,
+    limit: int | None = None,
+    processes: int = 1,
 ) -> list[Suggestion]:
-    """Changes after a run ended in an out-of-memory ``error``, the cheapest first.
+    """Changes after a run ran out of memory, the cheapest first.
 
-    The phase that failed (by the traceback; the largest one if that does not tell) has to need at least a fifth less than the
-    count gives it now, and the whole must fit in ``limit`` bytes (``None``: what the device, or the machine, has).
-    Raises :class:`ConfigError` if the model's ``config.json`` cannot be found.
+    Args:
+        config: The run.
+        device: Whose memory ran out; on a CPU the machine's.
+        failed: Phases it may have happened in. Each that the run has must need at least a fifth less than the count gives it
+            now; if it has none of them, that holds for the largest phase.
+        limit: Bytes that the whole must fit in; ``None``: what the device, or the machine, has.
+        processes: How many train.
+
+    Raises:
+        ConfigError: The model's ``config.json`` cannot be found.
     """
-    device = torch.device("cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu")
     limit = _memory_of(device) if limit is None else limit
     gpu = (local_gpu() or gpu_with(limit)) if device.type == "cuda" else None
     sizes = Sizes.of(config, device, Parallel(data=processes), gpu)
     need = sizes.needs(config)
-    failed = [name for name in _phases_of(error) if name in need.phases]
-    failed = failed or [max(need.phases, key=lambda name: need.phases[name])]
-    limits = {name: need.phases[name] * 4 // 5 for name in failed}
+    found = [name for name in failed if name in need.phases]
+    found = found or [max(need.phases, key=lambda name: need.phases[name])]
+    limits = {name: need.phases[name] * 4 // 5 for name in found}
     budget = Budget(None, limit, limits) if device.type == "cpu" else Budget(limit, machine_memory(), limits)
     return suggest(config, sizes, budget)
-
-
-def _phases_of(error: BaseException) -> tuple[str, ...]:
-    """Phases that the traceback of an error runs through, by the package's own modules."""
-    modules = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        modules.append(str(traceback.tb_frame.f_globals.get("__name__", "")))
-        traceback = traceback.tb_next
-    for prefix, phases in (
-        ("npt_kernels.evaluation", ("evaluation", "generation")),
-        ("npt_kernels.conversion", ("conversion",)),
-        ("npt_kernels.training.objectives", ("local", "end_to_end")),
-        ("npt_kernels.training.loop", ("local", "end_to_end")),
-    ):
-        if any(name.startswith(prefix) for name in modules):
-            return phases
-    return ()
 
 
 def _memory_of(device: torch.device) -> int:
@@ -328,7 +321,7 @@ def _memory_of(device: torch.device) -> int:
 
 
 def machine_memory() -> int | None:
-    """All memory of this machine (``offload.setup.host_memory``: what is free now); ``None`` where the system does not say."""
+    """All memory of this machine (``offload.setup.free_host_memory``: what is free now); ``None`` if the system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base_model.loading import check_length, load_model_config, resolve_cache_dir
+from ..base_model.loading import check_length, load_model_config
 from ..configs.schema import ConfigError, RunConfig
 from .byte_count import Phase, count_bytes, peak, reserve
 from .devices import GPUS_PER_MACHINE, Gpu
@@ -81,7 +81,7 @@ class Sizes:
     ) -> Sizes:
         """Read ``config.json`` and build the model on the meta device. Raises :class:`ConfigError`."""
         name = config.model.base_model_name
-        config_json = load_model_config(name, config.model.revision, resolve_cache_dir(config))
+        config_json = load_model_config(name, config.model.revision, config.cache_dir)
         check_length(config, config_json)
         meta = meta_model(name, config_json)
         try:

@@ -30,7 +30,7 @@ __all__ = ["MemoryTerm", "Phase", "count_bytes", "peak", "reserve", "streams"]
 
 #: Tokens per forward of the closed form's first pass (``collect_moments``), of its refit, and of an evaluation.
 CALIBRATION_BATCH, REFIT_TOKENS, EVALUATION_BATCH = 512, 16384, 2048
-#: The original's states of the held-out text are kept up to this size (``training/engine.py``).
+#: The original's states of the held-out text are kept up to this size (``run/evaluation.py`` keeps to it).
 TEACHER_BYTES = 2**29
 #: Tokens of a prompt, which only a tokenizer would tell.
 _PROMPT_TOKENS = 32

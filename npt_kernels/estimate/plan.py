@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from ..base_model.loading import choose_device, optimization_notes, resolve_dtype
+from ..base_model.loading import quantization_notes, resolve_dtype
 from ..configs.schema import RunConfig
+from ..offload import streaming_notes
+from ..training.distributed import choose_device
 from .advice import Suggestion, largest_batch, machine_memory, suggest
 from .budget import Budget, Sizes
 from .byte_count import MemoryTerm, Phase, peak, reserve, uses_closed_form
@@ -207,7 +209,7 @@ def make_plan(
         gpu=gpu,
         times=sizes.steps(config),
         budget=budget,
-        notes=[*optimization_notes(config, device), *_notes(config, device)],
+        notes=[*streaming_notes(config, device), *quantization_notes(config, device), *_notes(config, device)],
     )
     if plan.fits is None:
         return plan

@@ -178,14 +178,14 @@ class Problem:
         if case.op == "skinny":
             dy, b, c = (tensors[n] for n in ("dy", "w_b_up", "c"))
             if backend == "triton":
-                from ..kernels.triton.value_grads import skinny_pair
+                from ..kernels.triton.value_grads import dc_and_value_grad
 
-                dc, db = skinny_pair(dy, b, c, method="fused")
+                dc, db = dc_and_value_grad(dy, b, c, method="fused")
                 assert dc is not None and db is not None
             elif backend == "cuda":
-                from ..kernels.cuda import skinny
+                from ..kernels.cuda import value_grads
 
-                dc, db = skinny.skinny_pair(dy, b, c)
+                dc, db = value_grads.dc_and_value_grad(dy, b, c)
             else:
                 dc, db = dy @ b.t(), c.t() @ dy
             return {"dc": dc, "sum d_w_b_up": db}
@@ -197,7 +197,7 @@ class Problem:
                 None if key is None else u, a, w_down, key, None, case.rule, case.num_ranks
             )
         elif backend == "cuda":
-            from ..kernels.cuda.skinny import coefficients as coefficients_cuda
+            from ..kernels.cuda.coefficients import coefficients as coefficients_cuda
 
             made = coefficients_cuda(u, key, None, case.rule, case.num_ranks, a=a, w_down=w_down, method="fused")
             z, p, coefficients = made.z, made.p, made.c

@@ -40,7 +40,6 @@ class LayerPlan:
     act: str
     norm_kind: NormKind
     norm_match: bool
-    backend: str | None = None
 
 
 def teacher_output(layer: nn.Module, shape: LayerShape, h: Tensor, a: Tensor) -> Tensor:
@@ -53,7 +52,7 @@ def mlp_input(layer: nn.Module, plan: LayerPlan, h: Tensor, a: Tensor) -> tuple[
     """``(u [..., d], key_scale [...] or None)``: the normed MLP input and 1/ρ_T."""
     norm = plan.shape.norm(layer)
     if plan.norm_match:
-        return matched_norm(norm, plan.norm_kind, h, a, backend=plan.backend)
+        return matched_norm(norm, plan.norm_kind, h, a)
     return norm(h), None
 
 
@@ -78,12 +77,12 @@ def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h:
     if "gate" in weights:
         out = npt_gated_mlp(
             u, a, weights["gate"], weights["up"], weights["down"], component, act=plan.act, key_scale=key_scale,
-            gate_bias=biases["gate"], up_bias=biases["up"], down_bias=biases["down"], backend=plan.backend,
+            gate_bias=biases["gate"], up_bias=biases["up"], down_bias=biases["down"],
         )  # fmt: skip
     else:
         out = npt_mlp(
             u, a, weights["up"], weights["down"], component, act=plan.act, key_scale=key_scale,
-            c_fc_bias=biases["up"], c_proj_bias=biases["down"], backend=plan.backend,
+            c_fc_bias=biases["up"], c_proj_bias=biases["down"],
         )  # fmt: skip
     return plan.shape.output(layer, h, out.to(h.dtype))
 
@@ -184,12 +183,13 @@ def own_forward(layer: nn.Module) -> bool:
 
 
 def _rebind_hooked_forward(layer: nn.Module) -> None:
+    # A removed hook's leftover, bound to the class the layer had then.
     if (
         "forward" in layer.__dict__
         and not hasattr(layer, "_hf_hook")
         and getattr(layer.forward, "__self__", None) is layer
     ):
-        del layer.forward  # a removed hook's leftover, bound to the class the layer had then
+        del layer.forward
     # accelerate's hooks (device_map) call the forward they found when they were attached; show them the present one.
     if "_old_forward" in layer.__dict__ and hasattr(layer, "_hf_hook"):
         layer._old_forward = types.MethodType(type(layer).forward, layer)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm with the *norm match* of the closed form (research: equivalence §0).
+"""RMSNorm and LayerNorm with the *norm match* of the closed form (``docs/method.md``).
 
 The original MLP input is ``norm(h + a)``; the converted one is built from ``h`` alone. Dividing by the norm of ``h + a``
 instead of that of ``h`` makes the two differ by a term that is linear in ``a``:
@@ -45,8 +45,7 @@ def matched_norm(
     Args:
         norm: The layer's norm module; its ``weight`` and ``bias`` (either may be absent) and its epsilon are read.
         kind: What it computes, as :func:`identify_norm` finds.
-        backend: The layer's backend by name; ``None`` (or ``NPT_BACKEND``) chooses. One without a norm kernel leaves this op
-            to the automatic choice.
+        backend: By name; ``None`` leaves it to ``NPT_BACKEND`` or the automatic choice.
 
     Raises:
         ValueError: ``h`` and ``a`` differ in shape.
@@ -56,7 +55,7 @@ def matched_norm(
         raise ValueError(f"matched_norm: h has shape {list(h.shape)} but a {list(a.shape)}; both are [..., d]")
     width = h.shape[-1]
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    chosen = resolve_backend("matched_norm", backend, h.device, h.dtype, part_of_layer=True)
+    chosen = resolve_backend("matched_norm", backend, h.device, h.dtype)
     flat_h, flat_a = h.reshape(-1, width), a.reshape(-1, width)
     u, key_scale = matched_norm_op(flat_h, flat_a, weight, bias, kind, norm_eps(norm), chosen)
     return u.reshape(h.shape), key_scale.reshape(h.shape[:-1])

@@ -23,7 +23,7 @@ from .weights import LayerWeights, layer_tensors
 
 __all__ = [
     "StreamMode",
-    "host_memory",
+    "free_host_memory",
     "load_for_streaming",
     "stream_mode",
     "streaming",
@@ -82,7 +82,7 @@ def streaming_notes(config: RunConfig, device: torch.device | str) -> list[str]:
 # ---- room on the host ------------------------------------------------------------------------------------------------
 
 
-def host_memory() -> int:
+def free_host_memory() -> int:
     """Bytes of RAM that this process can still take: what the system has, or less where a container is limited."""
     import psutil
 
@@ -117,7 +117,7 @@ def host_need(model: nn.Module, dtype: torch.dtype, device: torch.device | str) 
 def _settle_mode(config: RunConfig, mode: StreamMode, need: int) -> StreamMode:
     """``host``, or ``disk`` where there is no room and the user left the choice. Raises :class:`ConfigError`."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    have = host_memory()
+    have = free_host_memory()
     if mode != "host" or need * processes <= have:
         return mode
     if config.optimization.stream_layers == "off":
@@ -135,9 +135,7 @@ def _settle_mode(config: RunConfig, mode: StreamMode, need: int) -> StreamMode:
 
 def _folder(config: RunConfig) -> Path:
     """For files of layers: the cache, since the system's temporary folder often is memory itself."""
-    from ..base_model.loading import resolve_cache_dir
-
-    folder = resolve_cache_dir(config) / "streaming"
+    folder = config.cache_dir / "streaming"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -1,7 +1,7 @@
 """``anchored``: the key is one trained direction ``w [in]`` per target, the same for every token.
 
 ``v_a = w``, ``v_b[t,j] = z[t,j] @ w_b_up[j]``; so ``c = z · ⟨w, u⟩``. Unlike ``rank1``, which is even in ``a`` (replace a by
-−a and nothing changes), this is linear in ``a``, as the function to be fitted nearly is (research/equivalence.md §4).
+−a and nothing changes), this is linear in ``a``, as the function to be fitted nearly is (docs/comparison.md).
 """
 
 from __future__ import annotations

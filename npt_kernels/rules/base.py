@@ -2,7 +2,8 @@
 
 Every form of the per-token weight change obeys ``ΔW_t u_t = c_t @ w_b_up`` with ``c [T, R]``. Forms differ only in ``c``;
 everything after ``c`` is one shared kernel. A new rule is one file with one :class:`Rule` subclass and one line in
-``rules/__init__.py``; operators, kernels, saving and tests take it from there.
+``rules/__init__.py``; ops, the backend ``eager``, saving and tests take it from there. Backends with kernels of their own for
+the rules (``kernels/triton/support.py`` and ``kernels/cuda/__init__.py``: ``RULE_IDS``) give a reason until they have it.
 """
 
 from __future__ import annotations
@@ -33,10 +34,16 @@ class Rule(ABC):
 
     name: ClassVar[str]
     key: ClassVar[Key]
+    #: Whether its k terms are computed apart, each from its own r columns of z and p; else R columns are one term.
+    separates_terms: ClassVar[bool] = False
     #: True when ``w_a_up`` of a target whose input is as wide as ``a`` is ``w_downᵀ`` itself (one matrix for both).
     ties_key_to_w_down: ClassVar[bool] = False
     #: One line for tables and ``--help``.
     summary: ClassVar[str]
+
+    def term_widths(self, total_rank: int, num_ranks: int) -> tuple[int, int]:
+        """(terms, columns of a term) of R columns, as kernels see them."""
+        return (num_ranks, total_rank // num_ranks) if self.separates_terms else (1, total_rank)
 
     @abstractmethod
     def coefficients(self, z: Tensor, p: Tensor | None, num_ranks: int, scale: float) -> Tensor:

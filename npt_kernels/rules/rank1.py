@@ -14,6 +14,7 @@ from .base import Rule, gram_norm, split_ranks
 class Rank1(Rule):
     name = "rank1"
     key = "matrix"
+    separates_terms = True
     summary = "v_a and v_b both from attention; c_j = z_j·⟨z_j, p_j⟩ (published rank-1 / rank-k form)"
 
     def coefficients(self, z: Tensor, p: Tensor | None, num_ranks: int, scale: float) -> Tensor:

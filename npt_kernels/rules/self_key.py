@@ -1,6 +1,6 @@
 """``self_key``: the key is the token's own input, ``v_a = u/‖u‖²``, hence ``⟨v_a, u⟩ = 1`` and ``c = z``.
 
-The only rule with a closed form that is exact at full rank (research/equivalence.md §0). Norm matching (1/ρ_T on ``z``, α on
+The only rule with a closed form that is exact at full rank (docs/method.md). Norm matching (1/ρ_T on ``z``, α on
 ``u``) is applied by the caller, see ``npt_kernels/model/norms.py``. Tokens with ``u = 0`` have no key; the linear form
 ``ΔW_t u_t = z_t @ w_b_up`` is the definition there.
 """

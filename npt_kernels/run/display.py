@@ -1,4 +1,4 @@
-"""What a run shows while it trains and when it ends: a live table on a terminal, plain lines elsewhere, tables, samples."""
+"""A run on the console: a live table while it trains (plain lines off a terminal), then tables of results and samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ from ..evaluation.samples import Sample
 from ..training.loop import StepReport
 from .utilisation import Utilisation
 
-__all__ = ["TrainingDisplay", "clock", "describe", "results_table", "samples_markdown", "samples_table", "sparkline"]
+__all__ = [
+    "Pace",
+    "TrainingDisplay",
+    "clock",
+    "describe",
+    "results_table",
+    "samples_markdown",
+    "samples_table",
+    "sparkline",
+]
 
 
 def clock(seconds: float) -> str:
@@ -165,6 +174,24 @@ class TrainingDisplay:
         bars = sparkline([1 - report.layers[i] for i in order], self.console.width - 2, unicode=unicode)
         ends = f"layers {order[0]}…{order[-1]}: worst {_share(worst)} (layer {low}), best {_share(best)} (layer {high})"
         return Text(f"explained variance, {ends}\n{bars}", no_wrap=True, overflow="ellipsis")
+
+
+class Pace:
+    """Seconds a step takes."""
+
+    def __init__(self) -> None:
+        self.count, self.elapsed, self.slowest = 0, 0.0, 0.0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.elapsed += seconds
+        self.slowest = max(self.slowest, seconds)
+
+    def left(self, steps: int) -> float:
+        # The first step allocates and warms up; one slow step must not scare with its ETA.
+        if self.count > 2:
+            return (self.elapsed - self.slowest) / (self.count - 1) * steps
+        return self.elapsed / self.count * steps
 
 
 def results_table(base: EvalResult, converted: EvalResult, trained: EvalResult | None, title: str) -> Table:

@@ -1,29 +1,26 @@
-"""What a run measures of its model before, during and after training: perplexity, KL, layers, samples."""
+"""Measurements of a run's model before, during and after training: perplexity, KL, layers, samples."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..configs.schema import RunConfig
+from ..estimate.byte_count import TEACHER_BYTES
 from ..evaluation.fidelity import LayerFidelity, layer_fidelity
 from ..evaluation.perplexity import EvalResult, TeacherStates, evaluate, evaluate_base
 from ..evaluation.samples import Sample, generate, generate_samples
 from ..progress import progress_bar
+from ..training.distributed import World
 from .display import describe
+from .records import Recorder
 
-if TYPE_CHECKING:
-    from ..training.distributed import World
-    from .records import Recorder
-
-__all__ = ["Measurer", "timed"]
-
-#: The original's states of the evaluation text are kept if they fit in this many bytes, else it runs again every time.
-_TEACHER_BYTES = 2**29
+__all__ = ["Measured", "RunEvaluation", "timed"]
 
 
 @contextmanager
@@ -36,7 +33,33 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-class Measurer:
+class Measured(NamedTuple):
+    """What was found of a converted model: the whole, its layers, samples."""
+
+    result: EvalResult
+    fidelity: list[LayerFidelity]
+    samples: list[Sample]
+
+    def values(self, base: EvalResult) -> dict[str, Any]:
+        """Plain values, with those of the original."""
+        return {
+            "base": asdict(base),
+            "converted": asdict(self.result),
+            "fidelity": [entry.to_dict() for entry in self.fidelity],
+            "samples": [vars(sample) for sample in self.samples],
+        }
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Measured:
+        """Back from :meth:`values`."""
+        return cls(
+            EvalResult(**values["converted"]),
+            [LayerFidelity.from_dict(entry) for entry in values["fidelity"]],
+            [Sample(**sample) for sample in values["samples"]],
+        )
+
+
+class RunEvaluation:
     """Measures one model on one held-out text and writes what it finds to the recorder.
 
     Args:
@@ -69,13 +92,13 @@ class Measurer:
         self.teacher: TeacherStates | None = None
         self.base_texts: list[str] = []
 
-    def base(self, record: bool) -> EvalResult:
+    def original(self, *, record: bool) -> EvalResult:
         """The original; also after a checkpoint (``record`` false), as proof that model and text are the same."""
         with timed(self.seconds, "evaluate original"), self._bar("original") as advance:
             base, teacher = evaluate_base(self.model, self.heldout, advance=advance, ranks=self.world)
-            # The same decision everywhere: without its states a process runs forwards that the others do not.
+            # Without its states the original runs again at every evaluation, and on every process: one decision for all.
             (size,) = self.world.agree(teacher.states.numel() * teacher.states.element_size())
-            self.teacher = teacher if size <= _TEACHER_BYTES else None
+            self.teacher = teacher if size <= TEACHER_BYTES else None
         if record:
             self.recorder.result("original", base, 0)
         self.recorder.say(f"original: perplexity {base.base_perplexity:.3f} on {base.tokens:,} held-out tokens")
@@ -85,7 +108,7 @@ class Measurer:
                 self.base_texts = generate(self.model, self.tokenizer, e.prompts, e.max_new_tokens)
         return base
 
-    def converted(self, stage: str, steps: int) -> tuple[EvalResult, list[LayerFidelity], list[Sample]]:
+    def converted(self, stage: str, steps: int) -> Measured:
         """The converted model: the whole, its layers, samples. ``steps``: optimizer steps done."""
         with timed(self.seconds, f"evaluate {stage}"), self._bar(stage) as advance:
             result = evaluate(self.model, self.heldout, advance=advance, teacher=self.teacher, ranks=self.world)
@@ -93,7 +116,7 @@ class Measurer:
         self.recorder.result(stage, result, steps, step=steps)
         self.recorder.record("fidelity", stage=stage, step=steps, layers=[entry.to_dict() for entry in fidelity])
         self.recorder.say(f"{stage}: {describe(result)}")
-        return result, fidelity, self.samples(stage, steps)
+        return Measured(result, fidelity, self.samples(stage, steps))
 
     def in_between(self, phase: str, step: int, steps: int) -> str:
         """The whole alone, at a step of a phase; a line that says what was found."""

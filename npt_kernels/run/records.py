@@ -1,16 +1,18 @@
-"""What a run leaves behind and shows: metrics.jsonl, trackers, samples, plots, the summary."""
+"""The records of a run: metrics.jsonl, trackers, samples, plots, the summary."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ..configs.schema import ConfigError, RunConfig
@@ -22,7 +24,7 @@ from ..training.loop import Phase, StepReport
 from .checkpoints import Checkpoint
 from .display import clock, results_table, samples_markdown, samples_table
 
-__all__ = ["Pace", "Recorder", "RunSummary", "check_trackers", "mean_report", "tracker_names"]
+__all__ = ["Recorder", "RunSummary", "check_trackers", "peak_memory", "tracker_names"]
 
 #: The samples of a run start with this.
 _SAMPLES_HEAD = "# Samples\n\nGreedy continuations by the original and the converted model.\n\n"
@@ -86,6 +88,22 @@ class RunSummary:
             "peak_memory": self.peak_memory,
             "paths": {name: str(path) for name, path in self.paths.items()},
         }
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes: ``rss``, the peak of the process since it started; ``cuda``, the peak that torch allocated, where it is used."""
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:  # Windows
+        import psutil
+
+        peak = psutil.Process().memory_info().peak_wset
+    memory = {"rss": int(peak)}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        memory["cuda"] = int(torch.cuda.max_memory_allocated())
+    return memory
 
 
 # ---- trackers --------------------------------------------------------------------------------------------------------
@@ -276,32 +294,3 @@ class Recorder:
         )
         self.say(f"peak memory {memory}{speed}")
         self.say(f"adapter {self.paths['adapter']}, plots {self.paths['plots']}, summary {self.paths['summary']}")
-
-
-def mean_report(window: Sequence[StepReport]) -> StepReport:
-    """The last report with losses and gradient norm averaged, tokens and seconds summed, over the window."""
-    last, count = window[-1], len(window)
-    values = {
-        name: sum(getattr(r, name) for r in window) / count for name in ("loss", "equivalence", "penalty", "grad_norm")
-    }
-    layers = {index: sum(r.layers[index] for r in window) / count for index in last.layers}
-    totals = {"tokens": sum(r.tokens for r in window), "seconds": sum(r.seconds for r in window)}
-    return StepReport(**{**vars(last), **values, **totals, "layers": layers})
-
-
-class Pace:
-    """Seconds a step takes."""
-
-    def __init__(self) -> None:
-        self.count, self.elapsed, self.slowest = 0, 0.0, 0.0
-
-    def add(self, seconds: float) -> None:
-        self.count += 1
-        self.elapsed += seconds
-        self.slowest = max(self.slowest, seconds)
-
-    def left(self, steps: int) -> float:
-        # The first step allocates and warms up; one slow step must not scare with its ETA.
-        if self.count > 2:
-            return (self.elapsed - self.slowest) / (self.count - 1) * steps
-        return self.elapsed / self.count * steps

@@ -1,24 +1,19 @@
-"""What ``--resume PATH`` means: a checkpoint or a plain adapter, and whether this run's configuration can go on from it."""
+"""``--resume PATH``: finds the checkpoint or plain adapter there; checks that the configuration can go on from it."""
 
 from __future__ import annotations
 
-import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ..configs import parse_yaml
+from ..configs import load_run_config, parse_yaml
 from ..configs.schema import ConfigError, RunConfig
 from ..model.save import CONFIG_NAME, find_adapter
 from .checkpoints import MANIFEST, Checkpoint, DamagedCheckpoint, list_checkpoints, open_checkpoint
 
-__all__ = ["ResumePoint", "changed_settings", "find_resume", "text_fingerprint"]
-
-
-#: Sequences, evenly over all, that tell one training text from another.
-_FINGERPRINT_ROWS = 4096
+__all__ = ["ResumePoint", "changed_settings", "find_resume", "resumed_config"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +29,6 @@ class ResumePoint:
     adapter: Path
     checkpoint: Checkpoint | None = None
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def config(self) -> Path | None:
-        """The configuration that the checkpoint's run had."""
-        return None if self.checkpoint is None else self.checkpoint.file("config.yaml")
 
 
 def find_resume(path: Path, *, thorough: bool = True) -> ResumePoint:
@@ -130,6 +120,26 @@ def _plain_adapter(checkpoint: Checkpoint) -> Path:
     return Path(checkpoint.output_dir) / "adapter"
 
 
+def resumed_config(
+    point: ResumePoint, path: Path, name: str | None = None, file: Path | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """The configuration of a run that goes on from what :func:`find_resume` found in ``path``.
+
+    ``name``, ``file`` and ``overrides`` are those of :func:`load_run_config`; without name and file the checkpoint's own
+    configuration is taken. Raises :class:`ConfigError` for what a resumed run cannot change.
+    """
+    checkpoint = point.checkpoint
+    if checkpoint is not None and name is None and file is None:
+        file = checkpoint.file("config.yaml")
+        if checkpoint.path.parent.parent == path and not any(text.startswith("paths.") for text in overrides):
+            # A run's output that was moved goes on where it is now.
+            overrides = [*overrides, f"paths.output_dir={json.dumps(str(path))}"]
+    config = load_run_config(name, file, overrides)
+    if checkpoint is not None:
+        changed_settings(checkpoint, config)
+    return config
+
+
 def _flat(sections: dict[str, Any]) -> dict[str, Any]:
     return {
         f"{section}.{key}": value
@@ -137,13 +147,3 @@ def _flat(sections: dict[str, Any]) -> dict[str, Any]:
         if isinstance(keys, dict)
         for key, value in keys.items()
     }
-
-
-def text_fingerprint(train: Any) -> str | None:
-    """Of token ids ``[n, L]``; ``None`` for a stream, whose position knows what it belongs to."""
-    if not isinstance(train, Tensor):
-        return None
-    rows = train[:: max(1, len(train) // _FINGERPRINT_ROWS)].contiguous()
-    digest = hashlib.sha256(str(list(train.shape)).encode())
-    digest.update(rows.cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,10 +1,10 @@
-"""The order of a run: measure, convert, measure, train, measure, write down; and what a stop at any point of it leaves."""
+"""One run: measure, convert, measure, train, measure, write down; and what a stop at any point of it leaves."""
 
 from __future__ import annotations
 
 import shlex
-import uuid
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,136 @@ from torch import Tensor, nn
 
 from ..configs.schema import ConfigError, RunConfig
 from ..conversion.apply import apply_npt
-from ..evaluation.fidelity import LayerFidelity
 from ..evaluation.perplexity import EvalResult
-from ..evaluation.samples import Sample
 from ..model.apply_report import ApplyReport
 from ..model.install import converted_layers, npt_disabled, remove_npt
 from ..model.save import load_npt, save_npt
 from ..model.shard_base import shard_base
 from ..offload import stream_mode
 from ..training.distributed import OtherRankError, World
-from ..training.loop import Phase, PhaseLoop, StepReport, StopRequest, TrainingError, make_objective, plan_phases
-from ..training.objectives import delta_variances, enable_checkpointing
+from ..training.loop import (
+    Phase,
+    PhaseLoop,
+    StopRequest,
+    TrainingError,
+    is_out_of_memory,
+    make_objective,
+    plan_phases,
+)
+from ..training.objectives import Objective, delta_variances, enable_checkpointing
 from ..training.precision import autocast
-from .accelerator import make_accelerator
-from .checkpoints import Checkpoint, list_checkpoints, save_checkpoint
-from .display import TrainingDisplay
-from .evaluation import Measurer, timed
-from .oom import base_fingerprint, peak_memory
-from .records import Pace, Recorder, RunSummary, check_trackers, mean_report
-from .resume import ResumePoint, changed_settings, find_resume, text_fingerprint
+from .checkpoints import Checkpoint, list_checkpoints, load_optimizer
+from .display import Pace, TrainingDisplay
+from .evaluation import Measured, RunEvaluation, timed
+from .fingerprint import base_fingerprint, text_fingerprint
+from .oom import memory_advice
+from .open import computing, make_accelerator, threads
+from .records import Recorder, RunSummary, check_trackers, peak_memory
+from .resume import ResumePoint, changed_settings, find_resume
+from .state import RunState
 from .utilisation import utilisation_of
 
-__all__ = ["Run"]
+__all__ = ["RunSummary", "TrainingError", "run_training"]
 
 #: Tokens that measure Var(δ), the unit of the per-layer loss.
 _VARIANCE_TOKENS = 2048
 
 
+def run_training(
+    config: RunConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    blocks: Any,
+    *,
+    resume: Path | ResumePoint | None = None,
+    console: Console | None = None,
+    world: World | None = None,
+) -> RunSummary:
+    """Convert ``model`` and train its NP components as the configuration says. The base stays frozen, bit for bit.
+
+    Writes to ``config.output_dir``: ``adapter/`` (:func:`npt_kernels.save_npt`), ``metrics.jsonl``, ``summary.json``,
+    ``config.yaml`` (resolved), ``samples.md``, ``plots/*.png``; to ``config.checkpoint_dir``: checkpoints, of which
+    ``training.save_total_limit`` are kept. The model is left converted and trained.
+
+    Args:
+        config: The whole run.
+        model: A causal language model (:func:`npt_kernels.run.open.open_run` loads the configuration's); a converted one is
+            converted anew.
+        tokenizer: Its tokenizer, for samples; ``None``: no samples.
+        blocks: Token ids ``train [n, L]`` (or a stream), ``calibration [m, L]``, ``heldout [k, L]`` and ``sources`` (names of
+            the texts).
+        resume: A run's output or a checkpoint: go on from there; on a CPU with the bits that the run would have had without a
+            stop. Or an adapter, to start from it instead of the closed form: its layers, rule and ranks win over
+            ``config.model``, and the optimizer and the schedule start anew.
+        console: Where to print; default standard output.
+        world: The processes of the run; default: joined here, if a launcher started several. Each needs the model and the text;
+            rank 0 writes and prints.
+
+    Returns:
+        :class:`RunSummary`.
+
+    Raises:
+        TrainingError: Cannot start or go on: no training text, a loss that is not finite, out of memory. What was learned by
+            then is saved.
+        ConfigError: A tracker whose package is missing; nothing to resume from in ``resume``, or a configuration that cannot.
+        KeyboardInterrupt: Ctrl-C; the step was finished, and adapter, checkpoint and metrics were saved.
+        ValueError, FileNotFoundError: Of ``apply_npt`` and ``load_npt``.
+    """
+    world = world or World.join(config)
+    console = console or Console(highlight=False, quiet=not world.is_main)
+    with threads(config), _started(config, model, tokenizer, blocks, resume, console, world) as run:
+        fingerprint = base_fingerprint(model)
+        if world.sharded:
+            # Measured after the conversion: only then is the model where it computes.
+            report = run.convert()
+            run.shard()
+            with npt_disabled(model):
+                base = run.evaluation.original(record=run.checkpoint is None)
+        else:
+            base = run.evaluation.original(record=run.checkpoint is None)
+            report = run.convert()
+        before, after = run.measure_before(base), None
+        if run.phases:
+            with run.stoppable() as stop:
+                for phase in run.phases:
+                    run.train(phase, stop)
+            run.save_adapter()
+            after = run.evaluation.converted("after training", run.state.total_steps)
+        if base_fingerprint(model) != fingerprint:
+            raise RuntimeError(
+                "the frozen base changed during training; this is a bug in npt_kernels, please report it"
+            )
+        return run.finish(base, before, after, report)
+
+
+@contextmanager
+def _started(
+    config: RunConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    blocks: Any,
+    resume: Path | ResumePoint | None,
+    console: Console,
+    world: World,
+) -> Iterator[Run]:
+    """A run with open files and an unconverted model that can compute. Out of memory becomes advice, and saves what there is."""
+    run: Run | None = None
+    try:
+        run = Run(config, model, tokenizer, blocks, resume, console, world)
+        with computing(config, model, tokenizer, run.accelerator.device, run.recorder.say):
+            run.start()
+            yield run
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(memory_advice(config, error) + ("" if run is None else run.rescue())) from error
+    finally:
+        if run is not None:
+            run.recorder.close()
+
+
 class Run:
-    """State of one run. :meth:`execute` does it; :meth:`rescue` saves what there is; :meth:`close` closes files."""
+    """The parts of one run and what it does with them; :func:`run_training` is the order."""
 
     def __init__(
         self,
@@ -49,53 +150,43 @@ class Run:
         model: nn.Module,
         tokenizer: Any,
         blocks: Any,
+        resume: Path | ResumePoint | None,
         console: Console,
-        resume: Path | None = None,
-        world: World | None = None,
+        world: World,
     ) -> None:
-        self.config, self.model, self.blocks, self.console = config, model, blocks, console
-        self.world = world or World()
-        self.tokenizer = tokenizer if config.evaluation.prompts and hasattr(model, "generate") else None
+        self.config, self.model, self.blocks, self.console, self.world = config, model, blocks, console, world
         self._check()
-        self.resume: ResumePoint | None = None if resume is None else find_resume(resume)
+        self.resume = find_resume(resume) if isinstance(resume, Path) else resume
         self.checkpoint: Checkpoint | None = None if self.resume is None else self.resume.checkpoint
         self.accelerator = make_accelerator(config)
-        self.phases = plan_phases(config, blocks.train, self.world.size)
-        #: What the checkpoint holds of this class.
-        self.saved: dict[str, Any] = {}
-        self.notes = self._compare()
+        #: What the user should know of the point to start from.
+        self.notes: list[str] = []
+        #: Phases that are left.
+        self.phases = plan_phases(config, blocks.train, world.size)
+        self.state = self._first_state()
         # What is streamed stays on the host; what is to be sharded may be larger than a device and is converted where it is.
         streamed = stream_mode(config, self.accelerator.device) != "off"
-        if not getattr(model, "hf_device_map", None) and not streamed and not self.world.sharded:
+        if not getattr(model, "hf_device_map", None) and not streamed and not world.sharded:
             model.to(self.accelerator.device)
         model.eval()
         self.recorder = Recorder(config, console, self.accelerator)
-        self.name = uuid.uuid4().hex if self.checkpoint is None else self.checkpoint.run
-        self.seconds: dict[str, float] = dict(self.saved.get("seconds", {}))
-        self.trained_tokens: int = self.saved.get("trained_tokens", 0)
-        self.trained_seconds: float = self.saved.get("trained_seconds", 0.0)
-        self.steps = 0 if self.checkpoint is None else self.checkpoint.total_steps
-        self.measure = Measurer(
-            config, model, self.tokenizer, blocks.heldout, self.world, self.recorder, self.seconds, console.is_terminal
+        writer = tokenizer if config.evaluation.prompts and hasattr(model, "generate") else None
+        self.evaluation = RunEvaluation(
+            config, model, writer, blocks.heldout, world, self.recorder, self.state.seconds, console.is_terminal
         )
-        #: Results before training, for the checkpoints.
-        self.before: dict[str, Any] = {}
-        self.loop: PhaseLoop | None = None
-        self.rows: int | None = None
-        #: Reports since the last logged one.
-        self.window: list[StepReport] = []
-        #: Steps of this phase that are in the log; behind the loop's own count for an instant of every step.
-        self.logged = 0
-        #: Whether evaluation and samples that are due at the last step are still to come.
-        self.pending = False
         self.last_checkpoint: Path | None = None if self.checkpoint is None else self.checkpoint.path
-        self.checkpointed = self.steps
+        #: ``state.total_steps`` when the last checkpoint was written.
+        self.saved_steps = self.state.total_steps
+        #: Whether the optimizer of the checkpoint has still to be loaded.
+        self._going_on = self.checkpoint is not None
 
     def _check(self) -> None:
         config, blocks = self.config, self.blocks
-        if config.training.mode != "none" and isinstance(blocks.train, Tensor) and len(blocks.train) == 0:
-            raise TrainingError("there is no training text: blocks.train is empty; add data or set training.mode: none")
         if config.training.mode != "none" and isinstance(blocks.train, Tensor):
+            if len(blocks.train) == 0:
+                raise TrainingError(
+                    "there is no training text: blocks.train is empty; add data or set training.mode: none"
+                )
             self.world.check_sequences(len(blocks.train))
         if len(blocks.heldout) == 0:
             raise TrainingError(
@@ -103,86 +194,37 @@ class Run:
             )
         check_trackers(config)
 
-    def _compare(self) -> list[str]:
-        """What the user should know of the point to resume from; raises :class:`ConfigError` if this run cannot."""
+    def _first_state(self) -> RunState:
+        """Where to start; ``notes`` and ``phases`` follow it. Raises :class:`ConfigError` if this run cannot go on from there."""
+        text = text_fingerprint(self.blocks.train)
         if self.resume is None:
-            return []
-        notes = list(self.resume.notes)
-        checkpoint = self.checkpoint
-        if checkpoint is None:
+            return RunState(text=text)
+        self.notes += self.resume.notes
+        if self.checkpoint is None:
             what = "a plain adapter: its components are taken, optimizer, schedule and text start anew"
-            return [*notes, f"--resume: {self.resume.adapter} is {what}"]
-        changed = changed_settings(checkpoint, self.config)
-        if changed:
-            notes.append(f"changed since the checkpoint was written: {', '.join(changed)}")
-        self.saved = checkpoint.state()
-        self._start_index()
-        if self.saved["text"] != text_fingerprint(self.blocks.train):
-            notes.append(
+            self.notes.append(f"--resume: {self.resume.adapter} is {what}")
+            return RunState(text=text)
+        if changed := changed_settings(self.checkpoint, self.config):
+            self.notes.append(f"changed since the checkpoint was written: {', '.join(changed)}")
+        state = RunState.load(self.checkpoint)
+        names = [(phase.name, phase.objective) for phase in self.phases]
+        if (state.phase, state.objective) not in names:
+            raise ConfigError(
+                f"{self.checkpoint.path} was written in phase {state.phase} (objective {state.objective}), which training.mode="
+                f"{self.config.training.mode} does not have; resume with the training.mode and training.objective it had"
+            )
+        self.phases = self.phases[names.index((state.phase, state.objective)) :]
+        if state.text != text:
+            self.notes.append(
                 "the training text is not the one of the checkpoint; the run goes on at the same place of this one"
             )
-        return notes
+        state.text = text
+        return state
 
-    def _start_index(self) -> int:
-        """Index of the phase to go on in."""
-        if self.checkpoint is None:
-            return 0
-        at = self.checkpoint.phase, self.checkpoint.objective
-        for index, phase in enumerate(self.phases):
-            if (phase.name, phase.objective) == at:
-                return index
-        raise ConfigError(
-            f"{self.checkpoint.path} was written in phase {at[0]} (objective {at[1]}), which training.mode="
-            f"{self.config.training.mode} does not have; resume with the training.mode and training.objective it had"
-        )
+    # ---- before training ---------------------------------------------------------------------------------------------
 
-    # ---- the run, in order -------------------------------------------------------------------------------------------
-
-    def execute(self) -> RunSummary:
-        model, recorder = self.model, self.recorder
-        self._open()
-        if converted_layers(model):
-            remove_npt(model)
-        fingerprint = base_fingerprint(model)
-        # Sharded, the original is measured after the conversion: only then is the model where it computes.
-        base = None if self.world.sharded else self.measure.base(self.checkpoint is None)
-        with timed(self.seconds, "conversion"):
-            report = self._convert()
-        recorder.say(str(report))
-        if base is None:
-            self._shard()
-            with npt_disabled(model):
-                base = self.measure.base(self.checkpoint is None)
-        if self.checkpoint is None:
-            self._save_adapter()
-            start = "resumed adapter" if self.resume else "after conversion"
-            converted, fidelity, samples = self.measure.converted(start, self.steps)
-        else:
-            converted, fidelity, samples = self._measured_before(base)
-        self.before = {
-            "base": asdict(base),
-            "converted": asdict(converted),
-            "fidelity": [entry.to_dict() for entry in fidelity],
-            "samples": [vars(sample) for sample in samples],
-        }
-        trained, fidelity_trained, samples_trained = None, None, None
-        if self.phases:
-            self._train()
-            trained, fidelity_trained, samples_trained = self.measure.converted("after training", self.steps)
-        if base_fingerprint(model) != fingerprint:
-            raise RuntimeError(
-                "the frozen base changed during training; this is a bug in npt_kernels, please report it"
-            )
-        summary = RunSummary(
-            base, converted, trained, fidelity, fidelity_trained, samples, samples_trained, report, self.seconds,
-            self.steps, self.trained_tokens / max(self.trained_seconds, 1e-9), peak_memory(), recorder.paths,
-        )  # fmt: skip
-        with timed(self.seconds, "plots"):
-            recorder.plots(summary)
-        recorder.finish(summary)
-        return summary
-
-    def _open(self) -> None:
+    def start(self) -> None:
+        """Seed, files, what the user should know; an adapter that the model had is taken off."""
         from accelerate.utils import set_seed
 
         set_seed(self.config.training.seed)
@@ -190,37 +232,29 @@ class Run:
         if self.checkpoint is None:
             path = None if self.resume is None else str(self.resume.adapter)
             self.recorder.record("start", resume=path, sources=list(self.blocks.sources))
-            earlier = [
-                c
-                for c in list_checkpoints(self.config.checkpoint_dir)[0]
-                if c.output_dir == str(self.config.output_dir.resolve())
-            ]
-            if earlier:
+            folder, output = self.config.checkpoint_dir, str(self.config.output_dir.resolve())
+            if earlier := [c for c in list_checkpoints(folder)[0] if c.output_dir == output]:
                 self.notes.append(
-                    f"{len(earlier)} checkpoint(s) of an earlier run stay in {self.config.checkpoint_dir}; to go on with it "
+                    f"{len(earlier)} checkpoint(s) of an earlier run stay in {folder}; to go on with it "
                     f"instead: --resume {earlier[0].path}"
                 )
         else:
-            self.recorder.record("resume", checkpoint=str(self.checkpoint.path), step=self.steps, notes=self.notes)
+            steps = self.state.total_steps
+            self.recorder.record("resume", checkpoint=str(self.checkpoint.path), step=steps, notes=self.notes)
             self.recorder.say(f"resumed from {self.checkpoint}")
         for note in self.notes:
             self.recorder.say(f"note: {note}")
+        if converted_layers(self.model):
+            remove_npt(self.model)
 
-    def _shard(self) -> None:
-        with timed(self.seconds, "sharding"):
-            held = shard_base(self.model, self.accelerator.device)
-        whole = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
-        self.recorder.say(
-            f"frozen base sharded over {self.world.size} processes: each holds {held / 2**20:,.1f} of "
-            f"{whole / 2**20:,.1f} MiB"
-        )
-
-    def _convert(self) -> ApplyReport:
+    def convert(self) -> ApplyReport:
         """On rank 0; the others get what it made."""
-        report = self.world.on_main(self._convert_here)
-        self.world.copy_adapter(self.model)
-        report = self.world.broadcast(report)
+        with timed(self.state.seconds, "conversion"):
+            report = self.world.on_main(self._convert_here)
+            self.world.copy_adapter(self.model)
+            report = self.world.broadcast(report)
         assert report is not None
+        self.recorder.say(str(report))
         return report
 
     def _convert_here(self) -> ApplyReport:
@@ -236,194 +270,177 @@ class Run:
                 progress=self.console.is_terminal,
             )
 
-    def _measured_before(self, base: EvalResult) -> tuple[EvalResult, list[LayerFidelity], list[Sample]]:
-        """Results before training, of the process that wrote the checkpoint."""
-        before = self.saved["before"]
-        then = EvalResult(**before["base"])
-        if then.tokens != base.tokens or abs(then.base_nll - base.base_nll) > 1e-3 * then.base_nll:
-            self.recorder.say(
-                f"note: the original's perplexity is {base.base_perplexity:.3f} here and was {then.base_perplexity:.3f} when "
-                "the checkpoint was written: other weights, precision or held-out text; before and after do not compare"
-            )
-        return (
-            EvalResult(**before["converted"]),
-            [LayerFidelity.from_dict(entry) for entry in before["fidelity"]],
-            [Sample(**sample) for sample in before["samples"]],
+    def shard(self) -> None:
+        with timed(self.state.seconds, "sharding"):
+            held = shard_base(self.model, self.accelerator.device)
+        whole = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
+        self.recorder.say(
+            f"frozen base sharded over {self.world.size} processes: each holds {held / 2**20:,.1f} of "
+            f"{whole / 2**20:,.1f} MiB"
         )
+
+    def measure_before(self, base: EvalResult) -> Measured:
+        """The converted model before training: measured, or as the process that wrote the checkpoint measured it."""
+        state = self.state
+        if self.checkpoint is not None:
+            then = EvalResult(**state.before["base"])
+            if then.tokens != base.tokens or abs(then.base_nll - base.base_nll) > 1e-3 * then.base_nll:
+                self.recorder.say(
+                    f"note: the original's perplexity is {base.base_perplexity:.3f} here and was {then.base_perplexity:.3f} "
+                    "when the checkpoint was written: other weights, precision or held-out text; before and after do not compare"
+                )
+            measured = Measured.from_values(state.before)
+        else:
+            self._write_adapter()
+            stage = "after conversion" if self.resume is None else "resumed adapter"
+            measured = self.evaluation.converted(stage, state.total_steps)
+        state.before = measured.values(base)
+        return measured
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def _train(self) -> None:
-        stop, before = StopRequest(self.world), self.steps
+    @contextmanager
+    def stoppable(self) -> Iterator[StopRequest]:
+        """Around training: whatever stops it, what was learned is saved, and the message says where it is."""
+        stop, before = StopRequest(self.world), self.state.total_steps
         with stop.listen():
             try:
-                for phase in self.phases[self._start_index() :]:
-                    with timed(self.seconds, f"train {phase.name}"):
-                        finished = self._phase(phase, stop)
-                    if not finished:
-                        raise KeyboardInterrupt
+                yield stop
             except KeyboardInterrupt:
-                self.recorder.say(f"interrupted after {self.steps} steps{self.rescue()}")
+                self.recorder.say(f"interrupted after {self.state.total_steps} steps{self.rescue()}")
                 raise
             except (TrainingError, ConfigError, OSError) as error:
-                if isinstance(error, ConfigError) and self.steps == before:
+                if isinstance(error, ConfigError) and self.state.total_steps == before:
                     raise  # a setting or a checkpoint that does not fit; later it is streamed text that breaks
                 raise TrainingError(f"{error}{self.rescue()}") from None
-        self._save_adapter()
-        self.recorder.record("save", step=self.steps, path=str(self.recorder.paths["adapter"]))
 
-    def _phase(self, phase: Phase, stop: StopRequest) -> bool:
-        config = self.config
-        variances: dict[int, Tensor] = {}
-        if phase.objective != "kl":
-            text = self.blocks.calibration if len(self.blocks.calibration) else self.blocks.train
-            rows = max(1, _VARIANCE_TOKENS // text.shape[1])
-            variances = delta_variances(self.model, text[:rows].to(self.accelerator.device))
-        objective = make_objective(phase.objective, self.model, config, variances)
-        length = self.blocks.heldout.shape[1]
-        display = TrainingDisplay(
-            self.console,
-            utilisation_of(self.model, length, phase.objective, devices=self.accelerator.num_processes),
+    def train(self, phase: Phase, stop: StopRequest) -> None:
+        """One phase, or what is left of it. Raises ``KeyboardInterrupt`` after the step in which a stop was asked for."""
+        state, t, pace = self.state, self.config.training, Pace()
+        with timed(state.seconds, f"train {phase.name}"):
+            with self._entered(phase) as (loop, display):
+                if state.pending:
+                    self._periodic(display)
+                for report in loop.steps(stop):
+                    state.count(report)
+                    pace.add(report.seconds)
+                    due = report.step % t.logging_steps == 0 or report.step in (1, phase.steps)
+                    shown = state.mean_report() if due or stop.agreed else report
+                    display.step(shown, pace.left(phase.steps - report.step), logged=due or stop.agreed)
+                    if due:
+                        # Not because of a stop: the log of a resumed run is that of one that never stopped.
+                        self.recorder.step(shown, phase, state.total_steps)
+                        state.window.clear()
+                    state.settle(pending=report.step < phase.steps)
+                    if state.pending and not stop.agreed:
+                        self._periodic(display)
+                        # Last, so that what it holds of the log is complete.
+                        if t.save_steps and report.step % t.save_steps == 0:
+                            self._try_checkpoint(display)
+            if not stop.agreed and self.saved_steps != state.total_steps:
+                self._save_checkpoint()
+        if stop.agreed:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def _entered(self, phase: Phase) -> Iterator[tuple[PhaseLoop, TrainingDisplay]]:
+        """The loop of a phase, where the state says that it stands, and the open display."""
+        config, state = self.config, self.state
+        objective = self._objective(phase)
+        utilisation = utilisation_of(
+            self.model, self.blocks.heldout.shape[1], phase.objective, devices=self.accelerator.num_processes
         )
+        display = TrainingDisplay(self.console, utilisation)
 
         def note(text: str) -> None:
             display.note(text)
             self.recorder.record("note", text=text)
 
-        self.window, self.logged, self.pending = [], 0, False
-        self.loop = loop = PhaseLoop(
-            phase,
-            self.model,
-            objective,
-            self.blocks.train,
-            config,
-            self.accelerator,
-            note=note,
-            rows=self.rows,
-            world=self.world,
-        )
-        if self.saved:
-            self._restore(loop)
-        pace = Pace()
-
-        def after_step(report: StepReport) -> None:
-            self._after_step(report, phase, stop, display, pace)
-
-        enable_checkpointing(self.model, config.optimization.gradient_checkpointing and phase.objective != "local")
+        state.enter(phase)
+        loop = PhaseLoop(
+            phase, self.model, objective, self.blocks.train, config, self.accelerator,
+            progress=state.progress, note=note, world=self.world,
+        )  # fmt: skip
         try:
+            self._go_on(loop)
+            enable_checkpointing(self.model, config.optimization.gradient_checkpointing and phase.objective != "local")
             with display.open(relative=config.training.loss == "relative_mse"):
-                if self.pending:
-                    self._periodic(phase, loop.progress.step, display)
-                finished = loop.run(stop, after_step)
+                yield loop, display
         finally:
             loop.close()
             enable_checkpointing(self.model, False)
             self.model.eval()
-        if finished:
-            if self.checkpointed != self.steps:
-                self._save_checkpoint()
-            self.rows, self.loop = loop.progress.rows, None
-        return finished
 
-    def _restore(self, loop: PhaseLoop) -> None:
-        assert self.checkpoint is not None
-        saved, self.saved = self.saved, {}
-        try:
-            loop.resume(self.checkpoint, saved["progress"])
-        except ValueError as error:
-            raise ConfigError(f"--resume {self.checkpoint.path}: {error}") from None
-        self.window = [StepReport(**{**report, "steps": loop.phase.steps}) for report in saved["window"]]
-        self.logged, self.pending = loop.progress.step, saved["pending"]
-        if loop.progress.step > loop.phase.steps:
-            loop.note(
-                f"phase {loop.phase.name} has {loop.phase.steps} steps now, and {loop.progress.step} are done: it is over"
-            )
+    def _objective(self, phase: Phase) -> Objective:
+        variances: dict[int, Tensor] = {}
+        if phase.objective != "kl":
+            text = self.blocks.calibration if len(self.blocks.calibration) else self.blocks.train
+            rows = max(1, _VARIANCE_TOKENS // text.shape[1])
+            variances = delta_variances(self.model, text[:rows].to(self.accelerator.device))
+        return make_objective(phase.objective, self.model, self.config, variances)
 
-    def _after_step(
-        self,
-        report: StepReport,
-        phase: Phase,
-        stop: StopRequest,
-        display: TrainingDisplay,
-        pace: Pace,
-    ) -> None:
-        t = self.config.training
-        self.steps += 1
-        self.trained_tokens += report.tokens
-        self.trained_seconds += report.seconds
-        pace.add(report.seconds)
-        self.window.append(report)
-        due = report.step % t.logging_steps == 0 or report.step in (1, phase.steps)
-        shown = mean_report(self.window) if due or stop.agreed else report
-        display.step(shown, pace.left(phase.steps - report.step), logged=due or stop.agreed)
-        if due:
-            # Not because of a stop: the log of a resumed run is that of one that never stopped.
-            self.recorder.step(shown, phase, self.steps)
-            self.window.clear()
-        self.logged, self.pending = report.step, report.step < phase.steps
-        if stop.agreed or not self.pending:
+    def _go_on(self, loop: PhaseLoop) -> None:
+        """Optimizer, schedule and text of the checkpoint, once."""
+        if not self._going_on:
             return
-        self._periodic(phase, report.step, display)
-        # Last, so that what it holds of the log is complete.
-        if t.save_steps and report.step % t.save_steps == 0:
-            try:
-                self._save_checkpoint()
-            except OSError as error:
-                # A full disk must not cost the training; the user may make room before the next one.
-                display.note(f"step {report.step}: no checkpoint, it could not be written: {error}")
+        assert self.checkpoint is not None
+        self._going_on, checkpoint = False, self.checkpoint
+        try:
+            loop.resume(lambda: load_optimizer(checkpoint, self.accelerator))
+        except ValueError as error:
+            raise ConfigError(f"--resume {checkpoint.path}: {error}") from None
+        phase, done = loop.phase, loop.progress.step
+        if done > phase.steps:
+            loop.note(f"phase {phase.name} has {phase.steps} steps now, and {done} are done: it is over")
 
-    def _periodic(self, phase: Phase, step: int, display: TrainingDisplay) -> None:
+    def _periodic(self, display: TrainingDisplay) -> None:
         """Evaluation and samples, where they are due after this step."""
-        t = self.config.training
+        t, state = self.config.training, self.state
+        phase, step = state.phase, state.progress.step
         if t.eval_steps and step % t.eval_steps == 0:
-            display.note(self.measure.in_between(phase.name, step, self.steps))
+            display.note(self.evaluation.in_between(phase, step, state.total_steps))
         if t.prediction_logging_steps and step % t.prediction_logging_steps == 0:
-            self.measure.samples(f"{phase.name}, step {step}", self.steps)
-        self.pending = False
+            self.evaluation.samples(f"{phase}, step {step}", state.total_steps)
+        state.pending = False
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
-    def _save_adapter(self) -> None:
+    def save_adapter(self) -> None:
+        self._write_adapter()
+        self.recorder.record("save", step=self.state.total_steps, path=str(self.recorder.paths["adapter"]))
+
+    def _write_adapter(self) -> None:
+        path = self.recorder.paths["adapter"]
         self.world.check_replicas(self.model)
         try:
-            self.world.on_main(lambda: save_npt(self.model, self.recorder.paths["adapter"]))
+            self.world.on_main(lambda: save_npt(self.model, path))
         except OtherRankError as error:
-            raise OSError(f"no adapter in {self.recorder.paths['adapter']}: {error}") from None
+            raise OSError(f"no adapter in {path}: {error}") from None
+
+    def _try_checkpoint(self, display: TrainingDisplay) -> None:
+        try:
+            self._save_checkpoint()
+        except OSError as error:
+            # A full disk must not cost the training; the user may make room before the next one.
+            step = self.state.progress.step
+            display.note(f"step {step}: no checkpoint, it could not be written: {error}")
 
     def _save_checkpoint(self) -> None:
-        loop, config = self.loop, self.config
-        assert loop is not None
-        state = {
-            "progress": loop.progress.to_dict(),
-            "window": [vars(report) for report in self.window],
-            "pending": self.pending,
-            "text": text_fingerprint(self.blocks.train),
-            "before": self.before,
-            "seconds": self.seconds,
-            "trained_tokens": self.trained_tokens,
-            "trained_seconds": self.trained_seconds,
-        }
-        path = save_checkpoint(
-            config.checkpoint_dir, self.model, self.accelerator,
-            run=self.name, phase=loop.phase.name, objective=loop.phase.objective, step=loop.progress.step,
-            total_steps=self.steps, output_dir=config.output_dir, state=state,
-            files=[self.recorder.paths["metrics"], self.recorder.paths["config"]], keep=config.training.save_total_limit,
-            world=self.world,
-        )  # fmt: skip
-        self.last_checkpoint, self.checkpointed = path, self.steps
-        self.recorder.record("save", phase=loop.phase.name, step=loop.progress.step, path=str(path))
+        state, files = self.state, [self.recorder.paths["metrics"], self.recorder.paths["config"]]
+        self.last_checkpoint = state.save(self.config, self.model, self.accelerator, self.world, files)
+        self.saved_steps = state.total_steps
+        self.recorder.record("save", phase=state.phase, step=state.progress.step, path=str(self.last_checkpoint))
 
     def rescue(self) -> str:
         """Save what there is after a stop; a clause for the message that says where it is and how to go on."""
-        adapter = self.recorder.paths["adapter"]
+        adapter, steps = self.recorder.paths["adapter"], self.state.total_steps
         if not converted_layers(self.model):
             return ""
-        if not self.steps:
+        if not steps:
             return f"; the converted, untrained adapter is in {adapter}" if adapter.exists() else ""
         go_on = f"Go on with: npt train --resume {shlex.quote(str(self.config.output_dir))}"
         last = f"the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint"
-        loop, together = self.loop, self.world.all_here()
-        updating = loop is not None and (loop.progress.updating or loop.progress.step != self.logged)
+        updating, together = self.state.progress.updating, self.world.all_here()
         if together:
             updating = bool(self.world.agree(updating)[0])
         if updating:
@@ -432,21 +449,29 @@ class Run:
             # A checkpoint takes all of them: each has random numbers of its own.
             if self.world.is_main:
                 save_npt(self.model, adapter)
-                last = f"the adapter of step {self.steps} is in {adapter}, {last}"
+                last = f"the adapter of step {steps} is in {adapter}, {last}"
             return f"; other processes do not answer: {last}. {go_on}"
         try:
-            self._save_adapter()
-            if self.loop is not None and self.checkpointed != self.steps:
+            self._write_adapter()
+            if self.saved_steps != steps:
                 self._save_checkpoint()
         except OSError as error:
             return f"; and saving failed ({error}): {last}. {go_on}"
-        self.recorder.record("save", step=self.steps, path=str(adapter), stopped=True)
+        self.recorder.record("save", step=steps, path=str(adapter), stopped=True)
         return (
-            f"; adapter of step {self.steps} saved in {adapter}, checkpoint in {self.last_checkpoint}, metrics in "
+            f"; adapter of step {steps} saved in {adapter}, checkpoint in {self.last_checkpoint}, metrics in "
             f"{self.recorder.paths['metrics']}. {go_on}"
         )
 
-    def close(self) -> None:
-        if self.loop is not None:
-            self.loop.close()
-        self.recorder.close()
+    def finish(self, base: EvalResult, before: Measured, after: Measured | None, report: ApplyReport) -> RunSummary:
+        """Plots, ``summary.json``, the tables on the console."""
+        state = self.state
+        trained, fidelity, samples = after or (None, None, None)
+        summary = RunSummary(
+            base, before.result, trained, before.fidelity, fidelity, before.samples, samples, report, state.seconds,
+            state.total_steps, state.trained_tokens / max(state.trained_seconds, 1e-9), peak_memory(), self.recorder.paths,
+        )  # fmt: skip
+        with timed(state.seconds, "plots"):
+            self.recorder.plots(summary)
+        self.recorder.finish(summary)
+        return summary

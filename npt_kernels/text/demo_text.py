@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from ..base_model.assets import demo_texts
-from ..base_model.loading import resolve_cache_dir
 from ..configs.schema import RunConfig
 from .sources import Source
 
@@ -25,7 +24,7 @@ _ORNAMENT = re.compile(r"^[\W_]+$")
 def demo_sources(config: RunConfig) -> list[Source]:
     """One source per play. Raises ``AssetError`` if they cannot be fetched."""
     sources = []
-    for file, text in demo_texts(resolve_cache_dir(config)).items():
+    for file, text in demo_texts(config.cache_dir).items():
         title, first = _PLAYS[file]
         lines = text.splitlines()
         kept = unwrap("\n".join(lines[[line.strip() for line in lines].index(first) :]))

@@ -1,4 +1,4 @@
-"""Where documents come from: which texts a configuration names, and local files read whole."""
+"""The texts that a configuration names, and local files read whole."""
 
 from __future__ import annotations
 

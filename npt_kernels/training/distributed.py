@@ -24,13 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..base_model.loading import choose_device
 from ..configs.schema import ConfigError, RunConfig
 from ..model.install import converted_layers, install, make_component, npt_config, npt_parameters
 from ..model.save import adapter_state_dict
 from ..model.select import plan_layers
 
-__all__ = ["OtherRankError", "World", "first_to_say"]
+__all__ = ["OtherRankError", "World", "choose_device", "first_to_say"]
 
 T = TypeVar("T")
 
@@ -40,6 +39,11 @@ _STEP_TIMEOUT = timedelta(minutes=30)
 _WAIT_TIMEOUT = timedelta(hours=12)
 #: After an error: how far apart ranks notice it that do not wait for each other, and below the 30 s that torchrun gives.
 _CALL_TIMEOUT = timedelta(seconds=15)
+
+
+def choose_device() -> torch.device:
+    """A GPU if torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class OtherRankError(RuntimeError):

@@ -19,8 +19,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRSc
 
 from ..configs.schema import RunConfig
 from ..model.install import npt_parameters
-from ..run.checkpoints import Checkpoint, load_optimizer
-from ..run.oom import is_out_of_memory
 from ..text.packing import derived_seed
 from .batching import StepBatch, step_batches, steps_per_epoch
 from .distributed import World
@@ -37,6 +35,7 @@ __all__ = [
     "StepReport",
     "StopRequest",
     "TrainingError",
+    "is_out_of_memory",
     "make_objective",
     "plan_phases",
 ]
@@ -44,6 +43,14 @@ __all__ = [
 
 class TrainingError(RuntimeError):
     """Training cannot start or go on; the message is for users and needs no traceback."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out, on a device or on the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "out of memory" in text.lower())
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,8 @@ class Progress:
         data: ``StepBatches.state_dict`` after ``step``.
         rows: Sequences per micro-batch at most, once memory has run out.
         skipped: Steps that fp16 skipped.
-        updating: Inside ``optimizer.step()``, when the components are neither of this step nor of the last one.
+        updating: From the start of ``optimizer.step()`` until whoever runs the loop has counted the step and says so: components,
+            count and log are not of one moment then, and nothing may be saved.
     """
 
     step: int = 0
@@ -215,8 +223,8 @@ class PhaseLoop:
         train: Token ids ``[n, L]``, or a stream.
         config: The run.
         accelerator: Of accelerate; anything it prepared before is forgotten.
+        progress: Where to start, and from then on where the phase stands.
         note: Called with a line for the user.
-        rows: Sequences per micro-batch at most, from an earlier phase in which memory ran out.
         world: The processes; ``None``: this one alone.
     """
 
@@ -229,19 +237,14 @@ class PhaseLoop:
         config: RunConfig,
         accelerator: Any,
         *,
+        progress: Progress | None = None,
         note: Callable[[str], None] = lambda text: None,
-        rows: int | None = None,
         world: World | None = None,
     ) -> None:
         t = config.training
         self.world = world or World()
-        self.phase, self.objective, self.config, self.accelerator, self.note = (
-            phase,
-            objective,
-            config,
-            accelerator,
-            note,
-        )
+        self.phase, self.objective, self.note = phase, objective, note
+        self.config, self.accelerator = config, accelerator
         self.parameters = npt_parameters(model)
         optimizer = make_optimizer(model, config, phase.learning_rate)
         self.scheduler = make_scheduler(optimizer, t.lr_scheduler, phase.warmup_steps, phase.steps)
@@ -258,29 +261,30 @@ class PhaseLoop:
             rank=self.world.rank,
             world_size=self.world.size,
         )
-        self.progress = Progress(data=self.batches.state_dict(), rows=rows)
+        self.progress = progress or Progress()
+        self.progress.data = self.progress.data or self.batches.state_dict()
 
-    def resume(self, checkpoint: Checkpoint, progress: dict[str, Any]) -> None:
-        """Go on after the step that a checkpoint of this phase holds.
+    def resume(self, load_optimizer: Callable[[], list[str]]) -> None:
+        """Go on after ``progress.step``.
 
-        Moments, loss scale, random numbers and the position in the text are the checkpoint's; learning rate, schedule and weight
-        decay are this configuration's. Raises ``ValueError`` if text or precision do not fit it.
+        Position in the text and in the schedule are those of ``progress``; ``load_optimizer`` brings moments, loss scale and
+        random numbers into what accelerate prepared, and returns notes. Learning rate, schedule and weight decay are this
+        configuration's. Raises ``ValueError`` if text or precision do not fit.
         """
         with warnings.catch_warnings():
             # The steps that it counts were done in another process.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            for _ in range(progress["schedule"]):
+            for _ in range(self.progress.schedule):
                 self.scheduler.step()
         own = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
-        for note in load_optimizer(checkpoint, self.accelerator):
+        for note in load_optimizer():
             self.note(note)
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings)
-        self.batches.load_state_dict(progress["data"])
-        self.progress = Progress(**progress)
+        self.batches.load_state_dict(self.progress.data)
 
-    def run(self, stop: StopRequest, after_step: Callable[[StepReport], None]) -> bool:
-        """The steps that are left; ``True`` unless a stop was asked for.
+    def steps(self, stop: StopRequest) -> Iterator[StepReport]:
+        """The steps that are left, each done when its report comes, until a stop is agreed on.
 
         Raises:
             TrainingError: A loss or gradient that is not finite; the components then hold the last good step.
@@ -288,10 +292,9 @@ class PhaseLoop:
         while self.progress.step < self.phase.steps:
             report = self._step(next(self.batches))
             stop.settle()
-            after_step(report)
+            yield report
             if stop.agreed:
-                return False
-        return True
+                return
 
     def close(self) -> None:
         """Stop reading text ahead."""
@@ -325,7 +328,6 @@ class PhaseLoop:
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.data = self.batches.state_dict()
-        progress.updating = False
         if skipped:
             self._count_skipped()
         report.skipped = progress.skipped

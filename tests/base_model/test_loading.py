@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from npt_kernels.base_model import loading
-from npt_kernels.base_model.loading import load_model, load_model_config, optimization_notes, resolve_dtype
+from npt_kernels.base_model.loading import load_model, load_model_config, quantization_notes, resolve_dtype
 from npt_kernels.configs.schema import ConfigError, RunConfig
+from npt_kernels.offload import streaming_notes
 from npt_kernels.quantised.linear import QuantisedLinear
 
 
@@ -247,20 +249,20 @@ def test_quantisation_keys_that_disagree(optimization: dict[str, Any], message: 
 def test_memory_keys_are_never_silent() -> None:
     config = run_config(optimization={"use_cpu_offload": True, "use_8bit": True})
     for device, first in (("cpu", "optimization.use_cpu_offload:"), ("cuda", "optimization.stream_layers=host:")):
-        notes = optimization_notes(config, torch.device(device))
+        notes = [*streaming_notes(config, device), *quantization_notes(config, torch.device(device))]
         assert notes[0].startswith(first)
         assert "optimization.quantization=int8: all linears of the decoder layers, by bitsandbytes" in notes[-1]
         assert ("verified on a CPU only" in notes[-1]) == (device == "cuda")
-    (note,) = optimization_notes(run_config(optimization={"quantization_library": "torchao"}), torch.device("cpu"))
+    (note,) = quantization_notes(run_config(optimization={"quantization_library": "torchao"}), torch.device("cpu"))
     assert "nothing to do without optimization.quantization" in note
-    assert optimization_notes(run_config(), torch.device("cpu")) == []
+    assert streaming_notes(run_config(), "cpu") == quantization_notes(run_config(), torch.device("cpu")) == []
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])
 def test_a_quantised_base_is_streamed(where: str, tiny: Path, tmp_path: Path) -> None:
     """Its codes are moved, and what is moved computes the same."""
     from npt_kernels import NPTConfig, apply_npt, npt_parameters
-    from npt_kernels.offload import LayerStreamer
+    from npt_kernels.offload import LayerStreamer, load_for_streaming
     from npt_kernels.training.objectives import KLObjective, LocalObjective
 
     paths, ids = {"cache_dir": str(tmp_path / "cache")}, torch.arange(16).view(2, 8)
@@ -268,7 +270,8 @@ def test_a_quantised_base_is_streamed(where: str, tiny: Path, tmp_path: Path) ->
     for mode in ("off", where):
         optimization = {"use_4bit": True, "stream_layers": mode}
         config = run_config(str(tiny), optimization=optimization, paths=paths, data={"max_length": 8})
-        model, _ = load_model(config, "cpu")
+        to_host = None if mode == "off" else functools.partial(load_for_streaming, config, "cpu")
+        model, _ = load_model(config, "cpu", to_host=to_host)
         assert sum(isinstance(m, QuantisedLinear) for m in model.modules()) == 2 * 7
         apply_npt(model, NPTConfig(layers="all", rule="rank1", rank=2, init="published"))
 

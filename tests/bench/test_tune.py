@@ -52,7 +52,7 @@ def test_our_tables_are_well_formed_and_honest(path):
 @pytest.mark.parametrize("tokens", [1, 256, 512, 513, 131072])
 @pytest.mark.parametrize("rank", [1, 16, 64, 128])
 def test_every_gpu_has_a_tile_for_the_kernels_that_rely_on_the_table(gpu, dtype, tokens, rank):
-    for kernel, keys in (("coefficients", {"BM", "BK"}), ("skinny", {"BT", "BN"})):
+    for kernel, keys in (("coefficients", {"BM", "BK"}), ("value_grads", {"BT", "BN"})):
         config = tables.lookup(kernel, gpu, dtype=dtype, tokens=tokens, rank=rank)
         assert keys | {"num_warps", "num_stages", "source"} <= set(config)
 
@@ -87,7 +87,7 @@ def test_order_and_conditions(user_table):
 def test_user_table_first_then_default(user_table):
     user_table([entry({"BM": 7, "BK": 7, "num_warps": 1, "num_stages": 1}, kernel="coefficients")])
     assert tables.lookup("coefficients", "My GPU", tokens=1)["BM"] == 7
-    assert "BT" in tables.lookup("skinny", "My GPU", tokens=1, rank=1)
+    assert "BT" in tables.lookup("value_grads", "My GPU", tokens=1, rank=1)
     assert tables.lookup("coefficients", "Other GPU", tokens=1)["BM"] != 7
 
 
@@ -128,7 +128,7 @@ def test_importing_needs_no_kernels():
     import sys
 
     code = (
-        "import sys, npt_kernels.kernels.triton.tables as t; t.lookup('skinny', '', rank=1); "
+        "import sys, npt_kernels.kernels.triton.tables as t; t.lookup('value_grads', '', rank=1); "
         "assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -143,8 +143,8 @@ def test_tune_refuses_without_gpu():
 def test_tunables_are_complete():
     pytest.importorskip("triton")
     found = tuner.find_tunables()
-    gemms = {"segmented_gemm", "gemm_act", "pair_forward", "pair_backward", "decode"}
-    assert set(found) == gemms | {"coefficients", "skinny"}
+    gemms = {"segmented_gemm", "gemm_act", "gate_up_forward", "gate_up_backward", "decode"}
+    assert set(found) == gemms | {"coefficients", "value_grads"}
     for kernel, spec in found.items():
         assert spec["shapes"] and spec["candidates"] and callable(spec["prepare"])
         for dtype in (torch.bfloat16, torch.float32):

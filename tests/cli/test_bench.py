@@ -39,7 +39,14 @@ def error_of(*arguments: str) -> str:
 def test_help_teaches() -> None:
     assert "tune" in npt("bench", "--help").stdout and "npt bench tune" in npt("--help").stdout
     text = npt("bench", "tune", "--help").stdout
-    for part in ("--out", "--dtype", "--rounds", "NPT_TUNING_DIR", "npt bench tune coefficients skinny", "CUDA GPU"):
+    for part in (
+        "--out",
+        "--dtype",
+        "--rounds",
+        "NPT_TUNING_DIR",
+        "npt bench tune coefficients value_grads",
+        "CUDA GPU",
+    ):
         assert part in text
     pytest.importorskip("triton")
     assert all(name in text for name in tuner.find_tunables())
@@ -49,17 +56,17 @@ def test_arguments_reach_the_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
 
     def measure(kernels: Any, shapes: Any, out: Any, **options: Any) -> Path:
-        options.pop("report")("skinny 1/1: 2.0 us")
+        options.pop("report")("value_grads 1/1: 2.0 us")
         seen.append((kernels, shapes, out, options))
         return Path("table.json")
 
     monkeypatch.setattr(tuner, "tune", measure)
-    result = npt("bench", "tune", "skinny", "--out", "x.json", "--dtype", "fp16", "--rounds", "3")
+    result = npt("bench", "tune", "value_grads", "--out", "x.json", "--dtype", "fp16", "--rounds", "3")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "2.0 us" in result.stdout and "written: table.json" in result.stdout
     assert npt("bench", "tune").exit_code == 0
     assert seen == [
-        (["skinny"], None, Path("x.json"), {"dtype": torch.float16, "rounds": 3}),
+        (["value_grads"], None, Path("x.json"), {"dtype": torch.float16, "rounds": 3}),
         (None, None, None, {"dtype": torch.bfloat16, "rounds": 15}),
     ]
 
@@ -75,8 +82,8 @@ def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_unknown_kernel_names_what_exists() -> None:
     pytest.importorskip("triton")
-    message = error_of("bench", "tune", "skiny")
-    assert "'skiny'" in message and "coefficients" in message and "skinny" in message
+    message = error_of("bench", "tune", "value_grad")
+    assert "'value_grad'" in message and "coefficients" in message and "value_grads" in message
 
 
 def test_a_file_in_the_way_is_found_before_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -86,7 +93,7 @@ def test_a_file_in_the_way_is_found_before_measuring(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "My GPU")
     monkeypatch.setattr(tuner, "_best", lambda *_: pytest.fail("it measured first"))
     (tmp_path / "notes.json").write_text("{not json")
-    assert "notes.json is in the way" in error_of("bench", "tune", "skinny", "--out", "notes.json")
+    assert "notes.json is in the way" in error_of("bench", "tune", "value_grads", "--out", "notes.json")
 
 
 # ---- the suites ------------------------------------------------------------------------------------------------------

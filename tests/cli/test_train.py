@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,7 @@ def test_offline_hub_id_fails_within_three_seconds() -> None:
 
 
 def test_offline_dataset_fails_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from npt_kernels.base_model import loading
-
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("npt_kernels.run.open.load_model", lambda *_, **__: pytest.fail("the model was loaded first"))
     assert "data.dataset_name='Salesforce/wikitext'" in error_of("train", "small")
     assert "matches no file" in error_of("train", "data.train_files=['none.txt']")
 
@@ -236,7 +234,33 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_train_hands_everything_to_the_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_levels_from_the_command_to_the_step(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who wants to know what a run does reads this chain, top to bottom."""
+    from npt_kernels.training.loop import PhaseLoop
+
+    chains: list[list[str]] = []
+
+    def step(self: PhaseLoop, batch: Any) -> Any:
+        frames = [frame.frame for frame in inspect.stack()[1:]]
+        names = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in reversed(frames)]
+        chains.append([f"{module}.{name}" for module, name in names if module.startswith("npt_kernels.")])
+        return original(self, batch)
+
+    original = PhaseLoop._step
+    monkeypatch.setattr(PhaseLoop, "_step", step)
+    assert npt("train", "--config", "tiny.yaml", "model.init=small").exit_code == 0
+    assert len(chains) == 2
+    for chain in chains:
+        assert chain == [
+            "npt_kernels.cli.errors.wrapped",  # the decorator of every command
+            "npt_kernels.cli.train.train",
+            "npt_kernels.run.run.run_training",
+            "npt_kernels.run.run.train",
+            "npt_kernels.training.loop.steps",
+        ]
+
+
+def test_train_hands_everything_to_the_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     def run_training(
@@ -244,7 +268,7 @@ def test_train_hands_everything_to_the_engine(tiny: Path, monkeypatch: pytest.Mo
     ) -> None:
         seen.update(config=config, model=model, blocks=blocks, resume=resume, world=world)
 
-    monkeypatch.setitem(sys.modules, "npt_kernels.run.engine", types.SimpleNamespace(run_training=run_training))
+    monkeypatch.setattr("npt_kernels.run.run.run_training", run_training)
     result = npt("train", "--config", "tiny.yaml", "training.max_steps=1")
     assert result.exit_code == 0, (result.output, result.exception)
     assert seen["config"].training.max_steps == 1 and seen["resume"] is None and seen["world"].size == 1
@@ -252,12 +276,12 @@ def test_train_hands_everything_to_the_engine(tiny: Path, monkeypatch: pytest.Mo
     assert load_run_config(file=tiny / "out" / "config.yaml") == seen["config"]
     (tiny / "out" / "npt_config.json").write_text("{}")
     npt("train", "--config", "tiny.yaml", "--resume", "out")
-    assert str(seen["resume"]) == "out"
+    assert str(seen["resume"].adapter) == "out"
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "npt_kernels.run.engine", types.SimpleNamespace(run_training=interrupted))
+    monkeypatch.setattr("npt_kernels.run.run.run_training", interrupted)
     assert npt("train", "--config", "tiny.yaml").exit_code == 130
 
 

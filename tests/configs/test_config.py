@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,16 @@ def test_shipped_files_teach_and_name_known_keys_only() -> None:
         assert f"npt train {name}" in text
         for section, keys in parse_yaml(text, name).items():
             assert set(keys) <= set(SECTIONS[section])
+
+
+def test_the_schema_is_read_without_torch():
+    """``--help`` prints its keys: formats and settings are names, and whoever checks one loads what it names."""
+    code = (
+        "import sys, npt_kernels.configs.schema as schema\n"
+        "assert schema.RunConfig.model_fields and 'torch' not in sys.modules\n"
+        "schema.RunConfig()\n"
+        "print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "True", "the check of a rule's name does load it, so the assertion above can fail"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from npt_kernels.kernels.cuda import EMULATED
+from npt_kernels.kernels.cuda.support import EMULATED
 from tests.support.cuda_layout import build_layout
 
 

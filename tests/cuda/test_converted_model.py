@@ -1,15 +1,14 @@
-"""A converted model under ``NPT_BACKEND=cuda`` or a layer plan that names it, launches replaced by their definition."""
+"""A converted model under ``NPT_BACKEND=cuda``, launches replaced by their definition."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 
 import pytest
 import torch
 
 from npt_kernels import BackendUnavailableError, NPTConfig, apply_npt
-from npt_kernels.kernels import cuda as _cuda
+from npt_kernels.kernels.cuda import support as _cuda
 from npt_kernels.ops import registry as backends
 from tests.support.fake_launch import LAUNCHES, OVERLAPS, install
 from tests.support.helpers import tiny_model, token_ids
@@ -24,9 +23,8 @@ def converted(name: str, rule: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("how", ["environment", "layer"])
 @pytest.mark.parametrize(("name", "rule"), [("llama", "self_key"), ("llama", "rank1"), ("gpt2", "self_key")])
-def test_named_for_all_it_runs_what_it_has(monkeypatch: pytest.MonkeyPatch, how: str, name: str, rule: str) -> None:
+def test_named_for_all_it_runs_what_it_has(monkeypatch: pytest.MonkeyPatch, name: str, rule: str) -> None:
     model, tokens = converted(name, rule), token_ids()
     expected = model(tokens).logits
     expected.square().mean().backward()
@@ -36,12 +34,7 @@ def test_named_for_all_it_runs_what_it_has(monkeypatch: pytest.MonkeyPatch, how:
     install(monkeypatch)
     backends._say_elsewhere.cache_clear()
     monkeypatch.setattr(_cuda, "unavailable", lambda device, dtype: None)
-    if how == "environment":
-        monkeypatch.setattr(backends, "_DEFAULT_BACKEND", "cuda")
-    else:
-        for layer in model.modules():
-            if hasattr(layer, "npt_plan"):
-                layer.npt_plan = dataclasses.replace(layer.npt_plan, backend="cuda")
+    monkeypatch.setattr(backends, "_DEFAULT_BACKEND", "cuda")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         logits = model(tokens).logits

@@ -19,16 +19,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from npt_kernels.kernels.cuda import EMULATED, launch, skinny
+from npt_kernels.kernels.cuda import coefficients, launch, value_grads
 from npt_kernels.kernels.cuda.choose import Epilogue, choose
 from npt_kernels.kernels.cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Segment
-from npt_kernels.ops.factored_linear import cuda as factored_cuda
-from npt_kernels.ops.factored_linear import eager as factored_eager
-from npt_kernels.ops.mlp import cuda as mlp_cuda
-from npt_kernels.ops.mlp import eager as mlp_eager
+from npt_kernels.kernels.cuda.steps import fused_sum
+from npt_kernels.kernels.cuda.support import EMULATED
 from npt_kernels.rules import RULES, get_rule
+from tests.support.mlp_calls import FactoredCalls, MlpCalls
 
 pytestmark = pytest.mark.gpu
+mlp_cuda, mlp_eager = MlpCalls("cuda"), MlpCalls("eager")
+factored_cuda, factored_eager = FactoredCalls("cuda"), FactoredCalls("eager")
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICE = "cpu" if EMULATED else "cuda"
 
@@ -71,8 +72,8 @@ def test_store(dtype: torch.dtype, mn: bool, rows: int, cols: int, depth: int, r
     for make in (ternary, randn):
         x, w = make(rows, depth, dtype=dtype), weight(cols, depth, mn, lambda *s, m=make: m(*s, dtype=dtype))
         c, b, bias = make(rows, rank, dtype=dtype), make(rank, cols, dtype=dtype), make(cols, dtype=dtype)
-        y = factored_cuda.fused_sum("test", [(x, w)], [(c, b)], bias)
-        again = factored_cuda.fused_sum("test", [(x, w)], [(c, b)], bias)
+        y = fused_sum("test", [(x, w)], [(c, b)], bias)
+        again = fused_sum("test", [(x, w)], [(c, b)], bias)
         assert y is not None and again is not None
         assert torch.equal(y, again)
         truth = x.double() @ w.double().t() + c.double() @ b.double() + bias.double()
@@ -197,9 +198,9 @@ def test_coefficients(dtype: torch.dtype, rule: str, rows: int, rank: int, terms
         keys = [key] if kind != "matrix" else [key, key.t().contiguous().t()]  # type: ignore[union-attr]
         for stored in keys:
             for parts in sizes((None, 1, 2, 4, 8), (None, 4)):
-                plan = None if parts is None else skinny.ShrinkPlan(64 if rank <= 64 else 128, parts, "test")
+                plan = None if parts is None else coefficients.ShrinkPlan(64 if rank <= 64 else 128, parts, "test")
                 low, again = (
-                    skinny.coefficients(
+                    coefficients.coefficients(
                         u, stored, key_scale, rule, terms, 0.7, a=a, w_down=w_down, method="fused", plan=plan
                     )
                     for _ in range(2)
@@ -223,7 +224,9 @@ def test_coefficients(dtype: torch.dtype, rule: str, rows: int, rank: int, terms
                     get_rule(rule).coefficients(plain_z * key_scale.unsqueeze(1), plain_p, terms, 0.7),
                     get_rule(rule).coefficients(truth_z * key_scale.double().unsqueeze(1), truth_p, terms, 0.7),
                 )
-                given = skinny.coefficients(u, stored, key_scale, rule, terms, 0.7, z=low.z, method="fused", plan=plan)
+                given = coefficients.coefficients(
+                    u, stored, key_scale, rule, terms, 0.7, z=low.z, method="fused", plan=plan
+                )
                 assert not given.c.isnan().any() and (truth_p is None or torch.equal(given.p, low.p))
 
 
@@ -235,7 +238,7 @@ def test_coefficients(dtype: torch.dtype, rule: str, rows: int, rank: int, terms
 def test_pair(dtype: torch.dtype, rows: int, width: int, rank: int) -> None:
     for make in (ternary, randn):
         dy, b, c = (make(*s, dtype=dtype) for s in ((rows, width), (rank, width), (rows, rank)))
-        got, again = (skinny.skinny_pair(dy, b, c) for _ in range(2))
+        got, again = (value_grads.dc_and_value_grad(dy, b, c) for _ in range(2))
         assert all(torch.equal(g, w) for g, w in zip(got, again, strict=True))
         truths = (dy.double() @ b.double().t(), c.double().t() @ dy.double())
         for g, plain, truth in zip(got, (dy @ b.t(), c.t() @ dy), truths, strict=True):
@@ -262,7 +265,7 @@ def test_value_grads(rule: str, rank: int, terms: int) -> None:
         get_rule(rule).coefficients(z, p, terms, 0.7).t() @ dy,
     )
     for method in ("fused", "vendor"):
-        got = skinny.value_grads(dy, value, z, p, None, rule, terms, 0.7, True, True, True, method=method)  # type: ignore[arg-type]
+        got = value_grads.value_grads(dy, value, z, p, None, rule, terms, 0.7, True, True, True, method=method)  # type: ignore[arg-type]
         for g, pl, t in zip(got, plain, truth, strict=True):
             if g is not None:
                 twice(g, pl, t)

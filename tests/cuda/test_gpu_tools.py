@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from npt_kernels.bench.single_kernels import cuda_kernels
 from npt_kernels.cli import main as cli
-from npt_kernels.kernels import cuda as _cuda
+from npt_kernels.kernels.cuda import support as _cuda
 from npt_kernels.kernels.cuda.choose import Epilogue
 
 

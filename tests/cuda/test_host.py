@@ -17,20 +17,18 @@ import torch
 from torch import Tensor
 
 import npt_kernels
-from npt_kernels.kernels import cuda as _cuda
 from npt_kernels.kernels.cuda import choose as heuristics
-from npt_kernels.kernels.cuda import launch
+from npt_kernels.kernels.cuda import launch, steps
+from npt_kernels.kernels.cuda import support as _cuda
 from npt_kernels.kernels.cuda.choose import Epilogue, Family, choose
-from npt_kernels.ops.factored_linear import cuda as factored_cuda
-from npt_kernels.ops.factored_linear import eager as factored_eager
-from npt_kernels.ops.mlp import cuda as mlp_cuda
-from npt_kernels.ops.mlp import eager as mlp_eager
 from npt_kernels.ops.registry import BACKENDS, BackendUnavailableError, Call, resolve_backend
 from npt_kernels.rules import RULES
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tests.support.cuda_instances import instances
 from tests.support.fake_launch import CALLS, LAUNCHES, LOW, LOW_FIRST, LOW_SECOND, MAIN, OVERLAPS, install
+from tests.support.mlp_calls import FactoredCalls, MlpCalls
+
+mlp_cuda, mlp_eager = MlpCalls("cuda"), MlpCalls("eager")
+factored_cuda, factored_eager = FactoredCalls("cuda"), FactoredCalls("eager")
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = importlib.util.find_spec("npt_kernels._cuda") is not None
@@ -426,15 +424,14 @@ def test_x_is_copied_before_the_coefficients_not_after(on_cpu: None, monkeypatch
 
     t, d, f, total = 4, 32, 48, 16
     x = rand(t, d + 1)[:, 1:]  # rows that TMA cannot read
-    for module in (mlp_cuda, factored_cuda):
-        monkeypatch.setattr(module, "rows_ok", spy)
-        inner = module.coefficients
+    inner = steps.coefficients
 
-        def spied(*args: Any, inner: Any = inner, **options: Any) -> Any:
-            order.append("coefficients")
-            return inner(*args, **options)
+    def spied(*args: Any, **options: Any) -> Any:
+        order.append("coefficients")
+        return inner(*args, **options)
 
-        monkeypatch.setattr(module, "coefficients", spied)
+    monkeypatch.setattr(steps, "rows_ok", spy)
+    monkeypatch.setattr(steps, "coefficients", spied)
     factored_cuda.forward(x, rand(t, total), rand(f, d), rand(total, d), rand(total, f), None, "rank1", 1, 1.0)
     assert order == ["copy", "coefficients"]
     order.clear()

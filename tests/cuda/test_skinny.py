@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from npt_kernels.kernels import cuda as _cuda
 from npt_kernels.kernels.cuda import choose as heuristics
-from npt_kernels.kernels.cuda import launch, skinny
+from npt_kernels.kernels.cuda import coefficients as coefficients_module
+from npt_kernels.kernels.cuda import launch, rules
+from npt_kernels.kernels.cuda import support as _cuda
 from npt_kernels.kernels.cuda.choose import Epilogue, choose
-from npt_kernels.kernels.cuda.skinny import coefficients, pair_bytes, pair_ranges, shrink_plan, value_grads
+from npt_kernels.kernels.cuda.coefficients import coefficients, shrink_plan
+from npt_kernels.kernels.cuda.value_grads import pair_bytes, pair_ranges, value_grads
 from npt_kernels.rules import RULES, get_rule
 from tests.support.fake_launch import LAUNCHES, PLANS, install
 
@@ -105,7 +107,7 @@ def test_one_kernel_makes_z_p_and_c(rule: str, rank: int, scaled: bool) -> None:
 def test_a_tied_key_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """diagonal's key is w_downᵀ, a view: no copy of it."""
     a, u, w_down = rand(4, 48), rand(4, 48), rand(48, 16)
-    monkeypatch.setattr(skinny, "rows_ok", lambda t: t if t.stride(1) == 1 else pytest.fail("copied"))
+    monkeypatch.setattr(coefficients_module, "rows_ok", lambda t: t if t.stride(1) == 1 else pytest.fail("copied"))
     c = coefficients(u, w_down.t(), None, "diagonal", 1, 0.5, a=a, w_down=w_down).c
     torch.testing.assert_close(c, 0.5 * torch.tanh(a @ w_down) * (u @ w_down))
 
@@ -174,7 +176,7 @@ def test_value_grads_makes_only_what_is_asked_for(needs: tuple[bool, bool, bool]
 
 def test_wide_terms_are_summed_before_the_rule() -> None:
     """Shares of a term wider than the rule kernel holds: dc is added up first."""
-    rank = skinny.MAX_SHARED_WIDTH + 8
+    rank = rules.MAX_SHARED_WIDTH + 8
     dy, value, z, p = rand(64, 16), rand(rank, 16), rand(64, rank), rand(64, rank)
     dz, _, _ = value_grads(dy, value, z, p, None, "rank1", 1, 1.0, True, True, True, method="fused")
     assert LAUNCHES == ["rule", "value_grads", "reduce", "rule", "reduce"]

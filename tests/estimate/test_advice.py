@@ -16,7 +16,7 @@ from npt_kernels.estimate.advice import TIERS, Suggestion, advise, largest_batch
 from npt_kernels.estimate.budget import Budget, Sizes
 from npt_kernels.estimate.devices import GPUS
 from npt_kernels.estimate.parallel import Parallel
-from npt_kernels.run.oom import memory_advice
+from npt_kernels.run.oom import failed_phases, memory_advice
 from tests.support.plan_cases import LLAMA, config_of
 
 GIB = 2**30
@@ -157,7 +157,8 @@ def test_advice_is_about_the_phase_that_failed(folder: Path) -> None:
         ("npt_kernels.training.loop", "end_to_end"),
         ("npt_kernels.conversion.moments", "conversion"),
     ):
-        found = advise(config, raised_in(module, MemoryError()), limit=64 * GIB)
+        error = raised_in(module, MemoryError())
+        found = advise(config, torch.device("cpu"), failed_phases(error), limit=64 * GIB)
         assert found
         for entry in found:
             changed = sizes.needs(applied_in_memory(config, entry)).phases[phase]
@@ -172,7 +173,7 @@ def test_advice_is_about_the_phase_that_failed(folder: Path) -> None:
 def test_advice_without_a_known_model_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("nobody/knows-this")
     with pytest.raises(ConfigError):
-        advise(config, MemoryError())
+        advise(config, torch.device("cpu"))
     assert "Try: training.batch_size=2" in memory_advice(config, torch.OutOfMemoryError("CUDA out of memory"))
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from npt_kernels.estimate.byte_count import count_bytes, peak
 from npt_kernels.measure.live_bytes import LiveBytes
 from npt_kernels.measure.random_model_step import build_model
-from npt_kernels.run.engine import run_training
+from npt_kernels.run.run import run_training
 from tests.support.plan_cases import FAMILIES, config_of, sizes_of
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.model.select import find_layers
 from npt_kernels.offload import load_for_streaming, setup, stream_mode, streaming, streaming_notes
 from npt_kernels.offload.weights import is_mapped, layer_tensors
-from npt_kernels.run.engine import run_training
+from npt_kernels.run.run import run_training
 from tests.support.helpers import Words, tiny_model, token_ids
 
 
@@ -89,7 +90,7 @@ def test_notes_say_what_surprises(tmp_path):
 
 
 def test_too_little_host_memory_is_one_line_before_anything_is_loaded(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(setup, "host_memory", lambda: 1000)
+    monkeypatch.setattr(setup, "free_host_memory", lambda: 1000)
     run = config(
         tmp_path,
         model={"base_model_name": str(folder)},
@@ -100,7 +101,7 @@ def test_too_little_host_memory_is_one_line_before_anything_is_loaded(tmp_path, 
     tokenizer = "transformers.AutoTokenizer.from_pretrained"
     monkeypatch.setattr(tokenizer, lambda *_, **__: None)
     with pytest.raises(ConfigError) as caught:
-        loading.load_model(run, "cpu")
+        loading.load_model(run, "cpu", to_host=functools.partial(load_for_streaming, run, "cpu"))
     message = str(caught.value)
     assert "\n" not in message and "needs 0.0 GiB" in message and "0.0 GiB are free" in message
     assert str(folder) in message and "optimization.stream_layers=disk" in message
@@ -108,12 +109,12 @@ def test_too_little_host_memory_is_one_line_before_anything_is_loaded(tmp_path, 
 
 def test_offload_without_room_means_disk(tmp_path, folder, monkeypatch):
     run = config(tmp_path, optimization={"use_cpu_offload": True})
-    monkeypatch.setattr(setup, "host_memory", lambda: 1000)
+    monkeypatch.setattr(setup, "free_host_memory", lambda: 1000)
     model = load(run, folder, "cuda", torch.float32)
     assert run.optimization.stream_layers == "disk" == stream_mode(run, "cuda")
     assert all(is_mapped(t) for t in matrices(model))
     run = config(tmp_path, optimization={"use_cpu_offload": True})
-    monkeypatch.setattr(setup, "host_memory", lambda: 2**40)
+    monkeypatch.setattr(setup, "free_host_memory", lambda: 2**40)
     load(run, folder, "cuda", torch.float32)
     assert run.optimization.stream_layers == "host"
 
@@ -125,9 +126,9 @@ def test_need_counts_every_tensor_once_and_pinned_powers_of_two(monkeypatch):
     assert setup.host_need(model, torch.float32, "cpu") == 4 * (rest + 3 * layer)
     power = next(2**k for k in range(40) if 2**k >= 2 * layer)
     assert setup.host_need(model, torch.bfloat16, "cuda") == 2 * rest + 2 * power + 2 * layer
-    assert 0 < setup.host_memory() < 2**50
+    assert 0 < setup.free_host_memory() < 2**50
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(setup, "host_memory", lambda: 3 * 2**30)
+    monkeypatch.setattr(setup, "free_host_memory", lambda: 3 * 2**30)
     run = RunConfig.from_mapping({"optimization": {"stream_layers": "host"}})
     assert setup._settle_mode(run, "host", 2**29) == "host"
     with pytest.raises(ConfigError, match=r"needs 4\.0 GiB of host memory \(4 processes\)"):
@@ -138,9 +139,9 @@ def test_a_container_limit_counts(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
     monkeypatch.setattr(setup, "Path", lambda name: tmp_path / Path(name).name)
-    assert setup.host_memory() == 3000
+    assert setup.free_host_memory() == 3000
     (tmp_path / "memory.max").write_text("max\n")
-    assert setup.host_memory() > 3000
+    assert setup.free_host_memory() > 3000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

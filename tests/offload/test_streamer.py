@@ -18,7 +18,7 @@ from npt_kernels.model.install import converted_layers
 from npt_kernels.model.select import find_layers
 from npt_kernels.offload import LayerStreamer
 from npt_kernels.offload.weights import layer_tensors
-from npt_kernels.run.oom import base_fingerprint
+from npt_kernels.run.fingerprint import base_fingerprint
 from npt_kernels.training.objectives import KLObjective, LayerObjective, LocalObjective, enable_checkpointing
 from tests.support.helpers import randomise, tiny_model, token_ids
 

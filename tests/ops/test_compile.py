@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_factored_linear, npt_parameters
 from npt_kernels.ops.factored_linear import factored_linear
 from npt_kernels.ops.linear import linear
-from npt_kernels.ops.mlp import mlp
+from npt_kernels.ops.mlp.op import OP as mlp
 from tests.support.helpers import ALL_RULES, factored_problem, linear_problem, mlp_problem, tiny_model, token_ids
 
 PER_TOKEN = {"x", "z", "v_a", "v_b", "a", "key_scale"}

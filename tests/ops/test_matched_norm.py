@@ -169,7 +169,7 @@ def test_no_tokens(backend, kind):
 @needs_interpreter
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_rows_than_programs_and_bitwise_repeatable(kind, monkeypatch):
-    from npt_kernels.ops.matched_norm import triton as kernels
+    from npt_kernels.kernels.triton import norm as kernels
 
     monkeypatch.setattr(kernels, "_PARTS", 4)
     inputs = tensors(30, 16, kind, torch.float32)
@@ -183,7 +183,7 @@ def test_more_rows_than_programs_and_bitwise_repeatable(kind, monkeypatch):
 
 @needs_interpreter
 def test_long_rows_fall_back(monkeypatch):
-    from npt_kernels.ops.matched_norm import triton as kernels
+    from npt_kernels.kernels.triton import norm as kernels
 
     inputs = tensors(3, 40, "rms", torch.float32)
     expected, grads_expected = run(op, inputs, extra=("rms", EPS, "eager"))
@@ -196,14 +196,14 @@ def test_long_rows_fall_back(monkeypatch):
 @needs_interpreter
 @pytest.mark.parametrize(("limit", "trained"), [("MAX_BACKWARD_WIDTH", False), ("MAX_TRAINED_WIDTH", True)])
 def test_long_rows_of_the_backward_fall_back(monkeypatch, limit, trained):
-    from npt_kernels.ops.matched_norm import eager
-    from npt_kernels.ops.matched_norm import triton as kernels
+    from npt_kernels.kernels.eager import EagerSteps
+    from npt_kernels.kernels.triton import norm as kernels
 
     inputs = tensors(3, 40, "rms", torch.float32)
     h, a, weight = (inputs[name].detach() for name in ("h", "a", "weight"))
     du, needs = torch.ones_like(h), [True, True, trained, False]
     arguments = (du, None, h, a, weight, None, "rms", EPS, needs)
-    expected = eager.backward(*arguments)
+    expected = EagerSteps().matched_norm_backward(*arguments)
     monkeypatch.setattr(kernels, limit, 32)
     monkeypatch.setattr(kernels, "backward_kernel", None)  # any launch would fail
     assert all(torch.equal(g, e) for g, e in zip(kernels.backward(*arguments), expected, strict=True))

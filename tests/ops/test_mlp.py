@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from npt_kernels import AdapterTensors, NPComponent, npt_gated_mlp, npt_mlp
-from npt_kernels.ops.mlp import mlp as op
+from npt_kernels.ops.mlp.op import OP as op
 from npt_kernels.rules import get_rule
 from tests.support.helpers import ALL_RULES, MLP_TENSORS, GemmMeter, check_twice, integers, mlp_problem, randn, subsets
+from tests.support.mlp_calls import mlp_operands
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = [s for s in subsets(("gate", "up", "down")) if s]
@@ -163,7 +164,7 @@ def test_small_integers_are_exact_in_low_precision(dtype):
 
 
 def raw_args(problem, needs, rule, k=1, act="silu"):
-    return (*problem.leaves(needs).values(), act, rule, k, 0.7, True, "eager")
+    return (*mlp_operands(problem.leaves(needs).values()).flat(), act, rule, k, 0.7, True, "eager")
 
 
 @rules
@@ -222,7 +223,8 @@ def test_drawn_subsets_of_gradients_through_the_library_op(rule):
     upstream = torch.randn(5, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     for needs in itertools.combinations(names, 2):
         leaves = problem.leaves(needs)
-        op.library_op(*leaves.values(), "silu", rule, 1, 0.7, True, "eager")[0].backward(upstream)
+        operands = mlp_operands(leaves.values()).flat()
+        op.library_op(*operands, "silu", rule, 1, 0.7, True, "eager")[0].backward(upstream)
         for name in names:
             if name in needs:
                 torch.testing.assert_close(leaves[name].grad, grads_all[name], rtol=1e-12, atol=1e-12)
@@ -500,9 +502,12 @@ def test_adapter_forms_agree(form):
     }
     adapter = {"component": component, "tensors": tensors, "mapping": mapping}[form]
     args = randn(3, 6), randn(3, 6), randn(8, 6), randn(6, 8)
-    direct = op(*args[:2], None, None, *args[2:], None, None, None, tensors.w_down, None, None,
-                tensors.w_a_up["c_fc"], tensors.w_b_up["c_fc"], tensors.w_a_up["c_proj"], tensors.w_b_up["c_proj"],
-                "gelu_new", "rank1", 2, 1.0, False, "eager")[0]  # fmt: skip
+    keys, values = tensors.w_a_up, tensors.w_b_up
+    operands = mlp_operands(
+        (*args[:2], None, None, *args[2:], None, None, None, tensors.w_down, None, None,
+         keys["c_fc"], values["c_fc"], keys["c_proj"], values["c_proj"])
+    )  # fmt: skip
+    direct = op(*operands.flat(), "gelu_new", "rank1", 2, 1.0, False, "eager")[0]
     y = npt_mlp(*args, adapter)
     assert torch.equal(y, direct)
     assert not torch.equal(y, npt_mlp(*args, AdapterTensors(tensors.w_down)))

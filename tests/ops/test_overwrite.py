@@ -3,9 +3,7 @@ holds next to nothing beside the gradients."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from npt_kernels.kernels.cuda import launch, skinny
-from npt_kernels.ops.mlp import cuda as mlp_cuda
-from npt_kernels.ops.mlp import eager, mlp
+from npt_kernels.kernels.cuda import launch, steps, value_grads
+from npt_kernels.kernels.eager import EagerSteps
 from npt_kernels.ops.mlp import op as mlp_op
 from npt_kernels.ops.overwrite import may_overwrite
 from tests.support.helpers import memory_meter, mlp_problem
@@ -23,9 +20,8 @@ from tests.support.helpers import memory_meter, mlp_problem
 pytest.importorskip("triton")
 from npt_kernels.kernels.triton import segmented_gemm
 from npt_kernels.kernels.triton.numerics import INTERPRET
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
 from tests.support.fake_launch import install
+from tests.support.mlp_calls import mlp_operands
 
 needs_interpreter = pytest.mark.skipif(not INTERPRET, reason="Triton kernels were defined without TRITON_INTERPRET=1")
 T, D, F, R = 8, 16, 24, 8
@@ -35,19 +31,19 @@ T, D, F, R = 8, 16, 24, 8
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What each backward was told, through the eager backend dressed up as one that overwrites: it ruins gate and up."""
     told: list[bool] = []
-    original = eager.backward
+    original = mlp_op.backward
 
-    def backward(*args: Any) -> list[Tensor]:
-        overwrite = len(args) > 26 and args[26]
+    def backward(steps: Any, dout: Tensor, o: Any, made: Any, *rest: Any) -> Any:
+        overwrite = rest[-1]
         told.append(bool(overwrite))
-        grads = original(*args[:26])
+        grads = original(steps, dout, o, made, *rest)
         if overwrite:
-            for t in args[18:20]:
+            for t in (made.gate, made.up):
                 t.fill_(float("nan"))
         return grads
 
-    monkeypatch.setattr(eager, "backward", backward)
-    monkeypatch.setattr(eager, "OVERWRITES_SAVED", True, raising=False)
+    monkeypatch.setattr(mlp_op, "backward", backward)
+    monkeypatch.setattr(EagerSteps, "overwrites_saved", True)
     return told
 
 
@@ -59,7 +55,7 @@ def problem(**settings: Any) -> tuple[Callable[..., Tensor], dict[str, Tensor | 
 
 def raw(leaves: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
     """The op itself, all seven outputs."""
-    return mlp(*leaves.values(), "silu", "self_key", 1, 0.7, True, "eager")
+    return mlp_op.OP(*mlp_operands(leaves.values()).flat(), "silu", "self_key", 1, 0.7, True, "eager")
 
 
 def grads_of(leaves: dict[str, Tensor | None]) -> list[Tensor]:
@@ -156,13 +152,12 @@ def test_hooks_that_keep_what_was_saved(asked: list[bool]) -> None:
 
 def test_compiled_calls_never_do(asked: list[bool]) -> None:
     """A custom op that declares no mutation must not mutate."""
-    import inspect
-
-    assert "(a!)" not in str(torch.ops.npt_kernels.mlp_backward.default._schema)
+    schema = torch.ops.npt_kernels.mlp_backward.default._schema
+    assert "(a!)" not in str(schema)
     op, leaves = problem()
     torch.compile(op, backend="aot_eager")(**leaves).sum().backward()
     assert asked == [False]
-    assert inspect.signature(mlp_op._raw_backward).parameters["overwrite"].default is False
+    assert next(a for a in schema.arguments if a.name == "overwrite").default_value is False
 
 
 def test_without_the_engines_answer_it_is_no(monkeypatch: pytest.MonkeyPatch, asked: list[bool]) -> None:
@@ -178,9 +173,9 @@ def test_without_the_engines_answer_it_is_no(monkeypatch: pytest.MonkeyPatch, as
 @pytest.mark.parametrize("need_up", [True, False])
 def test_triton_pair_in_place(need_gate: bool, need_up: bool) -> None:
     dout, weight, gate, up = (torch.randn(*s) for s in ((20, 24), (24, 40), (20, 40), (20, 40)))
-    plain = segmented_gemm.gemm_pair_backward([(dout, weight.t())], gate, up, "silu", need_gate, need_up)
+    plain = segmented_gemm.gate_up_backward([(dout, weight.t())], gate, up, "silu", need_gate, need_up)
     kept = (gate.clone(), up.clone())
-    got = segmented_gemm.gemm_pair_backward([(dout, weight.t())], gate, up, "silu", need_gate, need_up, overwrite=True)
+    got = segmented_gemm.gate_up_backward([(dout, weight.t())], gate, up, "silu", need_gate, need_up, overwrite=True)
     for g, p, place, before in zip(got, plain, (up, gate), (kept[1], kept[0]), strict=True):
         assert (g is None) == (p is None)
         if g is None:
@@ -208,13 +203,12 @@ def local_step(backend: str, monkeypatch: pytest.MonkeyPatch, gated: bool = True
         pass
 
     monkeypatch.setitem(launch.DTYPES, torch.float32, 0)
-    monkeypatch.setattr(skinny, "pair_bytes", lambda *sizes: (2, 1))
+    monkeypatch.setattr(value_grads, "pair_bytes", lambda *sizes: (2, 1))
     monkeypatch.setattr("npt_kernels.kernels.triton.value_grads.pair_bytes", lambda *sizes: (2, 1))
-    monkeypatch.setattr(mlp_cuda, "run", nothing)
-    monkeypatch.setattr("npt_kernels.ops.factored_linear.cuda.run", nothing)
+    monkeypatch.setattr(steps, "run", nothing)
     monkeypatch.setattr(segmented_gemm, "_run", nothing)
     monkeypatch.setattr("npt_kernels.kernels.triton.gate_up.launch", nothing)
-    monkeypatch.setattr("npt_kernels.kernels.cuda.unavailable", lambda device, dtype: None)
+    monkeypatch.setattr("npt_kernels.kernels.cuda.support.unavailable", lambda device, dtype: None)
     targets = ("gate", "up", "down") if gated else ("up", "down")
     made = mlp_problem(
         "self_key", tokens, d, f, d, rank, 1, gated=gated, targets=targets, dtype=torch.float32, normalise=True, bias=False
@@ -223,7 +217,7 @@ def local_step(backend: str, monkeypatch: pytest.MonkeyPatch, gated: bool = True
     leaves = made.leaves(needs)
     unit = tokens * f * 4
     with memory_meter() as forward:
-        y = mlp(*leaves.values(), "silu", "self_key", 1, 0.7, True, backend)[0]
+        y = mlp_op.OP(*mlp_operands(leaves.values()).flat(), "silu", "self_key", 1, 0.7, True, backend)[0]
     grad = torch.randn_like(y)
     with memory_meter() as backward:
         y.backward(grad)

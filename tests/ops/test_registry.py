@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -20,6 +19,9 @@ from npt_kernels import (
     npt_gated_mlp,
     npt_linear,
 )
+from npt_kernels.kernels.eager import EagerSteps
+from npt_kernels.kernels.steps import Steps
+from npt_kernels.rules import RULES
 from tests.support.helpers import factored_problem, linear_problem, mlp_problem
 
 OPS = ("linear", "factored_linear", "mlp", "matched_norm")
@@ -28,11 +30,64 @@ OPS = ("linear", "factored_linear", "mlp", "matched_norm")
 def test_registry():
     assert "eager" in available_backends()
     for backend in backends.BACKENDS.values():
-        assert backend.summary and backend.modules and not set(backend.modules) & set(backend.absent)
-        assert set(backend.modules) | set(backend.absent) == set(OPS), "every op: implemented, or with a reason"
-    for op in OPS:
-        module = backends.get_backend("eager").module(op)
-        assert callable(module.forward) and callable(module.backward)
+        assert backend.summary and backend.ops and not set(backend.ops) & set(backend.absent)
+        assert set(backend.ops) | set(backend.absent) == set(OPS), "every op: implemented, or with a reason"
+    assert backends.BACKENDS["eager"].ops == OPS
+    assert isinstance(backends.get_steps("eager"), Steps)
+    assert backends.get_steps("eager") is backends.get_steps("eager")
+
+
+@pytest.mark.parametrize("name", available_backends())
+def test_every_rule_runs_on_every_backend_or_is_listed_as_missing(name):
+    """A backend with kernels of its own for the rules has one entry for each (``RULE_IDS``): a new rule must be added there, or
+    here with the reason why that backend goes without it."""
+    without: dict[str, dict[str, str]] = {}
+    known = backends.BACKENDS[name].rules
+    assert known is None or known | set(without.get(name, {})) == set(RULES)
+
+
+def test_a_rule_that_a_backend_lacks_is_a_reason(monkeypatch):
+    """Not a KeyError in the middle of a launch: whoever adds a rule runs on eager, and reads why not elsewhere."""
+
+    class Halved(RULES["self_key"].__class__):
+        name = "halved"
+
+        def coefficients(self, z, p, num_ranks, scale):
+            return z * 0.5
+
+        def backward(self, dc, z, p, num_ranks, scale, need_z, need_p):
+            return dc * 0.5 if need_z else None, None
+
+    monkeypatch.setitem(RULES, "halved", Halved())
+    x, z, weight, value = torch.randn(3, 8), torch.randn(3, 4), torch.randn(5, 8), torch.randn(4, 5)
+    y = npt_factored_linear(x, z, weight, None, value, rule="halved")
+    torch.testing.assert_close(y, x @ weight.t() + 0.5 * z @ value)
+    for name in ("triton", "cuda"):
+        explained = backends.explain("factored_linear", rule="halved", dtype=torch.float32, backend=name)
+        assert explained.chosen is None and "do not know rule 'halved'" in explained.reasons[name]
+        with pytest.raises(BackendUnavailableError, match="do not know rule 'halved'; they know anchored, diagonal"):
+            npt_factored_linear(x, z, weight, None, value, rule="halved", backend=name)
+
+
+def test_a_backend_is_one_class_of_steps(monkeypatch):
+    """Overriding one step is enough: the plans, gradients and everything else come from the others."""
+    calls = []
+
+    class Loud(EagerSteps):
+        def low(self, u, target, source, spec):
+            calls.append(spec.rule)
+            return super().low(u, target, source, spec)
+
+    entry = backends.Backend("loud", Loud, "for this test")
+    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "loud": entry})
+    problem = mlp_problem("rank1")
+    leaves = problem.leaves(("x", "w_down"))
+    component = NPComponent(3, {"gate": (4, 6)}, rank=2, dtype=torch.float64)
+    weights = [leaves[n] for n in ("gate_weight", "up_weight", "down_weight")]
+    ys = [npt_gated_mlp(leaves["x"], leaves["a"], *weights, component, backend=name) for name in ("loud", "eager")]
+    assert torch.equal(*ys) and calls == [component.rule.name]
+    grads = [torch.autograd.grad(y.sum(), leaves["x"])[0] for y in ys]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("name", ["cudaa", "Eager", "auto", 5, ["eager"]])
@@ -67,7 +122,7 @@ def picky(monkeypatch):
         return "float64 is not supported" if call.dtype == torch.float64 else None
 
     eager = backends.BACKENDS["eager"]
-    entry = backends.Backend("picky", eager.modules, True, "for this test", check)
+    entry = backends.Backend("picky", eager.load, "for this test", True, check)
     monkeypatch.setattr(backends, "BACKENDS", {"picky": entry, **backends.BACKENDS})
     return entry
 
@@ -86,7 +141,7 @@ def test_explicit_choice_that_cannot_run_raises_with_the_reason(picky):
 
 def test_unverified_backend_is_never_taken_silently(monkeypatch):
     eager = backends.BACKENDS["eager"]
-    fresh = backends.Backend("fresh", eager.modules, False, "unverified")
+    fresh = backends.Backend("fresh", eager.load, "unverified")
     monkeypatch.setattr(backends, "BACKENDS", {"fresh": fresh, **backends.BACKENDS})
     cpu = torch.device("cpu")
     assert backends.resolve_backend("mlp", None, cpu, torch.float32) == "eager"
@@ -102,39 +157,34 @@ def test_no_backend_at_all(monkeypatch):
 @pytest.fixture
 def partial(monkeypatch):
     """A backend that implements only mlp, and that not in float64."""
-    module = {"mlp": "npt_kernels.ops.mlp.eager"}
     entry = backends.Backend(
-        "partial", module, False, "for this test",
+        "partial", EagerSteps, "for this test", False,
         lambda call: "float64 is not supported" if call.dtype == torch.float64 else None,
-        absent={"matched_norm": "it has no norm kernel"},
+        ops=("mlp",), absent={"matched_norm": "it has no norm kernel"},
     )  # fmt: skip
     monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "partial": entry})
     backends._say_elsewhere.cache_clear()
     return entry
 
 
-@pytest.mark.parametrize("how", ["environment", "layer"])
-def test_a_backend_named_for_everything_leaves_ops_that_it_lacks_to_the_automatic_choice(partial, monkeypatch, how):
-    cpu, name = torch.device("cpu"), "partial"
-    if how == "environment":
-        monkeypatch.setattr(backends, "_DEFAULT_BACKEND", name)
-        name = None
-    resolve = functools.partial(backends.resolve_backend, part_of_layer=how == "layer")
+def test_a_backend_named_for_everything_leaves_ops_that_it_lacks_to_the_automatic_choice(partial, monkeypatch):
+    cpu, resolve = torch.device("cpu"), backends.resolve_backend
+    monkeypatch.setattr(backends, "_DEFAULT_BACKEND", "partial")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):
-            assert resolve("matched_norm", name, cpu, torch.float32) == "eager"
-        assert resolve("mlp", name, cpu, torch.float32) == "partial"
+            assert resolve("matched_norm", None, cpu, torch.float32) == "eager"
+        assert resolve("mlp", None, cpu, torch.float32) == "partial"
     assert [str(w.message) for w in seen] == [
         "npt_kernels: matched_norm runs on 'eager', not on 'partial': it has no norm kernel"
     ], "one note, and none for what it does run"
     # It implements mlp and refuses this call: that is an error, whoever named it.
     with pytest.raises(BackendUnavailableError, match=r"partial.*mlp.*float64 is not supported"):
-        resolve("mlp", name, cpu, torch.float64)
+        resolve("mlp", None, cpu, torch.float64)
     # An op without a listed reason still has one.
     with pytest.warns(UserWarning, match="it has no implementation of linear"):
-        assert resolve("linear", name, cpu, torch.float32) == "eager"
-    explained = backends.explain("matched_norm", backend=name)
+        assert resolve("linear", None, cpu, torch.float32) == "eager"
+    explained = backends.explain("matched_norm")
     assert explained.chosen == "eager" and "no norm kernel" in explained.reasons["partial"]
     assert "automatic choice" in str(explained)
 
@@ -148,8 +198,9 @@ def test_a_backend_named_for_one_call_is_that_one_or_an_error(partial):
 
 def test_nothing_automatic_for_an_op_that_the_named_backend_lacks(partial, monkeypatch):
     monkeypatch.setattr(backends, "BACKENDS", {"partial": partial})
+    monkeypatch.setattr(backends, "_DEFAULT_BACKEND", "partial")
     with pytest.raises(BackendUnavailableError, match="no backend can run matched_norm"):
-        backends.resolve_backend("matched_norm", "partial", torch.device("cpu"), torch.float32, part_of_layer=True)
+        backends.resolve_backend("matched_norm", None, torch.device("cpu"), torch.float32)
 
 
 def run_with(value):

@@ -64,9 +64,8 @@ def test_a_replay_of_everything_is_the_run_with_the_context(name, rank):
     assert (got - wanted).abs().max() < 1e-5 < 0.05 < (without - wanted).abs().max()
     with replay(model, deltas, tokens="last"):
         last = model(plain, **places).logits
-    assert (
-        last[:, -1] - wanted[:, -1]
-    ).abs().max() < 1e-5  # its residual stream hears of other tokens through attention only
+    # Its residual stream hears of other tokens through attention only.
+    assert (last[:, -1] - wanted[:, -1]).abs().max() < 1e-5
     assert torch.equal(last[:, :-1], model(plain, **places).logits[:, :-1])
     assert_unchanged(model, before)
     if rank is not None:
@@ -157,17 +156,12 @@ def test_transfer_measures_and_writes(tmp_path):
     assert abs(part.carried) < 0.999 and part.p != rows["nothing"].p
     assert got.carried.shape == got.changed.shape == (4, 4) and got.starts == (0, 1, 2, 3)
     assert got.carried[0, -1] > 0.999  # the last token from the first layer up is everything
-    with replay(
-        model, got.deltas, layers=[3], tokens=[-2]
-    ):  # asked-for cell by hand: token 4 of 4 prompt, 1 of answer read
-        pass
     files = write_transfer(got, tmp_path)
     assert [f.name for f in files] == ["transfer.json", "transfer.png", "transfer.html"]
     assert json.loads(files[0].read_text())["rows"][0]["name"] == "nothing" and files[1].stat().st_size > 5000
     page = files[2].read_text()
-    assert (
-        page.count("</script>") == 2 and "http" not in page
-    )  # nothing of the context ends the data, nothing is loaded
+    # Nothing of the context ends the data, nothing is loaded.
+    assert page.count("</script>") == 2 and "http" not in page
     assert_unchanged(model, before)
 
 

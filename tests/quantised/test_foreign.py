@@ -10,7 +10,7 @@ from npt_kernels import NPTConfig, apply_npt, npt_disabled, remove_npt
 from npt_kernels.conversion.quantise import adopt_quantised, quantise_linear
 from npt_kernels.model.linears import linear_weight, unsupported_linear
 from npt_kernels.quantised.linear import QuantisedLinear
-from npt_kernels.run.oom import base_fingerprint
+from npt_kernels.run.fingerprint import base_fingerprint
 from tests.support.helpers import tiny_model, token_ids
 from tests.support.quantised_models import ao, assert_gradients_of_dense, bnb, convert, gradients, linear
 

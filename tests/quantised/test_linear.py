@@ -20,7 +20,7 @@ from npt_kernels.model.linears import count_parameters
 from npt_kernels.ops.dense_on_use import DeferredWeight, release_scratch
 from npt_kernels.quantised.foreign import stored_tensors
 from npt_kernels.quantised.linear import QuantisedLinear
-from npt_kernels.run.oom import base_fingerprint
+from npt_kernels.run.fingerprint import base_fingerprint
 from npt_kernels.training.losses import kl_divergence
 from tests.support.helpers import assert_unchanged, memory_meter, randomise, snapshot, tiny_model, token_ids
 from tests.support.quantised_models import (

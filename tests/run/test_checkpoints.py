@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_parameters
-from npt_kernels.run import run
+from npt_kernels.run import state as run_state
 from npt_kernels.run.checkpoints import list_checkpoints, load_optimizer, open_checkpoint, save_checkpoint
 from npt_kernels.run.resume import find_resume
 from npt_kernels.training.loop import TrainingError
@@ -138,7 +138,7 @@ def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypat
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch):
-    plain, calls = run.save_checkpoint, []
+    plain, calls = run_state.save_checkpoint, []
 
     def full(*args, **kwargs):
         calls.append(kwargs["step"])
@@ -146,21 +146,21 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(run, "save_checkpoint", full)
+    monkeypatch.setattr(run_state, "save_checkpoint", full)
     summary, _ = start(tmp_path, sections={"model": FAR}, max_steps=5, save_steps=2)
     assert "step 2: no checkpoint, it could not be written: [Errno 28] No space left on device" in start.output
     assert summary.steps == 5 and calls == [2, 4, 5]
 
 
 def test_a_disk_that_stays_full_names_the_last_checkpoint(tmp_path, monkeypatch):
-    plain = run.save_checkpoint
+    plain = run_state.save_checkpoint
 
     def full(*args, **kwargs):
         if kwargs["step"] > 2:
             raise OSError(28, "No space left on device")
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(run, "save_checkpoint", full)
+    monkeypatch.setattr(run_state, "save_checkpoint", full)
     stop_at(monkeypatch, 3, "ctrl-c")
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path, sections={"model": FAR}, save_steps=2)
@@ -172,7 +172,7 @@ def test_a_last_save_that_fails_is_one_line(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "save_checkpoint", full)
+    monkeypatch.setattr(run_state, "save_checkpoint", full)
     with pytest.raises(
         TrainingError, match=r"No space left on device; and saving failed .*there is no checkpoint"
     ) as caught:

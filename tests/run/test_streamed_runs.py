@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from npt_kernels.configs.schema import RunConfig
-from npt_kernels.run.engine import TrainingError, run_training
+from npt_kernels.run.run import TrainingError, run_training
 from npt_kernels.text.blocks import load_token_blocks
 from tests.support.helpers import VOCAB, tiny_model
 

@@ -15,12 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from npt_kernels.kernels import cuda as _cuda
-from npt_kernels.kernels.cuda import launch, skinny
+from npt_kernels.kernels.cuda import coefficients, launch, rules, steps, value_grads
+from npt_kernels.kernels.cuda import support as _cuda
 from npt_kernels.kernels.cuda.choose import Config, Epilogue
 from npt_kernels.kernels.cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Overlap, Segment, weights_layout
-from npt_kernels.ops.factored_linear import cuda as factored_cuda
-from npt_kernels.ops.mlp import cuda as mlp_cuda
 from npt_kernels.rules import get_rule
 
 #: Segmented-K calls since the last test began: (epilogue, kinds), and beside each its overlap.
@@ -35,10 +33,10 @@ PLANS: list[dict[str, Any]] = []
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the definitions in place of the launches; float64 counts as bf16 in dry runs."""
     monkeypatch.setitem(launch.DTYPES, torch.float64, 0)
-    for module in (mlp_cuda, factored_cuda, launch):
+    for module in (steps, launch):
         monkeypatch.setattr(module, "run", fake_run)
-    for name in ("shrink", "pair", "rule", "reduce"):
-        monkeypatch.setattr(skinny, f"launch_{name}", globals()[f"fake_{name}"])
+    for module, name in ((coefficients, "shrink"), (value_grads, "pair"), (rules, "rule"), (rules, "reduce")):
+        monkeypatch.setattr(module, f"launch_{name}", globals()[f"fake_{name}"])
     for log in (CALLS, OVERLAPS, LAUNCHES, PLANS):
         log.clear()
 
@@ -52,11 +50,11 @@ def dry_run(name: str, arguments: Sequence[Any]) -> None:
 
 def fake_shrink(
     a: Tensor | None, u: Tensor | None, w_down: Tensor | None, key: Tensor | None, key_kind: int, key_scale: Tensor | None,
-    z: Tensor, p: Tensor | None, c: Tensor | None, rule: str, width: int, scale: float, plan: skinny.ShrinkPlan,
+    z: Tensor, p: Tensor | None, c: Tensor | None, rule: str, width: int, scale: float, plan: coefficients.ShrinkPlan,
 ) -> None:  # fmt: skip
     dry_run(
         "coefficients",
-        skinny.shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan),
+        coefficients.shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan),
     )
     if a is not None:
         assert w_down is not None
@@ -75,7 +73,7 @@ def fake_shrink(
 
 
 def fake_pair(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int) -> None:
-    dry_run("value_grads", skinny.pair_arguments(dy, c, w_b_up, dc, db, ranges))
+    dry_run("value_grads", value_grads.pair_arguments(dy, c, w_b_up, dc, db, ranges))
     tiles = -(-dy.shape[0] // 64)
     for block in range(dc.shape[0]):
         columns = slice(512 * block, 512 * (block + 1))
@@ -90,7 +88,7 @@ def fake_rule(
     shares: Tensor | None, key_scale: Tensor | None, rule: str, num_ranks: int, scale: float,
 ) -> None:  # fmt: skip
     arguments = (backward, z, p, c, dc, dz, dp, shares, key_scale, rule, num_ranks, scale)
-    dry_run("rule", skinny.rule_arguments(*arguments))
+    dry_run("rule", rules.rule_arguments(*arguments))
     scaled = z.double() if key_scale is None else z.double() * key_scale.double().unsqueeze(1)
     exact_p = None if p is None else p.double()
     if not backward:
@@ -106,7 +104,7 @@ def fake_rule(
 
 
 def fake_reduce(shares: Tensor, out: Tensor) -> None:
-    dry_run("reduce", skinny.reduce_arguments(shares, out))
+    dry_run("reduce", rules.reduce_arguments(shares, out))
     out.copy_(shares.sum(0))
 
 

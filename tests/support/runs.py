@@ -15,7 +15,7 @@ from rich.console import Console
 
 from npt_kernels.configs.schema import RunConfig
 from npt_kernels.run import display
-from npt_kernels.run.engine import run_training
+from npt_kernels.run.run import run_training
 from tests.support.helpers import tiny_model, token_ids
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from npt_kernels import npt_parameters
 from npt_kernels.model.save import adapter_state_dict
 from npt_kernels.run import checkpoints
-from npt_kernels.run.engine import run_training
+from npt_kernels.run.run import run_training
 from npt_kernels.training.distributed import World
 from npt_kernels.training.objectives import LocalObjective
 from tests.support.helpers import Words, tiny_model

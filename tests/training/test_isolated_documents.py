@@ -12,7 +12,7 @@ from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.evaluation.perplexity import evaluate, evaluate_base
 from npt_kernels.model.documents import isolated_documents
 from npt_kernels.model.forward import decoder_of
-from npt_kernels.run.engine import run_training
+from npt_kernels.run.run import run_training
 from tests.support.helpers import Words, tiny_model, token_ids
 
 EOS = 5

@@ -10,8 +10,8 @@ import torch
 
 from npt_kernels import NPTConfig, apply_npt, npt_parameters
 from npt_kernels.rules import RULES
-from npt_kernels.run.accelerator import make_accelerator
-from npt_kernels.run.oom import base_fingerprint
+from npt_kernels.run.fingerprint import base_fingerprint
+from npt_kernels.run.open import make_accelerator
 from npt_kernels.training.loop import Phase, PhaseLoop, StopRequest, TrainingError, make_objective
 from tests.support.helpers import randomise, tiny_model, token_ids
 from tests.support.runs import FAR, make_config, records, start
@@ -49,7 +49,8 @@ def one_step(tmp_path, model, objective, dtype="float32", precision="no", *, ste
 
     loop.optimizer.optimizer.register_step_pre_hook(keep)
     try:
-        assert loop.run(StopRequest(), reports.append)
+        reports.extend(loop.steps(StopRequest()))
+        assert len(reports) == steps
     finally:
         loop.close()
     return reports, gradients, loop

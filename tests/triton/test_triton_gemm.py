@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from npt_kernels.activations import get_activation
 from npt_kernels.kernels.triton import decode, explicit
-from npt_kernels.kernels.triton.gate_up import pair_forward
+from npt_kernels.kernels.triton.gate_up import gate_up_forward
 from npt_kernels.kernels.triton.launch import TileConfig, default_config, tile_config
 from npt_kernels.kernels.triton.segmented_gemm import (
+    gate_up_backward,
     gemm_act,
     gemm_act_backward,
-    gemm_pair_backward,
     gemm_terms,
     segmented_gemm,
 )
@@ -144,15 +144,15 @@ def test_pair(seed, tokens, d, f, rank, dtype, low_rank, act, layouts, bias, tma
     gate, up = product(gates, bg), product(ups, bu)
     gate_true = product(wide(gates), None if bg is None else bg.double())
     up_true = product(wide(ups), None if bu is None else bu.double())
-    config = dataclasses.replace(tile_config("pair_forward", x, tokens), tma=tma)
-    inter, kept_gate, kept_up = pair_forward(
+    config = dataclasses.replace(tile_config("gate_up_forward", x, tokens), tma=tma)
+    inter, kept_gate, kept_up = gate_up_forward(
         x, wg, wu, segments.get("g"), segments.get("u"), bg, bu, act, True, config=config
     )  # fmt: skip
     assert_within_twice(inter, activation.forward(gate) * up, activation.forward(gate_true) * up_true, "inter")
     assert kept_gate is not None and kept_up is not None
     assert_within_twice(kept_gate, gate, gate_true, "gate")
     assert_within_twice(kept_up, up, up_true, "up")
-    again = pair_forward(x, wg, wu, segments.get("g"), segments.get("u"), bg, bu, act, False, config=config)
+    again = gate_up_forward(x, wg, wu, segments.get("g"), segments.get("u"), bg, bu, act, False, config=config)
     assert torch.equal(inter, again[0]) and again[1] is None
 
 
@@ -169,7 +169,7 @@ def test_pair_backward(problem, act, needs):
     leaf = gate.double().requires_grad_()
     dinter_true = product(wide(segments))
     truth_gate = torch.autograd.grad(activation.forward(leaf), leaf, dinter_true * up.double())[0]
-    dgate, dup = gemm_pair_backward(segments, gate, up, act, *needs)
+    dgate, dup = gate_up_backward(segments, gate, up, act, *needs)
     assert (dgate is not None, dup is not None) == needs
     if dgate is not None:
         assert_within_twice(dgate, activation.backward(dinter * up, gate), truth_gate, "dgate")
@@ -226,7 +226,7 @@ def test_nothing_is_read_or_written_outside():
 
 def test_default_tiles_exist_for_every_generation_and_token_count():
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
-        for kernel in ("segmented_gemm", "pair_forward", "pair_backward", "decode"):
+        for kernel in ("segmented_gemm", "gate_up_forward", "gate_up_backward", "decode"):
             for itemsize in (2, 4):
                 for tokens in (1, 16, 64, 100, 8192):
                     config = default_config(kernel, capability, itemsize, tokens)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npt_kernels.kernels.triton.numerics import INTERPRET
-from npt_kernels.kernels.triton.value_grads import pair_bytes, reduce_partials, skinny_grad, skinny_pair
+from npt_kernels.kernels.triton.value_grads import dc_and_value_grad, pair_bytes, reduce_partials, skinny_grad
 from tests.support.helpers import assert_within_twice, randn
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="kernels were defined without TRITON_INTERPRET=1")
@@ -36,7 +36,7 @@ def both(dy, b, c, dtype):
 @pytest.mark.parametrize(("tokens", "width", "rank", "parts"), [(80, 96, 32, 2), (48, 65, 24, 1), (64, 32, 16, None)])
 def test_twice(dtype, tokens, width, rank, parts):
     dy, b, c = inputs(tokens, width, rank, dtype)
-    actual = skinny_pair(dy, b, c, method="fused", parts=parts)
+    actual = dc_and_value_grad(dy, b, c, method="fused", parts=parts)
     for name, y, ref, true in zip(
         ("dc", "dB"), actual, both(dy, b, c, dtype), both(dy, b, c, torch.float64), strict=True
     ):
@@ -47,7 +47,7 @@ def test_twice(dtype, tokens, width, rank, parts):
 @settings(max_examples=12)
 def test_any_shape(tokens, width, rank, parts):
     dy, b, c = inputs(tokens, width, rank, torch.float32)
-    actual = skinny_pair(dy, b, c, method="fused", parts=parts)
+    actual = dc_and_value_grad(dy, b, c, method="fused", parts=parts)
     for y, true in zip(actual, both(dy, b, c, torch.float64), strict=True):
         torch.testing.assert_close(y.double(), true, rtol=2e-5, atol=5e-5)
 
@@ -55,8 +55,10 @@ def test_any_shape(tokens, width, rank, parts):
 @pytest.mark.parametrize(("need_dc", "need_db"), [(True, False), (False, True), (False, False)])
 def test_only_what_is_needed(need_dc, need_db):
     dy, b, c = inputs(40, 50, 8, torch.float32)
-    full = skinny_pair(dy, b, c, method="fused", parts=2)
-    some = skinny_pair(dy, b if need_dc else None, c if need_db else None, need_dc, need_db, method="fused", parts=2)
+    full = dc_and_value_grad(dy, b, c, method="fused", parts=2)
+    some = dc_and_value_grad(
+        dy, b if need_dc else None, c if need_db else None, need_dc, need_db, method="fused", parts=2
+    )
     for needed, one, other in zip((need_dc, need_db), some, full, strict=True):
         assert torch.equal(one, other) if needed else one is None
 
@@ -74,14 +76,14 @@ def test_single_gradient(method, transposed):
 
 def test_strides():
     dy, b, c = inputs(40, 48, 16, torch.float32)
-    expected = skinny_pair(dy, b, c, method="fused", parts=2)
+    expected = dc_and_value_grad(dy, b, c, method="fused", parts=2)
     wide = torch.cat([dy, dy], 1)[:, :48]
     for strided in (wide, dy.t().contiguous().t()):
-        actual = skinny_pair(strided, b.t().contiguous().t(), c.t().contiguous().t(), method="fused", parts=2)
+        actual = dc_and_value_grad(strided, b.t().contiguous().t(), c.t().contiguous().t(), method="fused", parts=2)
         for y, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(y, e)
     ones = torch.ones(1, 1).expand(40, 48)  # what .sum().backward() sends
-    dc, db = skinny_pair(ones, b, c, method="fused")
+    dc, db = dc_and_value_grad(ones, b, c, method="fused")
     torch.testing.assert_close(dc, b.sum(1).expand(40, 16), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(db, c.sum(0).unsqueeze(1).expand(16, 48), rtol=1e-5, atol=1e-5)
 
@@ -89,13 +91,13 @@ def test_strides():
 @pytest.mark.parametrize("method", ["fused", "vendor", "auto"])
 def test_no_tokens(method):
     dy, b, c = inputs(0, 12, 8, torch.float32)
-    dc, db = skinny_pair(dy, b, c, method=method)
+    dc, db = dc_and_value_grad(dy, b, c, method=method)
     assert dc.shape == (0, 8) and torch.equal(db, torch.zeros(8, 12))
 
 
 def test_bitwise_repeatable_and_independent_of_garbage():
     dy, b, c = inputs(70, 70, 16, torch.float32)
-    first, second = (skinny_pair(dy, b, c, method="fused", parts=3) for _ in range(2))
+    first, second = (dc_and_value_grad(dy, b, c, method="fused", parts=3) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
@@ -120,5 +122,5 @@ def test_break_even():
 
 def test_auto_takes_the_vendor_gemm_for_large_rank():
     dy, b, c = inputs(80, 200, 100, torch.float32)
-    actual = skinny_pair(dy, b, c)
+    actual = dc_and_value_grad(dy, b, c)
     assert all(torch.equal(y, e) for y, e in zip(actual, (dy @ b.t(), c.t() @ dy), strict=True))

@@ -34,11 +34,10 @@ def use_module(path: Path) -> ModuleType:
 if os.environ.get("NPT_EMULATED_MODULE"):
     use_module(Path(os.environ["NPT_EMULATED_MODULE"]))
 
-from npt_kernels.kernels import cuda as package
-from npt_kernels.kernels.cuda import launch, skinny
+from npt_kernels.kernels.cuda import coefficients, launch, rules, support, value_grads
 from npt_kernels.kernels.cuda.choose import Config, Epilogue, Family
 from npt_kernels.kernels.cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Segment
-from npt_kernels.ops.mlp import cuda as mlp
+from tests.support.mlp_calls import MlpCalls
 
 __all__ = [
     "ACT",
@@ -82,7 +81,7 @@ _LOW_RANK = {0: "coefficients", 1: "value_grads", 2: "rule", 3: "rule_bwd", 4: "
 
 def extension() -> ModuleType:
     """The emulated module. Raises ``ImportError`` with the way to get it."""
-    return package.extension()
+    return support.extension()
 
 
 # ------------------------------------------------------------------------------------------------ which kernels exist
@@ -163,19 +162,19 @@ def run_coefficients(
 ) -> None:  # fmt: skip
     """z, p and c of a rule; ``key`` as stored."""
     width = z.shape[1] // terms
-    plan = skinny.ShrinkPlan(tile, parts, "test")
-    arguments = skinny.shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan)
+    plan = coefficients.ShrinkPlan(tile, parts, "test")
+    arguments = coefficients.shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan)
     extension().coefficients(*arguments, sms, 0)
 
 
 def run_value_grads(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int, sms: int) -> None:
     """Shares of dc and d w_b_up, fp32."""
-    extension().value_grads(*skinny.pair_arguments(dy, c, w_b_up, dc, db, ranges), sms, 0)
+    extension().value_grads(*value_grads.pair_arguments(dy, c, w_b_up, dc, db, ranges), sms, 0)
 
 
 def run_reduce(shares: Tensor, out: Tensor, sms: int, size: int | None = None) -> None:
     """``out = shares.sum(0)``; ``size``: a number of elements that is not true."""
-    dtype, source, target, elements, parts = skinny.reduce_arguments(shares, out)
+    dtype, source, target, elements, parts = rules.reduce_arguments(shares, out)
     extension().reduce(dtype, source, target, size or elements, parts, sms, 0)
 
 
@@ -184,14 +183,14 @@ def run_rule(
     shares: Tensor | None, key_scale: Tensor | None, rule: str, terms: int, scale: float, sms: int,
 ) -> None:  # fmt: skip
     """A rule alone: c, or dz and dp."""
-    arguments = skinny.rule_arguments(backward, z, p, c, dc, dz, dp, shares, key_scale, rule, terms, scale)
+    arguments = rules.rule_arguments(backward, z, p, c, dc, dz, dp, shares, key_scale, rule, terms, scale)
     extension().rule(*arguments, sms, 0)
 
 
 def forward_mlp(x: Tensor, weights: dict[str, Tensor | None], rule: str) -> Tensor:
     """The package's gated MLP, with its own choice of kernels and of what may overlap."""
     order = ("gate_key", "gate_value", "up_key", "up_value", "down_key", "down_value")
-    return mlp.forward(
+    return MlpCalls("cuda").forward(
         x, x, None, weights["gate_weight"], weights["up_weight"], weights["down_weight"], None, None, None, weights["w_down"],
         *(weights[name] for name in order), "silu", rule, 1, 1.0, False,
     )[0]  # fmt: skip

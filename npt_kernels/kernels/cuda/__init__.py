@@ -1,74 +1,47 @@
-"""Host side of the hand-written Hopper kernels (``csrc/``): what can run, which tile, and the launch.
+"""The hand-written Hopper kernels (``csrc/``) as a backend: what can run, and the way to it. Loads no kernel.
 
-First run on an H200 on 2026-11-26 (docs/status.md). The backend ``cuda`` runs when asked for by name.
+Ran on an H200 for the first time on 2026-11-26 (benchmarks/results/nvidia-h200); docs/status.md says what is verified.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-from functools import lru_cache
-from types import ModuleType
-
 import torch
 
-__all__ = ["ABSENT", "EMULATED", "OPS", "extension", "unavailable"]
+from ..backend import Backend
+from ..steps import Steps
+from . import support
 
-#: ``NPT_EMULATE=1``: the same kernels and host code on CPU tensors (tools/emulator, a development tool of a checkout).
-EMULATED = os.environ.get("NPT_EMULATE") == "1"
+__all__ = ["BACKEND"]
 
-#: Ops with a kernel.
-OPS = ("factored_linear", "mlp")
-#: Ops without one → why.
+#: Ops without a kernel → why.
 ABSENT = {
     "linear": "it has no kernel for the explicit form (nothing fuses there); use 'eager' or 'triton'",
     "matched_norm": "it has no kernel for matched_norm (memory bound, no tensor core); use 'eager' or 'triton'",
 }
 
 
-@lru_cache(maxsize=None)
-def _import() -> ModuleType | str:
-    try:
-        return importlib.import_module("npt_kernels._cuda_emulated" if EMULATED else "npt_kernels._cuda")
-    except ImportError as error:
-        if EMULATED:
-            return f"NPT_EMULATE=1, but the emulator is not built: run `make emulator` in a checkout ({error})"
-        if "_cuda" in str(error) and "No module" in str(error):
-            return (
-                "its kernels are not built in this installation; install the CUDA toolkit 12.5 or newer (nvcc on PATH), "
-                "then NPT_CUDA=1 pip install -e . (says what is missing)"
-            )
-        return f"its kernels do not load: {error}"
+def _check(device: torch.device, dtype: torch.dtype) -> str | None:
+    """:func:`.support.unavailable`, of which ``torch.compile`` keeps the answer: it cannot trace the import of the module."""
+    return support.unavailable(device, dtype)
 
 
-def extension() -> ModuleType:
-    """The compiled module. Raises ``ImportError`` with the way to get it."""
-    module = _import()
-    if isinstance(module, str):
-        raise ImportError(f"npt_kernels cuda: {module}")
-    return module
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo: 1.1 s for whoever imports an op.
+_check._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=None)
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _load() -> Steps:
+    from .steps import CudaSteps
+
+    return CudaSteps()
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why its kernels cannot run there, or ``None``; the registry's ``check``."""
-    if device.type != ("cpu" if EMULATED else "cuda"):
-        where = "NPT_EMULATE=1 runs it on CPU tensors" if EMULATED else "it needs an sm_90 GPU (H100, H200)"
-        return f"the tensors are on {device}, and {where}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"dtype is {dtype}, and it has bfloat16 and float16"
-    module = _import()
-    if isinstance(module, str):
-        return module
-    if EMULATED:
-        return None
-    capability = _capability(device.index if device.index is not None else torch.cuda.current_device())
-    if capability != (9, 0):
-        return (
-            f"{device} is sm_{capability[0]}{capability[1]}, and its instructions (wgmma, sm_90a) exist on sm_90 only"
-        )
-    return None
+BACKEND = Backend(
+    name="cuda",
+    load=_load,
+    summary="hand-written Hopper kernels (sm_90a): fused segmented-K GEMMs; bf16, fp16; ran on an H200",
+    automatic=False,  # one device, one day: only when asked for by name
+    check=lambda call: _check(call.device, call.dtype),
+    ops=("factored_linear", "mlp"),
+    absent=ABSENT,
+    rules=frozenset(support.RULE_IDS),
+)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...activations import get_activation
-from . import EMULATED, extension
 from .choose import Config, Epilogue, Family, choose
+from .support import EMULATED, extension
 
 __all__ = [
     "DTYPES",

@@ -1,10 +1,10 @@
 """Coefficients of a rule in one kernel: reads ``a`` and ``u`` once, writes ``z = a @ w_down``, ``p = u @ w_a_upᵀ`` and ``c``.
 
 How far one kernel pays. Per token it reads ``(d_a + d_u)·e`` bytes (e the item size) and does ``2·(d_a + d_u)·R`` flops, that
-is R flops per byte at e = 2. The chip balances 788 TFLOP/s against 4.3 TB/s = 183 flops per byte (research/kernels.md,
-ceilings of the H200), so up to R = 128 the products hide behind the reads and one pass is all there is to gain; from R = 256
-on they are ordinary GEMMs, and two fp32 accumulators ``[64, R]`` would not fit a program's registers either. There
-``z`` and ``p`` come from the vendor's GEMM and ``rule_kernels.rule_forward`` makes ``c``.
+is R flops per byte at e = 2. The chip balances 788 TFLOP/s against 4.3 TB/s = 183 flops per byte (an H200's ceilings), so up to
+R = 128 the products hide behind the reads and one pass is all there is to gain; from R = 256 on they are ordinary GEMMs, and two
+fp32 accumulators ``[64, R]`` would not fit a program's registers either. There ``z`` and ``p`` come from the vendor's GEMM and
+``rules.rule_forward`` makes ``c``.
 
 Few tokens give few tiles, so K is then split over programs: fp32 partial products go to a workspace and a second kernel adds
 them in a fixed order and applies the rule. No atomics: two runs are bitwise equal.
@@ -25,7 +25,8 @@ from ...rules import get_rule
 from . import tables
 from .aot import AotSpec
 from .numerics import INTERPRET, device_guard, dot, dot_precision, multiprocessor_count, next_power_of_2, rounded
-from .rules import RULE_IDS, apply_rule, merge_dz, rule_backward, rule_forward
+from .rules import apply_rule, merge_dz, rule_backward, rule_forward
+from .support import RULE_IDS
 
 __all__ = ["aot_specs", "coefficients_forward", "merge_dz", "rule_backward", "rule_forward", "tunables"]
 
@@ -249,10 +250,11 @@ def coefficients_forward(
         pitch = total_rank + {"none": 0, "vector": 1, "matrix": total_rank}[key]
         workspace = torch.empty(splits, tokens, pitch, dtype=torch.float32, device=a.device)
     scale_tensor = z if key_scale is None else key_scale.contiguous()
+    terms, width = get_rule(rule).term_widths(total_rank, num_ranks)
     constants = {
         "RULE": RULE_IDS[rule],
-        "NUM_RANKS": num_ranks if rule == "rank1" else 1,
-        "WIDTH": total_rank // num_ranks if rule == "rank1" else total_rank,
+        "NUM_RANKS": terms,
+        "WIDTH": width,
         "HAS_KEY_SCALE": key_scale is not None,
         "WRITE_C": write_c,
         "INTERPRETED": INTERPRET,

@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .epilogues import finish
-from .gate_up import pair_forward
+from .gate_up import gate_up_forward
 from .launch import TileConfig, addressable, ceil_div, launch, tile_config
 from .numerics import INTERPRET, dot_precision, multiprocessor_count, next_power_of_2
 from .segmented_gemm import Segment, gemm_act, gemm_terms, segment_arguments, segmented_gemm
 from .tiles import accumulate
 
-__all__ = ["DECODE_TOKENS", "decode_act", "decode_gemm", "decode_pair", "decode_terms"]
+__all__ = ["DECODE_TOKENS", "decode_act", "decode_gate_up", "decode_gemm", "decode_terms"]
 
 #: Up to so many tokens a GEMM is bound by reading its weights.
 DECODE_TOKENS = 64
@@ -177,7 +177,7 @@ def decode_terms(x: Tensor, w: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
     return _split_gemm([(x, w)], bias, config, splits, "terms", s=s, v=v)
 
 
-def decode_pair(
+def decode_gate_up(
     x: Tensor,
     gate_weight: Tensor,
     up_weight: Tensor,
@@ -190,12 +190,12 @@ def decode_pair(
     *,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``(act(gate) ⊙ up, gate, up)`` for few tokens, as ``pair_forward``.
+    """``(act(gate) ⊙ up, gate, up)`` for few tokens, as ``gate_up_forward``.
 
     f/32 tiles that read two weights each fill the GPU without splitting K.
     """
     rank = max((s[0].shape[1] for s in (gate_low_rank, up_low_rank) if s is not None), default=0)
     config = config or _decode_config(x, x.shape[0], gate_weight.shape[0], x.shape[1], rank)
-    return pair_forward(
+    return gate_up_forward(
         x, gate_weight, up_weight, gate_low_rank, up_low_rank, gate_bias, up_bias, act, keep, config=config
     )

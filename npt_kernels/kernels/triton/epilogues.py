@@ -69,7 +69,7 @@ def finish(
     | ``store`` | acc + bias | – | – |
     | ``act`` | act(acc + bias) | acc + bias | – |
     | ``act_backward`` | acc · act'(pre) | – | read0 = pre |
-    | ``pair_backward`` | acc · up · act'(gate) | acc · act(gate) | read0 = gate, read1 = up |
+    | ``gate_up_backward`` | acc · up · act'(gate) | acc · act(gate) | read0 = gate, read1 = up |
     | ``terms`` | acc + bias + Σ_j s_j v_j | – | read0 = s ``[T, k]``, read1 = v ``[T, k, out]`` of any strides |
     """
     offs_t = tl.arange(0, BT)
@@ -89,7 +89,7 @@ def finish(
     elif EPILOGUE == "act_backward":
         pre = tl.load(read0 + tile + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(y + tile + offs, rounded(acc * activate_grad(pre, ACT), dtype, INTERPRETED), mask=mask)
-    elif EPILOGUE == "pair_backward":
+    elif EPILOGUE == "gate_up_backward":
         gate = tl.load(read0 + tile + offs, mask=mask, other=0.0).to(tl.float32)
         if WRITE_Y2:
             tl.store(y2 + tile + offs, rounded(acc * activate(gate, ACT), dtype, INTERPRETED), mask=mask)

@@ -16,13 +16,13 @@ from .epilogues import activate, halves
 from .launch import TileConfig, addressable, ceil_div, launch, num_programs, tile_config
 from .numerics import INTERPRET, dot_precision, rounded
 from .segmented_gemm import Segment, k_major, segment_arguments
-from .tiles import accumulate, accumulate_pair, tile_position
+from .tiles import accumulate, accumulate_gate_up, tile_position
 
-__all__ = ["pair_forward"]
+__all__ = ["gate_up_forward"]
 
 
 @triton.jit
-def _finish_pair(
+def _finish_gate_up(
     gate, up, t0, n0, inter, gate_out, up_out, gate_bias, up_bias, tokens, out,
     ACT: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, KEEP: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -46,7 +46,7 @@ def _finish_pair(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def pair_forward_kernel(
+def gate_up_kernel(
     inter, gate_out, up_out, gate_bias, up_bias, x, wg, wu, cg, bg, cu, bu,
     tokens, out, k, rank_g, rank_u,
     x_t, x_k, wg_n, wg_k, wu_n, wu_k, cg_t, cg_k, bg_n, bg_k, cu_t, cu_k, bu_n, bu_k,
@@ -67,13 +67,13 @@ def pair_forward_kernel(
         n0 = tile_n * BN
         gate = tl.zeros((BT, BN), dtype=tl.float32)
         up = tl.zeros((BT, BN), dtype=tl.float32)
-        gate, up = accumulate_pair(
+        gate, up = accumulate_gate_up(
             gate, up, x, x, wg, wu, t0, n0, tokens, out, k, x_t, x_k, x_t, x_k, wg_n, wg_k, wu_n, wu_k,
             True, BT, BN, BK, TMA_X, TMA_W, K_MAJOR, EVEN, PRECISION, INTERPRETED, None,
         )  # fmt: skip
         if JOINT:
             # One loop for both low-rank products: every loop costs a fill and a drain of the pipeline per tile.
-            gate, up = accumulate_pair(
+            gate, up = accumulate_gate_up(
                 gate, up, cg, cu, bg, bu, t0, n0, tokens, out, rank_g, cg_t, cg_k, cu_t, cu_k, bg_n, bg_k, bu_n, bu_k,
                 ONE_C, BT, BN, BRG, TMA_CG, TMA_BG, K_MAJOR_G, EVEN_G, PRECISION, INTERPRETED, 2,
             )  # fmt: skip
@@ -88,7 +88,7 @@ def pair_forward_kernel(
                 BT, BN, BRU, TMA_CU, TMA_BU, K_MAJOR_U, EVEN_U, PRECISION, INTERPRETED,
             )  # fmt: skip
         if SUBTILES == 1:
-            _finish_pair(
+            _finish_gate_up(
                 gate, up, t0, n0, inter, gate_out, up_out, gate_bias, up_bias, tokens, out,
                 ACT, GATE_BIAS, UP_BIAS, KEEP, BT, BN, INTERPRETED,
             )  # fmt: skip
@@ -97,17 +97,17 @@ def pair_forward_kernel(
             HALF: tl.constexpr = BN // 2
             gate_l, gate_r = halves(gate, BT, BN)
             up_l, up_r = halves(up, BT, BN)
-            _finish_pair(
+            _finish_gate_up(
                 gate_l, up_l, t0, n0, inter, gate_out, up_out, gate_bias, up_bias, tokens, out,
                 ACT, GATE_BIAS, UP_BIAS, KEEP, BT, HALF, INTERPRETED,
             )  # fmt: skip
-            _finish_pair(
+            _finish_gate_up(
                 gate_r, up_r, t0, n0 + HALF, inter, gate_out, up_out, gate_bias, up_bias, tokens, out,
                 ACT, GATE_BIAS, UP_BIAS, KEEP, BT, HALF, INTERPRETED,
             )  # fmt: skip
 
 
-def pair_forward(
+def gate_up_forward(
     x: Tensor,
     gate_weight: Tensor,
     up_weight: Tensor,
@@ -136,7 +136,7 @@ def pair_forward(
     low_rank = [None if s is None else (addressable(s[0]), addressable(s[1])) for s in (gate_low_rank, up_low_rank)]
     if config is None:
         rank = max((s[0].shape[1] for s in low_rank if s is not None), default=0)
-        config = tile_config("pair_forward", x, tokens, out=out, inner=x.shape[1], rank=rank)
+        config = tile_config("gate_up_forward", x, tokens, out=out, inner=x.shape[1], rank=rank)
     along_k = k_major(gate_weight)
     if k_major(up_weight) != along_k:  # one loop reads both: it takes them along the gate's direction
         up_weight = up_weight.contiguous() if along_k else up_weight.t().contiguous().t()
@@ -174,7 +174,7 @@ def pair_forward(
     one_c = joint and gate_low_rank is not None and up_low_rank is not None and gate_low_rank[0] is up_low_rank[0]
     tiles = ceil_div(tokens, config.block_t) * ceil_div(out, config.block_n)
     launch(
-        pair_forward_kernel,
+        gate_up_kernel,
         (num_programs(config, x, tiles),),
         x,
         inter, inter if gate is None else gate, inter if up is None else up,

@@ -45,7 +45,7 @@ class TileConfig:
         block_t, block_n, block_k: Tokens, output columns (per accumulator) and K of one tile.
         num_warps, num_stages: As Triton means them.
         group_t: Tiles along T that share a pass over N, so that a weight tile is read from L2 by several programs.
-        subtiles: Column pieces (1, 2, 4; pair_forward: 1, 2) in which an epilogue handles the accumulator: fewer live registers.
+        subtiles: Column pieces (1, 2, 4; gate_up_forward: 1, 2) in which an epilogue handles the accumulator: fewer registers.
         split_k: Programs that share one output tile along K (decode only); partial sums are added in a fixed order.
         tma: Load operands through tensor-memory-accelerator descriptors where their strides allow it (sm_90 and later).
         persistent: One program per multiprocessor that loops over tiles, instead of a program per tile.
@@ -74,7 +74,7 @@ _TILES: dict[str, dict[str, TileConfig]] = {
         "blackwell": TileConfig(128, 256, 64, num_warps=8, num_stages=3, subtiles=2, tma=True),
         "other": TileConfig(128, 128, 32, num_warps=8, num_stages=3),
     },
-    "pair_forward": {
+    "gate_up_forward": {
         "ampere": TileConfig(128, 64, 32, num_warps=8, num_stages=4),
         "hopper": TileConfig(128, 128, 64, num_warps=8, num_stages=3, tma=True),
         "blackwell": TileConfig(128, 128, 64, num_warps=8, num_stages=3, subtiles=2, tma=True),
@@ -86,7 +86,7 @@ _TILES: dict[str, dict[str, TileConfig]] = {
         "blackwell": TileConfig(128, 128, 64, num_warps=8, num_stages=4, subtiles=2, tma=True),
         "other": TileConfig(128, 128, 32, num_warps=8, num_stages=3, subtiles=2),
     },
-    "pair_backward": {
+    "gate_up_backward": {
         "ampere": TileConfig(128, 128, 32, num_warps=8, num_stages=4, subtiles=2),
         "hopper": TileConfig(128, 128, 64, num_warps=8, num_stages=4, subtiles=2, tma=True),
         "blackwell": TileConfig(128, 128, 64, num_warps=8, num_stages=4, subtiles=2, tma=True),
@@ -116,7 +116,7 @@ def default_config(kernel: str, capability: tuple[int, int], itemsize: int, toke
     """The tile that is known to compile clean, for a GPU without a tuned table."""
     base = _TILES[kernel][generation(capability)]
     if itemsize == 4:
-        base = {"decode": _FP32_DECODE, "pair_forward": _FP32_PAIR}.get(kernel, _FP32_TILE)
+        base = {"decode": _FP32_DECODE, "gate_up_forward": _FP32_PAIR}.get(kernel, _FP32_TILE)
     if tokens < base.block_t or kernel == "decode":  # do not multiply rows that do not exist
         base = replace(base, block_t=max(16, next_power_of_2(tokens)))
     if base.block_t < 64 and kernel != "decode":

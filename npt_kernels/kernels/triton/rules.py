@@ -21,11 +21,11 @@ from torch import Tensor
 from ...rules import get_rule
 from .aot import AotSpec
 from .numerics import INTERPRET, device_guard, next_power_of_2, rounded, tanh
+from .support import RULE_IDS
 
-__all__ = ["RULE_IDS", "aot_specs", "apply_rule", "merge_dz", "rule_backward", "rule_forward"]
+__all__ = ["aot_specs", "apply_rule", "merge_dz", "rule_backward", "rule_forward"]
 
-#: Compile-time numbers of the rules inside kernels.
-RULE_IDS = {"rank1": 0, "diagonal": 1, "anchored": 2, "self_key": 3}
+#: ``support.RULE_IDS`` inside kernels.
 RANK1, DIAGONAL, ANCHORED, SELF_KEY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 #: Widest block of one rank-1 term that a program holds in registers; wider ones take the plain torch rule.
@@ -160,11 +160,6 @@ def _unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _terms(rule: str, total_rank: int, num_ranks: int) -> tuple[int, int]:
-    """(terms, columns of a term): only rank1 separates its terms; the other rules act column by column."""
-    return (num_ranks, total_rank // num_ranks) if rule == "rank1" else (1, total_rank)
-
-
 def rule_forward(
     z: Tensor, p: Tensor | None, key_scale: Tensor | None, rule: str, num_ranks: int = 1, scale: float = 1.0
 ) -> Tensor:
@@ -175,7 +170,7 @@ def rule_forward(
     if rule == "self_key" and key_scale is None:
         return z
     tokens, total_rank = z.shape
-    terms, width = _terms(rule, total_rank, num_ranks)
+    terms, width = get_rule(rule).term_widths(total_rank, num_ranks)
     if width > MAX_WIDTH:
         return get_rule(rule).coefficients(z if key_scale is None else z * key_scale.unsqueeze(1), p, num_ranks, scale)
     c = torch.empty(tokens, total_rank, dtype=z.dtype, device=z.device)
@@ -215,7 +210,7 @@ def rule_backward(
         return None, None
     assert p is not None
     tokens, total_rank = z.shape
-    terms, width = _terms(rule, total_rank, num_ranks)
+    terms, width = get_rule(rule).term_widths(total_rank, num_ranks)
     if width > MAX_WIDTH:
         z_in = z if key_scale is None else z * key_scale.unsqueeze(1)
         return get_rule(rule).backward(dc, z_in, p, num_ranks, scale, need_z, need_p)

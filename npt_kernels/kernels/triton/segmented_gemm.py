@@ -2,10 +2,10 @@
 
 Each segment has its own pointers, strides and K, so ``x Wᵀ + c w_b_up`` is one GEMM whose K loop runs over ``in`` and then over
 R more columns taken from elsewhere. Any segment may be the low-rank one (R from 1 to d, no multiple of the tile needed); the
-low-rank one should come last: a dot before the main loop costs its shared-memory ring a second time (research/kernels.md §1.3).
+low-rank one should come last: a dot before the main loop costs its shared-memory ring a second time.
 W_i may be contiguous along K (``F.linear``'s layout) or along N (``dy @ W``, ``c @ w_b_up``): no weight is copied.
 
-Epilogues: ``epilogues.finish``. The two-accumulator SwiGLU forward is in ``pair_forward.py``.
+Epilogues: ``epilogues.finish``. The two-accumulator SwiGLU forward is in ``gate_up.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .launch import TileConfig, addressable, ceil_div, describe, launch, num_pro
 from .numerics import INTERPRET, dot_precision, next_power_of_2
 from .tiles import accumulate, tile_position
 
-__all__ = ["Segment", "gemm_act", "gemm_act_backward", "gemm_pair_backward", "gemm_terms", "segmented_gemm"]
+__all__ = ["Segment", "gate_up_backward", "gemm_act", "gemm_act_backward", "gemm_terms", "segmented_gemm"]
 
 #: ``(X [T, K], W [N, K])``, any strides.
 Segment = tuple[Tensor, Tensor]
@@ -189,11 +189,11 @@ def gemm_act_backward(
 ) -> Tensor:
     """``(Σ_i X_i W_iᵀ) ⊙ act'(pre)``; ``overwrite`` puts it where ``pre`` was."""
     y = pre if overwrite and pre.is_contiguous() else _output(segments)
-    _run(segments, "act_backward", y, act=act, read0=pre.contiguous(), kernel="pair_backward", config=config)
+    _run(segments, "act_backward", y, act=act, read0=pre.contiguous(), kernel="gate_up_backward", config=config)
     return y
 
 
-def gemm_pair_backward(
+def gate_up_backward(
     segments: Sequence[Segment],
     gate: Tensor,
     up: Tensor,
@@ -215,8 +215,8 @@ def gemm_pair_backward(
     dgate = (up if overwrite else _output(segments)) if need_gate else None
     dup = (gate if overwrite else _output(segments)) if need_up else None
     _run(
-        segments, "pair_backward", dgate, dup,
-        act=act, read0=gate.contiguous(), read1=up.contiguous(), kernel="pair_backward", config=config,
+        segments, "gate_up_backward", dgate, dup,
+        act=act, read0=gate.contiguous(), read1=up.contiguous(), kernel="gate_up_backward", config=config,
     )  # fmt: skip
     return dgate, dup
 

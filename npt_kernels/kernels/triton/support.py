@@ -8,12 +8,15 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["FUSED_ACTIVATIONS", "MINIMUM_CAPABILITY", "TRITON_INSTALLED", "interpreting", "why_not"]
+__all__ = ["FUSED_ACTIVATIONS", "MINIMUM_CAPABILITY", "RULE_IDS", "TRITON_INSTALLED", "interpreting", "why_not"]
 
 TRITON_INSTALLED: bool = importlib.util.find_spec("triton") is not None
 
 #: Names (``npt_kernels.activations``, without aliases) whose value and derivative exist in ``epilogues.py``.
 FUSED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu")
+
+#: Compile-time numbers of the rules that the kernels know (``rules.apply_rule``): a new rule needs an entry and a branch there.
+RULE_IDS = {"rank1": 0, "diagonal": 1, "anchored": 2, "self_key": 3}
 
 #: Triton's own lower limit for tensor-core code of the kind used here.
 MINIMUM_CAPABILITY = (8, 0)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .numerics import dot
 
-__all__ = ["accumulate", "accumulate_pair", "load_tile", "tile_position"]
+__all__ = ["accumulate", "accumulate_gate_up", "load_tile", "tile_position"]
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def accumulate(
 
 
 @triton.jit
-def accumulate_pair(
+def accumulate_gate_up(
     acc0, acc1, x0, x1, w0, w1, t0, n0, tokens, out, k, x0_t, x0_k, x1_t, x1_k, w0_n, w0_k, w1_n, w1_k,
     ONE_X: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA_X: tl.constexpr, TMA_W: tl.constexpr,
     K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,

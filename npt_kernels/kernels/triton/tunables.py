@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decode import decode_gemm, decode_pair
-from .gate_up import pair_forward
+from .decode import decode_gate_up, decode_gemm
+from .gate_up import gate_up_forward
 from .launch import candidate_config
-from .segmented_gemm import gemm_act, gemm_pair_backward, segmented_gemm
+from .segmented_gemm import gate_up_backward, gemm_act, segmented_gemm
 
 __all__ = ["candidates", "tunables"]
 
@@ -40,14 +40,14 @@ _SINGLE = [
 _16_BIT = {
     "segmented_gemm": [*_tiles((3,), (128, 256, 64, 8, 2)), *_tiles((3, 4), (64, 256, 64, 8, 2)), *_SINGLE],
     "gemm_act": _SINGLE,
-    "pair_forward": [
+    "gate_up_forward": [
         *_tiles((3,), (128, 128, 64, 8, 1)),
         *_tiles((3, 4), (128, 64, 64, 8, 1), (64, 128, 64, 8, 1), (64, 64, 64, 4, 1)),
         *_tiles((3, 4, 5), (128, 64, 32, 8, 1)),
         *_tiles((4, 5), (16, 64, 64, 4, 1)),
     ],
     # Two outputs and two reads beside the accumulator: one of 64 × 128 in 4 warps or of 128 × 128 in 8 only in halves.
-    "pair_backward": [
+    "gate_up_backward": [
         *_tiles((3, 4), (128, 128, 64, 8, 2), (64, 128, 64, 4, 2), (64, 64, 64, 4, 1)),
         *_tiles((3, 4, 5), (128, 128, 32, 8, 2), (16, 64, 64, 4, 1)),
     ],
@@ -68,7 +68,7 @@ def candidates(kernel: str, dtype: torch.dtype) -> list[dict[str, int]]:
     """Tiles to try; fp32 products run on the FMA units and want small ones."""
     if dtype != torch.float32:
         return _16_BIT[kernel]
-    return {"decode": _FP32_DECODE, "pair_forward": _FP32_PAIR}.get(kernel, _FP32)
+    return {"decode": _FP32_DECODE, "gate_up_forward": _FP32_PAIR}.get(kernel, _FP32)
 
 
 def _shapes(tokens: tuple[int, ...], *matrices: tuple[int, int]) -> list[dict[str, int]]:
@@ -107,16 +107,14 @@ def _prepare(kernel: str) -> Callable[[dict[str, int], torch.dtype, torch.device
         if kernel == "gemm_act":
             bias = new(out)
             return lambda fields: gemm_act(segments, bias, "gelu_tanh", True, config=tile(fields))
-        if kernel == "pair_backward":
+        if kernel == "gate_up_backward":
             backward_segments = [(x, new(inner, out).t()), low]  # dy @ w_down, as the op reads it
             gate, up = new(tokens, out), new(tokens, out)
-            return lambda fields: gemm_pair_backward(
-                backward_segments, gate, up, "silu", True, True, config=tile(fields)
-            )
+            return lambda fields: gate_up_backward(backward_segments, gate, up, "silu", True, True, config=tile(fields))
         if kernel == "decode" and not shape.get("pair"):
             return lambda fields: decode_gemm(segments, None, config=tile(fields))
         up_weight, up_low = new(out, inner), (new(tokens, rank), new(rank, out).t())
-        run, last = (decode_pair, (False,)) if kernel == "decode" else (pair_forward, (True,))
+        run, last = (decode_gate_up, (False,)) if kernel == "decode" else (gate_up_forward, (True,))
         return lambda fields: run(x, weight, up_weight, low, up_low, None, None, "silu", *last, config=tile(fields))
 
     return prepare
@@ -130,8 +128,8 @@ def tunables() -> dict[str, Any]:
     shapes = {
         "segmented_gemm": _shapes(many, *llamas, _GPT2, (4096, 4096)),
         "gemm_act": _shapes(many, _up(_GPT2)),
-        "pair_forward": _shapes(many, *gated),
-        "pair_backward": _shapes((16, *many), *gated),
+        "gate_up_forward": _shapes(many, *gated),
+        "gate_up_backward": _shapes((16, *many), *gated),
         "decode": [shape | {"pair": 1} for shape in _shapes(few, *gated)] + _shapes(few, *llamas, _GPT2, _up(_GPT2)),
     }
     return {

@@ -11,9 +11,9 @@ What one reading saves, in bytes (e the item size, n = N/BN column blocks, s ran
 
 The shares of dc alone are 8·R·T·N/BN bytes, so one pass can only pay for R < BN·e/8 = BN/4 (16 bits). BN is bounded by the
 accumulator: ``R·BN`` fp32 numbers must fit the registers of 8 warps beside the rest (R·BN ≤ 32768), hence R² < 8192:
-**one pass up to R = 64 (BN = 512), the vendor's two GEMMs above**. :func:`pair_bytes` is this arithmetic; :func:`skinny_pair`
-follows it. A single product reads dy once either way, so it goes to the vendor's GEMM unless asked otherwise. All of this
-counts bytes; nothing of it is measured yet (``benchmarks/gpu_check.py`` times both).
+**one pass up to R = 64 (BN = 512), the vendor's two GEMMs above**. :func:`pair_bytes` is this arithmetic;
+:func:`dc_and_value_grad` follows it. A single product reads dy once either way, so it goes to the vendor's GEMM unless asked
+otherwise. All of this counts bytes; ``npt bench check`` times both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from . import tables
 from .aot import AotSpec
 from .numerics import INTERPRET, device_guard, dot, dot_precision, multiprocessor_count, next_power_of_2, rounded
 
-__all__ = ["aot_specs", "pair_bytes", "reduce_partials", "skinny_grad", "skinny_pair", "tunables"]
+__all__ = ["aot_specs", "dc_and_value_grad", "pair_bytes", "reduce_partials", "skinny_grad", "tunables"]
 
 Method = Literal["auto", "fused", "vendor"]
 
@@ -107,7 +107,7 @@ def pair_bytes(tokens: int, width: int, rank: int, itemsize: int, block: int, pa
 
 @lru_cache(maxsize=1024)
 def _config(name: str, dtype: str, bucket: int, rank: int) -> dict[str, Any]:
-    return dict(tables.lookup("skinny", name, dtype=dtype, tokens=bucket, rank=rank))
+    return dict(tables.lookup("value_grads", name, dtype=dtype, tokens=bucket, rank=rank))
 
 
 def _tile(dy: Tensor, rank: int) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _parts(tokens: int, blocks: int, tile_rows: int, multiprocessors: int) -> in
     return max(1, min(multiprocessors // blocks, triton.cdiv(tokens, 4 * tile_rows)))
 
 
-def skinny_pair(
+def dc_and_value_grad(
     dy: Tensor,
     w_b_up: Tensor | None,
     c: Tensor | None,
@@ -235,7 +235,7 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
     signature |= dict.fromkeys(numbers, "i32")
     specs = []
     for rank, need_dc in ((16, True), (64, True), (64, False)):
-        tile = tables.lookup("skinny", device_name, dtype=long_name, tokens=8192, rank=rank)
+        tile = tables.lookup("value_grads", device_name, dtype=long_name, tokens=8192, rank=rank)
         constants = {
             "NEED_DC": need_dc, "NEED_DB": True, "PRECISION": "ieee",
             "BT": tile["BT"], "BN": tile["BN"], "BR": _padded(rank, tile),
@@ -270,11 +270,11 @@ def tunables() -> dict[str, Any]:
         dy = torch.randn(tokens, width, dtype=dtype, device=device)
         b = torch.randn(rank, width, dtype=dtype, device=device) / width**0.5
         c = torch.randn(tokens, rank, dtype=dtype, device=device)
-        return lambda config: skinny_pair(dy, b, c, method="fused", config=config)
+        return lambda config: dc_and_value_grad(dy, b, c, method="fused", config=config)
 
     shapes = [{"tokens": t, "n": 14336, "rank": r} for t in (2048, 8192) for r in (16, 64)]
     candidates = [
         {"BT": bt, "BN": bn, "num_warps": warps, "num_stages": stages}
         for bt in (16, 32, 64) for bn, warps in ((128, 4), (256, 4), (256, 8), (512, 8)) for stages in (2, 3, 4)
     ]  # fmt: skip
-    return {"skinny": {"shapes": shapes, "keys": ("tokens", "rank"), "candidates": candidates, "prepare": prepare}}
+    return {"value_grads": {"shapes": shapes, "keys": ("tokens", "rank"), "candidates": candidates, "prepare": prepare}}

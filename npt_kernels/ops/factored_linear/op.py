@@ -7,10 +7,14 @@ from typing import Any, Optional
 
 from torch import Tensor
 
+from ...kernels.steps import Bottleneck, Projection, Spec
 from ...rules import get_rule
 from ..custom_op import define_op
 from ..dense_on_use import dense
-from ..registry import get_backend
+from ..registry import get_steps
+
+#: The steps take an activation's name; this op has none.
+_NO_ACT = ""
 
 
 def _forward(
@@ -25,9 +29,12 @@ def _forward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    module = get_backend(backend).module("factored_linear")
+    steps, spec = get_steps(backend), Spec(_NO_ACT, rule, num_ranks, scale)
     with dense(weight) as (weight,):
-        return module.forward(x, z, weight, w_a_up, w_b_up, bias, rule, num_ranks, scale)
+        target, x = Projection(weight, bias, w_a_up, w_b_up), steps.readable(x)
+        low = steps.low(x, target, Bottleneck(z), spec)
+        y = steps.project(x, target, low, spec, chained=False)
+    return y, x.new_empty(0) if low.p is None else low.p
 
 
 def fake_key_product(u: Tensor, w_b_up: Tensor, rule: str) -> Tensor:
@@ -66,9 +73,23 @@ def _raw_backward(
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    module = get_backend(backend).module("factored_linear")
-    with dense(weight) as (weight,):
-        return module.backward(dy, x, z, weight, w_a_up, w_b_up, p, rule, num_ranks, scale, needs)
+    steps, spec = get_steps(backend), Spec(_NO_ACT, rule, num_ranks, scale)
+    need_x, need_z, need_weight, need_key, need_value, need_bias = needs
+    want_p = get_rule(rule).key != "none" and (need_x or need_key)
+    dz = dp = d_value = dx = d_key = None
+    if need_z or want_p or need_value:
+        dz, dp, d_value = steps.value_grads(dy, w_b_up, Bottleneck(z), p, spec, need_z, want_p, need_value)  # type: ignore[arg-type]
+    if need_x:
+        with dense(weight) as (weight,):
+            dx = steps.input_grad([(dy, Projection(weight, None, w_a_up, w_b_up), dp)], spec)
+    if need_key:
+        assert dp is not None and x is not None
+        d_key = steps.key_grad(dp, x, spec)
+    d_weight = dy.t() @ x if need_weight and x is not None else None
+    grads = (dx, dz, d_weight, d_key, d_value, dy.sum(0) if need_bias else None)
+    wanted = [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
+    assert len(wanted) == sum(needs), "the backward of factored_linear lost a gradient that was asked for"
+    return wanted
 
 
 def _fake_backward(

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..custom_op import define_op
 from ..dense_on_use import dense
-from ..registry import get_backend
+from ..registry import get_steps
 
 
 def _forward(
     x: Tensor, weight: Tensor, v_a: Tensor, v_b: Tensor, bias: Optional[Tensor], backend: str
 ) -> tuple[Tensor, Tensor]:
     with dense(weight) as (weight,):
-        return get_backend(backend).module("linear").forward(x, weight, v_a, v_b, bias)
+        return get_steps(backend).linear(x, weight, v_a, v_b, bias)
 
 
 def _fake(
@@ -37,7 +37,7 @@ def _raw_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     with dense(weight) as (weight,):
-        return get_backend(backend).module("linear").backward(dy, x, weight, v_a, v_b, s, needs)
+        return get_steps(backend).linear_backward(dy, x, weight, v_a, v_b, s, needs)
 
 
 def _fake_backward(

@@ -8,13 +8,13 @@ from typing import Any, Optional
 from torch import Tensor
 
 from ..custom_op import define_op
-from ..registry import get_backend
+from ..registry import get_steps
 
 
 def _forward(
     h: Tensor, a: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], kind: str, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return get_backend(backend).module("matched_norm").forward(h, a, weight, bias, kind, eps)
+    return get_steps(backend).matched_norm(h, a, weight, bias, kind, eps)
 
 
 def _fake(
@@ -35,8 +35,7 @@ def _raw_backward(
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    module = get_backend(backend).module("matched_norm")
-    return module.backward(du, d_key_scale, h, a, weight, bias, kind, eps, needs)
+    return get_steps(backend).matched_norm_backward(du, d_key_scale, h, a, weight, bias, kind, eps, needs)
 
 
 def _fake_backward(

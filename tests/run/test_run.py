@@ -19,9 +19,10 @@ from npt_kernels.configs.schema import RunConfig
 from npt_kernels.evaluation.perplexity import evaluate
 from npt_kernels.model.save import adapter_state_dict
 from npt_kernels.run import display
-from npt_kernels.run.engine import TrainingError, run_training
-from npt_kernels.run.oom import is_out_of_memory, memory_advice
+from npt_kernels.run.oom import memory_advice
+from npt_kernels.run.run import TrainingError, run_training
 from npt_kernels.training import loop
+from npt_kernels.training.loop import is_out_of_memory
 from tests.support.helpers import Words, tiny_model
 from tests.support.runs import FAR, blocks, checksum, make_config, records, start
 

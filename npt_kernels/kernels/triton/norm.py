@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...kernels.triton.aot import AotSpec
-from ...kernels.triton.numerics import INTERPRET, device_guard, next_power_of_2, rounded
-from ...kernels.triton.value_grads import reduce_partials
-from . import eager
+from ..eager import EagerSteps
+from .aot import AotSpec
+from .numerics import INTERPRET, device_guard, next_power_of_2, rounded
+from .value_grads import reduce_partials
 
 __all__ = ["aot_specs", "backward", "forward"]
+
+_EAGER = EagerSteps()
 
 #: Longest row that 16 warps hold in registers beside its like.
 MAX_WIDTH = 16384
@@ -35,7 +37,7 @@ _TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.floa
 
 @triton.jit
 def _statistics(h, a, mask, width, eps, LAYER: tl.constexpr, SUM_DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``(x, τ, s)`` of README.md for one row; ``h`` and ``a`` fp32 holding values of their dtype, zero outside ``mask``."""
+    """``(x, τ, s)`` (ops/matched_norm/README.md) of a row; ``h``, ``a``: fp32, values of their dtype, 0 outside ``mask``."""
     total = rounded(h + a, SUM_DTYPE, INTERPRETED).to(tl.float32)
     if LAYER:
         total = tl.where(mask, total - tl.sum(total, 0) / width, 0.0)
@@ -159,12 +161,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``(u [T, d], key_scale [T])``."""
     if _unsupported(h, a, weight, bias):
-        return eager.forward(h, a, weight, bias, kind, eps)
+        return _EAGER.matched_norm(h, a, weight, bias, kind, eps)
     tokens, width = h.shape
     u = torch.empty(tokens, width, dtype=h.dtype, device=h.device)
     key_scale = torch.empty(tokens, dtype=h.dtype, device=h.device)
     if u.numel() == 0:
-        return eager.forward(h, a, weight, bias, kind, eps)
+        return _EAGER.matched_norm(h, a, weight, bias, kind, eps)
     h, a = _rows(h), _rows(a)
     with device_guard(h):
         forward_kernel[(tokens,)](
@@ -189,11 +191,11 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of (h, a, weight, bias) where ``needs`` is true, in that order."""
     if _unsupported(h, a, weight, bias, du, d_key_scale) or h.numel() == 0:
-        return eager.backward(du, d_key_scale, h, a, weight, bias, kind, eps, needs)
+        return _EAGER.matched_norm_backward(du, d_key_scale, h, a, weight, bias, kind, eps, needs)
     need_h, need_a, need_weight, need_bias = needs
     tokens, width = h.shape
     if width > (MAX_TRAINED_WIDTH if need_weight or need_bias else MAX_BACKWARD_WIDTH):
-        return eager.backward(du, d_key_scale, h, a, weight, bias, kind, eps, needs)
+        return _EAGER.matched_norm_backward(du, d_key_scale, h, a, weight, bias, kind, eps, needs)
     h, a, du = _rows(h), _rows(a), None if du is None else _rows(du)
     per_program = triton.cdiv(tokens, _PARTS) if need_weight or need_bias else 1
     programs = triton.cdiv(tokens, per_program)

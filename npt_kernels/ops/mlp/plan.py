@@ -1,0 +1,147 @@
+"""Forward and backward of the MLP, written once over a backend's steps (``kernels/steps.py``). Maths: README.md here.
+
+    gate, up = x (W + ΔW)ᵀ       inter = act(gate) ⊙ up       out = inter (Wd + ΔWd)ᵀ       ΔW u = c @ w_b_up
+
+A plain MLP has no gate: ``inter = act(up)``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...kernels.steps import Bottleneck, Low, Steps
+from ...rules import get_rule
+from .operands import Operands, Projection, Saved, Spec
+
+__all__ = ["Wants", "backward", "forward", "keep"]
+
+
+def forward(steps: Steps, o: Operands, spec: Spec, save: bool) -> tuple[Tensor, Saved]:
+    """``out [T, d_out]`` and what was made on the way; the pre-activations are empty unless ``save``."""
+    x = steps.readable(o.x)
+    source = Bottleneck(key_scale=o.key_scale, a=o.a, w_down=o.w_down)
+    gate = o.gate if o.gate.weight is not None else Projection()
+    low_gate = steps.low(x, gate, source, spec) if gate.value is not None else None
+    low_up: Low | None = None
+    if o.up.value is not None:
+        # Without a key, c depends on z̃ alone: gate and up have the same, and kernels read it once.
+        shared = low_gate is not None and get_rule(spec.rule).key == "none"
+        low_up = low_gate if shared else steps.low(x, o.up, source, spec)
+    z = source.z
+    inter, pre_gate, pre_up = steps.activate(x, gate, o.up, low_gate, low_up, spec, save)
+    low_down = steps.low(inter, o.down, Bottleneck(z), spec) if o.down.value is not None else None
+    out = steps.project(inter, o.down, low_down, spec, chained=True)
+    products = [None if low is None else low.p for low in (low_gate, low_up, low_down)]
+    # An empty tensor of its own for each that is not there: torch.library refuses outputs that share memory.
+    made = [x.new_empty(0) if t is None else t for t in (*products, pre_gate, pre_up)]
+    return out, Saved(z, *made)
+
+
+class Wants(NamedTuple):
+    """Which parts of the backward a set of wanted gradients takes. What is saved and what is computed both follow from it."""
+
+    key: bool
+    """the rule has a key, so there is a dp"""
+    z: bool
+    """d of z, for a or w_down"""
+    scaled_z: bool
+    """d of z̃ = key_scale ⊙ z"""
+    gate: bool
+    """d of the gate's output"""
+    up: bool
+    """d of up's output"""
+    inter_again: bool
+    """the intermediate, for d of the down projection's own weights"""
+
+    @property
+    def inter(self) -> bool:
+        """Whether a gradient passes through the down projection: only then is ``dout @ Wd`` formed."""
+        return self.gate or self.up
+
+    @classmethod
+    def of(cls, need: Operands, gated: bool, changes: tuple[bool, bool], spec: Spec) -> Wants:
+        """``changes``: whether gate and up have a delta; a gradient of z̃ passes only through targets that have one."""
+        z = need.a or need.w_down
+        scaled_z = z or need.key_scale
+        gate, up = (
+            bool(need.x or any(n) or (scaled_z and has)) for n, has in zip((need.gate, need.up), changes, strict=True)
+        )
+        return cls(
+            get_rule(spec.rule).key != "none", z, scaled_z, gated and gate, up, need.down.weight or need.down.key
+        )
+
+
+def keep(need: Operands, o: Operands, made: Saved, spec: Spec) -> tuple[Operands, Saved]:
+    """The operands and results that the backward will read; ``None`` in the place of every other one."""
+    want = Wants.of(need, o.gate.weight is not None, (o.gate.value is not None, o.up.value is not None), spec)
+
+    def kept(target: Projection, reads_weight: bool) -> Projection:
+        return target._replace(
+            weight=target.weight if reads_weight else None, bias=None, key=target.key if reads_weight else None
+        )
+
+    reads_x = need.gate.weight or need.up.weight or need.gate.key or need.up.key
+    operands = Operands(
+        o.x if reads_x else None, o.a if need.w_down else None, o.key_scale, o.w_down if need.a else None,
+        kept(o.gate, need.x), kept(o.up, need.x), kept(o.down, want.inter),
+    )  # fmt: skip
+    wide = want.inter or want.inter_again
+    return operands, made._replace(gate=made.gate if wide else None, up=made.up if wide else None)
+
+
+def backward(
+    steps: Steps, dout: Tensor, o: Operands, made: Saved, need: Operands, spec: Spec, gated: bool, overwrite: bool
+) -> Operands:
+    """The wanted gradients in the places of their operands. ``overwrite``: the saved gate and up are free to be written over."""
+    want = Wants.of(need, gated, (o.gate.value is not None, o.up.value is not None), spec)
+    source = Bottleneck(made.z, o.key_scale)
+    pre_gate = made.gate if gated else None
+
+    def through(
+        target: Projection, n: Projection, dy: Tensor | None, u: Tensor | None, p: Tensor, z: Bottleneck,
+        want_z: bool, want_u: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Projection]:  # fmt: skip
+        """(dz̃, dp, gradients of the target) below the gradient ``dy`` of its output; ``u`` is its input."""
+        if dy is None:
+            return None, None, Projection()
+        dz = dp = d_value = None
+        if target.value is not None:
+            want_p = want.key and (want_u or n.key)
+            if want_z or want_p or n.value:
+                dz, dp, d_value = steps.value_grads(dy, target.value, z, p, spec, want_z, want_p, n.value)
+        return (
+            dz,
+            dp,
+            Projection(
+                dy.t() @ u if n.weight else None,  # type: ignore[operator]
+                dy.sum(0) if n.bias else None,
+                steps.key_grad(dp, u, spec) if n.key else None,  # type: ignore[arg-type]
+                d_value,
+            ),
+        )
+
+    inter = steps.recompute(pre_gate, made.up, spec) if want.inter_again else None
+    dz_down, dp_down, d_down = through(
+        o.down, need.down, dout, inter, made.p_down, Bottleneck(made.z), want.z, want.inter
+    )  # fmt: skip
+    del inter
+    dgate = dup = None
+    if want.inter:
+        dgate, dup = steps.activate_backward(
+            dout, o.down, dp_down, pre_gate, made.up, spec, want.gate, want.up, overwrite
+        )  # fmt: skip
+    dz_gate, dp_gate, d_gate = through(o.gate, need.gate, dgate, o.x, made.p_gate, source, want.scaled_z, need.x)
+    dz_up, dp_up, d_up = through(o.up, need.up, dup, o.x, made.p_up, source, want.scaled_z, need.x)
+    dx = None
+    if need.x:
+        terms = [(dy, t, dp) for dy, t, dp in ((dup, o.up, dp_up), (dgate, o.gate, dp_gate)) if dy is not None]
+        dx = steps.input_grad(terms, spec)
+    da = d_w_down = d_key_scale = None
+    if want.scaled_z:
+        shares = [share for share in (dz_gate, dz_up) if share is not None]
+        dz, d_key_scale = steps.merge(shares, dz_down, source, need.key_scale)
+        da = dz @ o.w_down.t() if need.a else None
+        d_w_down = steps.bottleneck_grad(dz, o.a) if need.w_down else None
+    return Operands(dx, da, d_key_scale, d_w_down, d_gate, d_up, d_down)
