@@ -16,8 +16,9 @@ __all__ = ["load_for_reading", "writable"]
 
 def load_for_reading(console: Console, model_name: str, adapter: Path | None, threads: int | None) -> tuple[Any, Any]:
     """Model and tokenizer of a command that only runs them; ``adapter`` makes it a converted model."""
-    from ..base_model.loading import choose_device, load_model
+    from ..base_model.loading import load_model
     from ..configs.schema import RunConfig
+    from ..training.distributed import choose_device
 
     if threads is not None:
         import torch

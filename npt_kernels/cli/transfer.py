@@ -100,7 +100,7 @@ def _print(console: Console, transferred: Any) -> None:
 
     table = Table(box=None, padding=(0, 2))
     for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if i else "left")
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
     for row in transferred.rows:
         table.add_row(*cells(row))
     console.print(f"answer ({transferred.report['answer_from']}): {transferred.report['answer']!r}", markup=False)
