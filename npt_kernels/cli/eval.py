@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..evaluation.perplexity import EvalResult
     from ..evaluation.samples import Sample
 
-__all__ = ["HELP", "evaluate"]
+__all__ = ["HELP", "adapter_path", "evaluate"]
 
 HELP = """Measure a trained adapter: perplexity of original and converted model, KL, top-1 agreement, how well each layer
 does the original's work, how large its weight change is, samples side by side.
@@ -67,7 +67,7 @@ def evaluate(
         from ..configs.schema import ConfigError
 
         raise ConfigError("npt eval runs in one process; start it without torchrun or accelerate launch")
-    path = _adapter_path(adapter)
+    path = adapter_path(adapter)
     config = _eval_config(path, overrides or [], model_name)
     directory = _writable(out.expanduser() if out is not None else _default_directory(path))
     from ..evaluation.adapter import evaluate_adapter
@@ -107,7 +107,7 @@ def evaluate(
 # ---- what to measure, where to write ---------------------------------------------------------------------------------
 
 
-def _adapter_path(path: Path) -> Path:
+def adapter_path(path: Path) -> Path:
     """The adapter in ``path``: itself, or the folder of a run's output that holds it."""
     from ..configs.schema import ConfigError
     from ..model.save import find_adapter

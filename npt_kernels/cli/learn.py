@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import reports_errors
+from .reading import writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,13 +152,7 @@ def _fresh(directory: Path) -> Path:
     """The folder, made; it must not hold an edit already. Known before anything slow."""
     if (directory / "edit.safetensors").exists() or (directory / "report.json").exists():
         raise ValueError(f"--out {directory} holds an edit already; name another folder")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {directory} cannot be made: {error.strerror}; name another folder") from error
-    if not os.access(directory, os.W_OK):
-        raise ValueError(f"--out {directory} cannot be written; name another folder")
-    return directory
+    return writable(directory)
 
 
 def _print(console: Console, learned: Any) -> None:

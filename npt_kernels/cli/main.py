@@ -11,7 +11,7 @@ try:
 except ImportError:
     raise SystemExit("the npt command needs typer, rich and transformers: pip install 'npt_kernels[train]'") from None
 
-from . import bench, configs, env, eval, learn, plan, train
+from . import bench, configs, env, eval, learn, plan, train, transfer
 
 __all__ = ["app", "main"]
 
@@ -43,6 +43,7 @@ app.command("train", help=train.HELP)(train.train)
 app.command("eval", help=eval.HELP)(eval.evaluate)
 app.command("plan", help=plan.HELP)(plan.plan)
 app.command("learn", help=learn.HELP)(learn.learn)
+app.command("transfer", help=transfer.HELP)(transfer.transfer)
 app.add_typer(bench.bench)
 app.command("configs", help=configs.HELP)(configs.configs)
 app.command("env", help=env.HELP)(env.env)

@@ -2,8 +2,8 @@
 
 Reading order: ``facts`` (what is to be learned) → ``moments`` (which directions of a weight's input are in use) → ``rome`` and
 ``context`` (two ways to find a low-rank change) → ``edit`` (a change that can be stored, applied and undone) → ``recall`` and
-``learn`` (what it did, measured). ``transfer`` and ``inspection`` work on converted models. All access to the rest of the
-package goes through ``hooks``.
+``learn`` (what it did, measured). ``deltas`` → ``transfer`` move a run's per-token changes to another run, and show where they
+are (``grid``). All access to the rest of the package's models goes through ``hooks``.
 """
 
 from __future__ import annotations
@@ -12,37 +12,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .deltas import Deltas, capture, replay
     from .edit import Edit, active_edits, apply_edit, undo_edit
     from .facts import Fact, read_facts
     from .learn import Learned, Limits, learn
     from .moments import SecondMoments, collect_second_moments
+    from .transfer import Transferred, transfer
 
 #: Loaded at first use: ``npt --help`` must not wait for torch.
 _LAZY = {
+    "Deltas": ".deltas",
     "Edit": ".edit",
     "Fact": ".facts",
     "Learned": ".learn",
     "Limits": ".learn",
     "SecondMoments": ".moments",
+    "Transferred": ".transfer",
     "active_edits": ".edit",
     "apply_edit": ".edit",
+    "capture": ".deltas",
     "collect_second_moments": ".moments",
     "learn": ".learn",
     "read_facts": ".facts",
+    "replay": ".deltas",
+    "transfer": ".transfer",
     "undo_edit": ".edit",
 }
 
 __all__ = [
+    "Deltas",
     "Edit",
     "Fact",
     "Learned",
     "Limits",
     "SecondMoments",
+    "Transferred",
     "active_edits",
     "apply_edit",
+    "capture",
     "collect_second_moments",
     "learn",
     "read_facts",
+    "replay",
+    "transfer",
     "undo_edit",
 ]
 

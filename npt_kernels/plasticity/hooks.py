@@ -24,7 +24,9 @@ __all__ = [
     "decoder_of",
     "evaluating",
     "first_output",
+    "learned_positions",
     "linear_weight",
+    "watching_tokens",
 ]
 
 
@@ -147,6 +149,32 @@ class Sites:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextmanager
+def watching_tokens(model: nn.Module, begin: Callable[[Tensor, int], None]) -> Iterator[None]:
+    """Inside the block every forward first calls ``begin(ids [n, seq], past)``, ``past`` tokens being in the cache already.
+
+    The forward raises ``ValueError`` if it was given no token ids.
+    """
+
+    def before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise ValueError("tokens are told apart by their ids; pass input_ids, not inputs_embeds")
+        cache = kwargs.get("past_key_values")
+        begin(ids, 0 if cache is None else int(cache.get_seq_length()))
+
+    handle = decoder_of(model).register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def learned_positions(model: nn.Module) -> bool:
+    """Whether a token's place is added to its embedding (GPT-2), so that the residual stream itself knows it."""
+    return hasattr(decoder_of(model), "wpe")
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from .grid import write_json
 from .learn import Learned
 
 __all__ = ["COLUMNS", "write_report"]
@@ -28,11 +28,7 @@ def write_report(learned: Learned, directory: Path | str) -> list[Path]:
     """Write edit, report and figure into ``directory``; the edit comes last, so that a folder with one is complete."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    report = directory / "report.json"
-    text = json.dumps(learned.report, ensure_ascii=False, indent=2) + "\n"
-    temporary = directory / ".report.json.part"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(report)
+    report = write_json(directory / "report.json", learned.report)
     figure = _draw(learned, directory / "report.png")
     return [learned.edit.save(directory), report, figure]
 

@@ -38,7 +38,8 @@ class RomeSettings:
 
     Attributes:
         steps: Gradient steps at most.
-        learning_rate: Of Adam, on δ in units of the residual stream.
+        learning_rate: Of Adam on δ, in units of ``‖h‖/√d``: the first step has length ``learning_rate · ‖h‖``. Larger steps end
+            in longer values, which hurt ordinary text (SmolLM2, layer 9: .5 gave ‖δ‖ of .8 to 2.7 ‖h‖, .085 gives .4 to 1.1).
         stop: Mean loss (nats per answer token) at which it stops.
         limit: ``‖δ‖ ≤ limit · ‖h‖``, h the residual stream at the subject.
         essence: Weight of KL on "{subject} is a", which keeps what the subject is.
@@ -46,8 +47,8 @@ class RomeSettings:
         ridge: Share of the mean diagonal added to ``C``.
     """
 
-    steps: int = 30
-    learning_rate: float = 0.5
+    steps: int = 40
+    learning_rate: float = 0.085
     stop: float = 0.05
     limit: float = 4.0
     essence: float = 0.0625
