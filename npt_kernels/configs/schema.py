@@ -202,8 +202,10 @@ class OptimizationSection(_Section):
         description="Several processes: ddp: a copy of the frozen base each; fsdp: its layers sharded. auto: what "
         "accelerate launch was configured for, else ddp.",
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
-        "no", description="Autocast dtype; master weights stay fp32."
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
+        "auto",
+        description="Autocast dtype; master weights stay fp32. auto: bf16 where the device has instructions for it, else no; "
+        "the run records which.",
     )
     gradient_checkpointing: bool = Field(False, description="end_to_end: recompute activations in the backward pass.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; None: all cores.")

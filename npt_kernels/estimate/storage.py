@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..base_model.loading import resolve_dtype
+from ..base_model.precision import choose_mixed_precision
 from ..configs.schema import RunConfig
 
 __all__ = ["FORMATS", "Format", "Precision", "quantization_of"]
@@ -79,7 +80,8 @@ class Precision:
     @classmethod
     def of(cls, config: RunConfig, device: torch.device) -> Precision:
         base = resolve_dtype(config, device)
-        autocast = {"no": base, "bf16": torch.bfloat16, "fp16": torch.float16}[config.optimization.mixed_precision]
+        chosen = choose_mixed_precision(config, device)
+        autocast = {"no": base, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
         return cls(base, autocast, FORMATS.get(quantization_of(config)))
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..base_model.loading import quantization_notes, resolve_dtype
+from ..base_model.precision import bf16_arithmetic, choose_mixed_precision, slow_bf16
 from ..configs.schema import RunConfig
 from ..offload import streaming_notes
 from ..training.distributed import choose_device
@@ -224,10 +225,11 @@ def _notes(config: RunConfig, device: torch.device) -> list[str]:
     notes = []
     if config.optimization.mixed_precision == "fp16" and device.type == "cpu":
         notes.append("optimization.mixed_precision=fp16 is slow on a CPU; bf16 or no is faster there")
-    if config.optimization.mixed_precision == "bf16" and device.type == "cpu":
-        notes.append(
-            "optimization.mixed_precision=bf16 on a CPU is faster only where it has bf16 instructions (avx512_bf16, amx)"
-        )
+    has, why = bf16_arithmetic(device)
+    if config.optimization.mixed_precision == "auto":
+        notes.append(f"optimization.mixed_precision=auto is {choose_mixed_precision(config, device)} here: {why}")
+    elif config.optimization.mixed_precision == "bf16" and device.type == "cpu" and not has:
+        notes.append(slow_bf16(why))
     if uses_closed_form(config) and config.model.num_ranks > 1:
         notes.append("model.num_ranks > 1 with self_key: the same form as one term of rank num_ranks × rank")
     if config.training.mode == "none" and not uses_closed_form(config):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base_model.loading import resolve_dtype
+from ..base_model.precision import choose_mixed_precision
 from ..configs.schema import RunConfig
 from ..conversion.apply import apply_npt
 from ..conversion.quantise import quantise_base
@@ -104,7 +105,7 @@ def training_steps(model: nn.Module, config: RunConfig, kind: str) -> Iterator[A
     device = groups[0].device.type
 
     def step() -> int:
-        dtype = _AUTOCAST.get(optimization.mixed_precision)
+        dtype = _AUTOCAST.get(choose_mixed_precision(config, groups[0].device))
         with torch.autocast(device, dtype) if dtype else nullcontext():
             objective.accumulate_group(groups, [share] * len(groups), lambda loss: loss.backward())  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or float("inf"))

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from ..base_model.loading import load_model, quantization_notes, resolve_dtype
+from ..base_model.precision import settle_mixed_precision
 from ..configs.schema import RunConfig
 from ..model.documents import isolated_documents
 from ..offload import load_for_streaming, stream_mode, streaming, streaming_notes
@@ -56,7 +57,8 @@ def open_run(
     What can be known to be wrong is known before anything slow.
 
     Args:
-        config: The run. ``model.dtype`` and ``optimization.stream_layers`` are settled in it where they depend on the machine.
+        config: The run. ``model.dtype``, ``optimization.mixed_precision`` and ``optimization.stream_layers`` are settled in
+            it where they depend on the machine.
         training: ``config.yaml`` is written, and the log says what the memory keys do.
         console: Where to print; default standard output.
         world: The processes; default: this one alone.
@@ -69,7 +71,10 @@ def open_run(
     world = world or World(device=choose_device())
     device = world.device
     check_sources(config)
+    precision = settle_mixed_precision(config, device)
     if training:
+        if precision is not None:
+            console.print(precision, markup=False, highlight=False, soft_wrap=True)
         check_trackers(config)
         world.on_main(config.save)
         for note in (*streaming_notes(config, device), *quantization_notes(config, device)):

@@ -136,6 +136,10 @@ def resumed_config(
             overrides = [*overrides, f"paths.output_dir={json.dumps(str(path))}"]
     config = load_run_config(name, file, overrides)
     if checkpoint is not None:
+        if config.optimization.mixed_precision == "auto":
+            # What the run chose on its machine; autocast in another dtype would be another run.
+            saved = parse_yaml(checkpoint.file("config.yaml").read_text(encoding="utf-8"), str(checkpoint.path))
+            config.optimization.mixed_precision = saved.get("optimization", {}).get("mixed_precision", "no")
         changed_settings(checkpoint, config)
     return config
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..base_model.precision import settle_mixed_precision
 from ..configs.schema import ConfigError, RunConfig
 from ..conversion.apply import apply_npt
 from ..evaluation.perplexity import EvalResult
@@ -90,6 +91,8 @@ def run_training(
     """
     world = world or World.join(config)
     console = console or Console(highlight=False, quiet=not world.is_main)
+    if config.optimization.mixed_precision == "auto":  # open_run has settled it already
+        console.print(settle_mixed_precision(config, world.device), markup=False, highlight=False, soft_wrap=True)
     with threads(config), _started(config, model, tokenizer, blocks, resume, console, world) as run:
         fingerprint = base_fingerprint(model)
         if world.sharded:

@@ -109,6 +109,7 @@ def test_the_demo_in_numbers(tmp_path: Path) -> None:
 def test_memory_terms_follow_the_settings(folder: Path) -> None:
     def phase(name: str, **sections: dict[str, Any]) -> dict[str, int]:
         sections.setdefault("model", {})["init"] = "small"
+        sections.setdefault("optimization", {}).setdefault("mixed_precision", "no")
         sections.setdefault("training", {}).setdefault("mode", "end_to_end" if name == "end_to_end" else "local")
         return {key: term.bytes for key, term in terms(plan_of(folder, LLAMA, **sections), name).items()}
 

@@ -24,6 +24,7 @@ def config_of(name: str = "x", **keys: Any) -> RunConfig:
     data: dict[str, dict[str, Any]] = {
         "model": {"base_model_name": name, "rank": 8, "init": "small"},
         "data": {"max_length": 64, "calibration_tokens": 256},
+        "optimization": {"mixed_precision": "no"},
         "evaluation": {"tokens": 128, "prompts": []},
     }
     for key, value in keys.items():

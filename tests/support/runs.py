@@ -46,6 +46,7 @@ def make_config(path, sections: dict[str, dict[str, Any]] | None = None, **train
     }
     data: dict[str, Any] = {
         "model": {"rank": 8, "basis": "pca"},
+        "optimization": {"mixed_precision": "no"},
         "training": settings | training,
         "evaluation": {"tokens": 60, "prompts": ["1 2", "3"], "max_new_tokens": 4},
         "paths": {"output_dir": str(path)},
