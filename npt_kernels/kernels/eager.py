@@ -12,6 +12,7 @@ from torch import Tensor
 from ..activations import get_activation
 from ..rules import Rule, get_rule
 from .backend import Backend
+from .cpu_layout import k_contiguous
 from .steps import Bottleneck, Low, Projection, Spec, Steps
 
 __all__ = ["BACKEND", "EagerSteps", "add_key_grad", "key_grad", "key_product"]
@@ -53,7 +54,7 @@ class EagerSteps(Steps):
 
     def project(self, u: Tensor, target: Projection, low: Low | None, spec: Spec, *, chained: bool) -> Tensor:
         y = F.linear(u, target.weight, target.bias)
-        return y if low is None else y.addmm_(low.c, target.value)
+        return y if low is None else y.addmm_(low.c, k_contiguous(target.value))
 
     def activate(
         self,

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .cpu_layout import k_contiguous
+
 __all__ = ["Bottleneck", "Low", "Projection", "Spec", "Steps"]
 
 
@@ -65,7 +67,7 @@ class Bottleneck:
     def z(self) -> Tensor:
         """``[T, R]``, not scaled."""
         if self._z is None:
-            self._z = self.a @ self.w_down  # type: ignore[operator]
+            self._z = self.a @ k_contiguous(self.w_down)  # type: ignore[operator, arg-type]
         return self._z
 
     @z.setter
