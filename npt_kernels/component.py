@@ -77,6 +77,7 @@ class NPComponent(nn.Module):
             raise TypeError(f"NPComponent: scale={scale!r} must be a number")
         self.rule_name, self.rank, self.num_ranks, self.scale = rule, rank, num_ranks, float(scale)
         self.hidden_size, self.target_shapes = hidden_size, dict(targets)
+        self._kept: tuple[Any, AdapterTensors, Any] | None = None
         #: False inside ``npt_disabled``: the layer then runs its original forward.
         self.enabled = True
         total = self.total_rank
@@ -104,7 +105,35 @@ class NPComponent(nn.Module):
         return self.rule.ties_key_to_w_down and self.target_shapes[target][0] == self.hidden_size
 
     def tensors(self, dtype: torch.dtype | None = None) -> AdapterTensors:
-        """The parameters as the ops take them, cast to ``dtype`` (differentiable)."""
+        """The parameters as the ops take them, cast to ``dtype`` (differentiable).
+
+        Kept until a parameter is another or, where they are cast, was written to: decoding would cast every one at every token.
+        """
+        if torch.compiler.is_compiling():
+            return self._tensors(dtype)
+        parameters = (self._parameters["w_down"], *self.w_a_up._parameters.values(), *self.w_b_up._parameters.values())
+        cast = dtype is not None and any(p is not None and p.dtype != dtype for p in parameters)
+        try:
+            # A cast has a graph of its own where gradients are wanted, and a tied key is a view with one.
+            if (cast or self.rule.ties_key_to_w_down) and torch.is_grad_enabled():
+                return self._tensors(dtype)
+            # FSDP2 fills a parameter anew without a new version.
+            if cast and torch.distributed.is_available() and torch.distributed.is_initialized():
+                return self._tensors(dtype)
+            state = (dtype, self.rule_name, self.num_ranks, self.scale, torch.is_inference_mode_enabled(),
+                     *((id(p), p._version, p.data_ptr()) if cast else id(p) for p in parameters))  # type: ignore[union-attr]  # fmt: skip
+        except RuntimeError:  # inference tensors have no version
+            return self._tensors(dtype)
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept[0] != state:
+            # The parameters are held too, so that no other can have one's id.
+            kept = self._kept = (state, self._tensors(dtype), parameters)
+        return kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}
+
+    def _tensors(self, dtype: torch.dtype | None) -> AdapterTensors:
         w_down = self.w_down if dtype is None else self.w_down.to(dtype)
         keys: dict[str, Tensor] = {}
         if self.rule.key != "none":

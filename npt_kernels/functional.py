@@ -259,39 +259,35 @@ def _mlp(
     keys = [adapter.w_a_up.get(t) for t in targets]
     values = [adapter.w_b_up.get(t) for t in targets]
     w_down = adapter.w_down
-    cast: list[Any] = _cast(
-        x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down, *keys, *values
-    )
-    x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down = cast[:10]
-    keys, values = cast[10:13], cast[13:]
-    names = (
-        *weight_names, *bias_names, "a", "key_scale", "w_down",
-        *(f"w_a_up[{t}]" for t in targets), *(f"w_b_up[{t}]" for t in targets),
-    )  # fmt: skip
+    if autocast_dtype(x) is not None:
+        cast: list[Any] = _cast(
+            x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down, *keys, *values
+        )
+        x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down = cast[:10]
+        keys, values = cast[10:13], cast[13:]
     tensors = (
         gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, a, key_scale, w_down, *keys, *values
     )  # fmt: skip
-    check_tensors(op, tuple(zip(names, tensors, strict=True)), x)
-    leading, d, f = _check_linear(op, x, up_weight, up_bias, weight_names[1], bias_names[1])
-    if gate_weight is not None:
-        check_shape(op, weight_names[0], gate_weight, (f, d), "[f, d]")
-    if gate_bias is not None:
-        check_shape(op, bias_names[0], gate_bias, (f,), "[f]")
-    d_out = down_weight.shape[0] if down_weight.dim() else 0
-    check_shape(op, weight_names[2], down_weight, (d_out, f), "[d_out, f]")
-    if down_bias is not None:
-        check_shape(op, bias_names[2], down_bias, (d_out,), "[d_out]")
-    rule = get_rule(adapter.rule)
+    signature = None
+    if not torch.compiler.is_compiling():
+        ranks = adapter.num_ranks
+        # The type too: True is 1, and no number of ranks. Whatever is no tensor is refused by the check, and so never kept.
+        signature = (
+            op, x.dtype, x.device, x.shape[-1:], adapter.rule, type(ranks), ranks if isinstance(ranks, int) else None, targets,
+            *(
+                type(t) if not isinstance(t, Tensor)
+                else (t.shape[-1:] if t is a else () if t is key_scale else t.shape, t.dtype, t.device)
+                for t in tensors
+            ),
+        )  # fmt: skip
+    if signature is None or signature not in _checked:
+        _check_mlp(op, weight_names, bias_names, targets, x, tensors, adapter)
+        if signature is not None:
+            if len(_checked) >= _CHECKED_AT_MOST:
+                _checked.clear()
+            _checked.add(signature)
+    leading, d_out = x.shape[:-1], down_weight.shape[0]
     a_flat = flatten_tokens(op, "a", a, leading, 1, "[..., d_a]")
-    if w_down.dim() != 2 or w_down.shape[0] != a.shape[-1]:
-        raise ValueError(f"{op}: w_down has shape {list(w_down.shape)}, expected [d_a, R] = [{a.shape[-1]}, R]")
-    total_rank = w_down.shape[1]
-    _check_num_ranks(op, adapter.num_ranks, total_rank)
-    for target, key, value, width, height in zip(targets, keys, values, (d, d, f), (f, f, d_out), strict=True):
-        if value is not None:
-            _check_adapter(op, f"w_a_up[{target}]", f"w_b_up[{target}]", key, value, rule, total_rank, width, height)
-        elif key is not None:
-            raise ValueError(f"{op}: w_a_up[{target}] is given without w_b_up[{target}]; give both or neither")
     flat = flatten_tokens(op, "x", x, leading, 1, "[..., d]")
     if key_scale is not None:
         if differ(key_scale.shape, leading):
@@ -309,6 +305,51 @@ def _mlp(
     spec = Spec(act, adapter.rule, adapter.num_ranks, adapter.scale)
     out = mlp(operands, spec, torch.is_grad_enabled(), chosen)
     return out if len(leading) == 1 else out.reshape(*leading, d_out)
+
+
+#: Calls that were found right: everything that :func:`_check_mlp` looks at, so that a layer is checked once and not at every
+#: token (20 of 84 us of a call at sizes where nothing else counts).
+_checked: set[tuple[Any, ...]] = set()
+_CHECKED_AT_MOST = 4096
+
+
+def _check_mlp(
+    op: str,
+    weight_names: tuple[str, str, str],
+    bias_names: tuple[str, str, str],
+    targets: tuple[str, str, str],
+    x: Tensor,
+    tensors: tuple[Any, ...],
+    adapter: AdapterTensors,
+) -> None:
+    """Dtypes, devices and shapes, all but the leading dimensions of per-token tensors."""
+    gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, a, _, w_down = tensors[:9]
+    keys, values = tensors[9:12], tensors[12:]
+    names = (
+        *weight_names, *bias_names, "a", "key_scale", "w_down",
+        *(f"w_a_up[{t}]" for t in targets), *(f"w_b_up[{t}]" for t in targets),
+    )  # fmt: skip
+    check_tensors(op, tuple(zip(names, tensors, strict=True)), x)
+    _, d, f = _check_linear(op, x, up_weight, up_bias, weight_names[1], bias_names[1])
+    if gate_weight is not None:
+        check_shape(op, weight_names[0], gate_weight, (f, d), "[f, d]")
+    if gate_bias is not None:
+        check_shape(op, bias_names[0], gate_bias, (f,), "[f]")
+    d_out = down_weight.shape[0] if down_weight.dim() else 0
+    check_shape(op, weight_names[2], down_weight, (d_out, f), "[d_out, f]")
+    if down_bias is not None:
+        check_shape(op, bias_names[2], down_bias, (d_out,), "[d_out]")
+    rule = get_rule(adapter.rule)
+    flatten_tokens(op, "a", a, x.shape[:-1], 1, "[..., d_a]")
+    if w_down.dim() != 2 or w_down.shape[0] != a.shape[-1]:
+        raise ValueError(f"{op}: w_down has shape {list(w_down.shape)}, expected [d_a, R] = [{a.shape[-1]}, R]")
+    total_rank = w_down.shape[1]
+    _check_num_ranks(op, adapter.num_ranks, total_rank)
+    for target, key, value, width, height in zip(targets, keys, values, (d, d, f), (f, f, d_out), strict=True):
+        if value is not None:
+            _check_adapter(op, f"w_a_up[{target}]", f"w_b_up[{target}]", key, value, rule, total_rank, width, height)
+        elif key is not None:
+            raise ValueError(f"{op}: w_a_up[{target}] is given without w_b_up[{target}]; give both or neither")
 
 
 def _require_tensors(op: str, **tensors: object) -> None:

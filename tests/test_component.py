@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -151,3 +152,60 @@ def test_unknown_target():
     ):
         with pytest.raises(ValueError, match=r"target='c_fc' is not one of this component: gate, up, down"):
             call()
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_kept_tensors_are_never_stale(rule):
+    """What decoding reuses at every token follows optimizer steps, in-place writes, loading, moving and replacing."""
+    made = component(rule, 1)
+    for p in made.parameters():
+        torch.nn.init.normal_(p)
+
+    def check():
+        for dtype in (torch.float32, torch.bfloat16, None):
+            with torch.no_grad():
+                got, again = made.tensors(dtype), made.tensors(dtype)
+                fresh = made._tensors(dtype)
+            assert got is again, "kept"
+            assert torch.equal(got.w_down, fresh.w_down) and got.w_down.dtype == fresh.w_down.dtype
+            for group in ("w_a_up", "w_b_up"):
+                one, two = getattr(got, group), getattr(fresh, group)
+                assert one.keys() == two.keys() and all(torch.equal(one[t], two[t]) for t in one)
+
+    check()
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    sum(p.sum() for p in made.parameters()).backward()
+    optimizer.step()
+    check()
+    with torch.no_grad():
+        made.w_b_up["down"].mul_(2)
+    check()
+    made.load_state_dict({name: torch.randn_like(p) for name, p in made.state_dict().items()})
+    check()
+    made.w_down = torch.nn.Parameter(torch.randn_like(made.w_down))
+    check()
+    made.w_b_up["down"].data = torch.randn_like(made.w_b_up["down"])
+    check()
+    made.double()
+    check()
+    made.scale = 0.25
+    assert made.tensors(torch.float32).scale == 0.25
+    again = copy.deepcopy(made)
+    with torch.no_grad():
+        again.w_down.add_(1)
+        assert torch.equal(again.tensors().w_down, again.w_down) and not torch.equal(
+            again.w_down, made.tensors().w_down
+        )
+    assert pickle.loads(pickle.dumps(made))._kept is None
+
+
+def test_gradients_reach_cast_parameters_every_time():
+    made = component("diagonal", 1)
+    for _ in range(2):
+        made.zero_grad()
+        adapter = made.tensors(torch.bfloat16)
+        (adapter.w_down.float().sum() + sum(v.float().sum() for v in adapter.w_b_up.values())).backward()
+        assert torch.equal(made.w_down.grad, torch.ones_like(made.w_down))
+    with torch.no_grad():
+        assert not made.tensors(torch.bfloat16).w_down.requires_grad
+    assert made.tensors(torch.bfloat16).w_down.requires_grad

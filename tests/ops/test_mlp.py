@@ -428,3 +428,25 @@ def test_adapter_forms_agree(form):
     y = npt_mlp(*args, adapter)
     assert torch.equal(y, direct)
     assert not torch.equal(y, npt_mlp(*args, AdapterTensors(tensors.w_down)))
+
+
+@rules
+def test_a_call_that_was_right_does_not_hide_a_wrong_one(rule):
+    """Checks are remembered by shapes, dtypes and devices; every way to be wrong must be among what is remembered."""
+    problem = problem_of(rule, ("gate", "up", "down"), tokens=4, bias=True, dtype=torch.float32)
+    problem.run("op")
+    for name, bad in (
+        ("gate_bias", [1.0]), ("up_weight", torch.ones(3, 3)), ("down_value", torch.ones(1, 1)), ("w_down", torch.ones(2, 2)),
+        ("up_bias", torch.ones(6, dtype=torch.float64)), ("down_weight", problem.tensors["down_weight"].double()),
+        ("key_scale", torch.ones(3)), ("a", problem.tensors["a"][:3]),
+    ):  # fmt: skip
+        for _ in range(2):
+            with pytest.raises((ValueError, TypeError)) as caught:
+                problem.op(**(problem.leaves() | {name: bad}))
+            assert "\n" not in str(caught.value)
+    adapter = {"w_down": randn(5, 2), "w_b_up": {"down": randn(2, 3)}}
+    arguments = (randn(4, 3), randn(4, 5), randn(6, 3), randn(6, 3), randn(3, 6))
+    npt_gated_mlp(*arguments, adapter | {"num_ranks": 1})
+    for ranks in (True, [1], 0, 1.0):
+        with pytest.raises((ValueError, TypeError), match="num_ranks"):
+            npt_gated_mlp(*arguments, adapter | {"num_ranks": ranks})
