@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +34,34 @@ class AdapterTensors:
     rule: str = "rank1"
     num_ranks: int = 1
     scale: float = 1.0
+
+
+class _Off(threading.local):
+    """Components that are switched off in this thread.
+
+    A ``ContextVar`` would serve coroutines too, but ``torch.compile`` cannot trace one; a thread-local it guards.
+    """
+
+    def __init__(self) -> None:
+        self.switches: frozenset[int] = frozenset()
+        # How often each, so that blocks may overlap without being nested.
+        self.counts: Counter[int] = Counter()
+
+
+_off = _Off()
+_switches = itertools.count()
+
+
+def switch_off(switches: Iterable[int]) -> None:
+    """In this thread, until :func:`switch_on` is called as often."""
+    _off.counts = _off.counts + Counter(switches)
+    _off.switches = frozenset(_off.counts)
+
+
+def switch_on(switches: Iterable[int]) -> None:
+    """Take back one :func:`switch_off`."""
+    _off.counts = _off.counts - Counter(switches)
+    _off.switches = frozenset(_off.counts)
 
 
 class NPComponent(nn.Module):
@@ -78,8 +109,9 @@ class NPComponent(nn.Module):
         self.rule_name, self.rank, self.num_ranks, self.scale = rule, rank, num_ranks, float(scale)
         self.hidden_size, self.target_shapes = hidden_size, dict(targets)
         self._kept: tuple[Any, AdapterTensors, Any] | None = None
-        #: False inside ``npt_disabled``: the layer then runs its original forward.
-        self.enabled = True
+        #: Tells this component from others, copies of it included.
+        self.switch = next(_switches)
+        self._enabled = True
         total = self.total_rank
         kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.w_down = nn.Parameter(torch.zeros(hidden_size, total, **kwargs))
@@ -90,6 +122,16 @@ class NPComponent(nn.Module):
             elif self.rule.key == "matrix" and not self.is_tied(target):
                 self.w_a_up[target] = nn.Parameter(torch.zeros(total, d_in, **kwargs))
             self.w_b_up[target] = nn.Parameter(torch.zeros(total, d_out, **kwargs))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the layer uses it. Set it to ``False`` to switch one layer off, for every thread; ``npt_disabled`` switches all
+        of them off for one thread."""
+        return self._enabled and self.switch not in _off.switches
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = bool(value)
 
     @property
     def rule(self) -> Rule:
@@ -132,6 +174,10 @@ class NPComponent(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.switch = next(_switches)
 
     def _tensors(self, dtype: torch.dtype | None) -> AdapterTensors:
         w_down = self.w_down if dtype is None else self.w_down.to(dtype)

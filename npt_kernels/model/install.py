@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..component import NPComponent
+from ..component import NPComponent, switch_off, switch_on
 from ..config import NPTConfig
 from .layer import NPTLayer, convert_layer, restore_layer
 from .select import LayerChoice
@@ -59,10 +59,18 @@ def make_component(choice: LayerChoice, config: NPTConfig, rank: int) -> NPCompo
 def install(model: nn.Module, config: NPTConfig, choices: list[LayerChoice], components: list[NPComponent]) -> None:
     """Freeze the base and put the components in place. The step of ``apply_npt`` and ``load_npt`` that changes the model."""
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    for choice, component in zip(choices, components, strict=True):
-        convert_layer(choice.layer, choice.plan, component)
-    setattr(model, _STATE, NPTState(config, trainable))
+    done: list[nn.Module] = []
+    try:
+        model.requires_grad_(False)
+        for choice, component in zip(choices, components, strict=True):
+            convert_layer(choice.layer, choice.plan, component)
+            done.append(choice.layer)
+        setattr(model, _STATE, NPTState(config, trainable))
+    except BaseException:
+        for layer in done:
+            restore_layer(layer)
+        _make_trainable(model, trainable)
+        raise
 
 
 def converted_layers(model: nn.Module) -> dict[int, Any]:
@@ -96,30 +104,33 @@ def remove_npt(model: nn.Module) -> None:
     for layer in layers.values():
         restore_layer(layer)
     for module, state in states:
-        trainable = set(state.trainable_before)
-        for name, parameter in module.named_parameters():
-            if name in trainable:
-                parameter.requires_grad_(True)
+        _make_trainable(module, state.trainable_before)
         delattr(module, _STATE)
+
+
+def _make_trainable(module: nn.Module, names: list[str]) -> None:
+    wanted = set(names)
+    for name, parameter in module.named_parameters():
+        if name in wanted:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
 def npt_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the ``with`` block the model is the original one, exactly; afterwards it is as it was. May be nested.
+    """Inside the ``with`` block the model is the original one, exactly, for the thread that entered it; all others go on with
+    the converted model. Blocks may be nested and may end in any order. A thread that is started inside is another thread.
 
     Raises ``ValueError`` if the model is not converted.
     """
     components = [layer.np_component for layer in converted_layers(model).values()]
     if not components:
         raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
-    before = [component.enabled for component in components]
-    for component in components:
-        component.enabled = False
+    switches = [component.switch for component in components]
+    switch_off(switches)
     try:
         yield model
     finally:
-        for component, enabled in zip(components, before, strict=True):
-            component.enabled = enabled
+        switch_on(switches)
 
 
 def npt_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..activations import identify_activation
 from ..config import NPTConfig, parse_rank, resolve_layers
-from .layer import LayerPlan, is_converted, own_forward
-from .linears import linear_shape
+from .layer import LayerPlan, is_converted
+from .linears import linear_bias, linear_shape, linear_weight
+from .mlp import has_hooks, plain_forward
 from .norms import identify_norm
 from .shapes import LAYER_SHAPES
 from .shapes.base import LayerShape
 from .sharding import is_sharded
+from .swap import own_forward
 
 __all__ = ["LayerChoice", "find_layers", "fixed_ranks", "plan_layers"]
 
@@ -72,6 +75,14 @@ def plan_layers(
     _, layers = find_layers(model)
     if is_sharded(model):
         raise ValueError("the model is sharded with fully_shard; convert it first, then shard it")
+    places: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        first = places.setdefault(id(layer), index)
+        if first != index:
+            raise ValueError(
+                f"layers {first} and {index} are one module, so they could not have components of their own; give each a copy "
+                "(copy.deepcopy), or convert another model"
+            )
     indices = resolve_layers(config.layers, len(layers))
     explicit = not isinstance(config.layers, str)
     choices, skipped = [], {}
@@ -96,6 +107,13 @@ def plan_layers(
 def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig, weights: bool) -> LayerChoice | str:
     if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook") and not own_forward(layer):
         return "another library has replaced forward on this instance; convert before that one patches"
+    mlp = shape.mlp(layer)
+    if "forward" in mlp.__dict__ and not hasattr(mlp, "_hf_hook") and not own_forward(mlp):
+        return "another library has replaced mlp.forward on this instance; convert before that one patches"
+    for target, place in shape.targets.items():
+        problem = _reads_otherwise(shape.linear(layer, target), weights)
+        if problem is not None:
+            return f"mlp.{place.attribute} {problem}"
     if weights and any(parameter.is_meta for parameter in layer.parameters()):
         return (
             "it has no weights yet (device 'meta'); load them before converting, or keep it out of the offloaded part"
@@ -112,6 +130,26 @@ def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig, 
         norm_kind = "rms"
     plan = LayerPlan(index, shape, act, norm_kind, config.matches_norm)
     return LayerChoice(layer, plan, targets, hidden_size)
+
+
+def _reads_otherwise(linear: nn.Module, weights: bool) -> str | None:
+    """Why ``x Wᵀ + b`` with the weight that is read is not what the module computes, or ``None``. The closed form reads it."""
+    if not plain_forward(linear):
+        return (
+            f"({type(linear).__module__}.{type(linear).__name__}) has a forward of its own, so its weight does not say what it "
+            "computes; convert first (it may be wrapped afterwards), or merge it into a plain Linear"
+        )
+    if not weights or not has_hooks(linear) or any(p.is_meta for p in linear.parameters()):
+        return None
+    weight, bias = linear_weight(linear), linear_bias(linear)
+    probe = torch.linspace(-1, 1, 3 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(3, -1)
+    with torch.no_grad():
+        wanted, got = nn.functional.linear(probe, weight, bias), linear(probe)
+    if not isinstance(got, torch.Tensor) or not torch.allclose(got.float(), wanted.float(), rtol=0.05, atol=1e-3):
+        return (
+            "has a hook that changes its output, which the conversion cannot see; convert first, then register the hook"
+        )
+    return None
 
 
 def fixed_ranks(config: NPTConfig, choices: list[LayerChoice]) -> list[int] | None:

@@ -453,3 +453,36 @@ def test_a_part_of_the_converted_model_is_not_undone_alone():
     assert len(npt_parameters(model)) > 0
     remove_npt(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_layers_that_are_one_module_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[1] = model.model.layers[0]
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layers 0 and 1 are one module"):
+        apply_npt(model, ALL)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("failing", [0, 2, 3])
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch, failing):
+    from npt_kernels.model import install as install_module
+
+    model = tiny_model("llama")
+    before, original = snapshot(model), logits(model)
+    real, count = install_module.convert_layer, iter(range(9))
+
+    def convert(layer, plan, component):
+        if next(count) == failing:
+            raise MemoryError("no more")
+        real(layer, plan, component)
+
+    monkeypatch.setattr(install_module, "convert_layer", convert)
+    with pytest.raises(MemoryError, match="no more"):
+        apply_npt(model, ALL)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), original)
+    monkeypatch.undo()
+    apply_npt(model, ALL)
+    remove_npt(model)
+    assert_unchanged(model, before)

@@ -1,0 +1,200 @@
+"""The MLP of a converted layer. Called as a module, so that hooks on it fire; inside, its linears are read by the fused op.
+
+A linear that is more than ``x Wᵀ + b`` (a PEFT adapter, a subclass with a forward of its own, anything with hooks) is *called*
+instead, and the factored change is added to its output: the same result, without the fusion. The norm in front likewise.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..component import NPComponent
+from ..functional import npt_gated_mlp, npt_mlp
+from ..quantised.foreign import made_by_library
+from ..quantised.linear import QuantisedLinear
+from .linears import is_conv1d, linear_bias, linear_weight
+from .norms import NormKind, matched_norm
+from .shapes.base import LayerShape
+from .swap import Swapped, own_forward
+
+__all__ = ["Change", "LayerPlan", "NPTMlp", "changed_mlp", "has_hooks", "mlp_input", "plain_forward"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a converted layer needs to know, fixed at conversion."""
+
+    index: int
+    shape: LayerShape
+    act: str
+    norm_kind: NormKind
+    norm_match: bool
+
+
+class Change:
+    """What changes the weights in one call: the layer, its component, ``a [..., d]``, ``key_scale [...]`` or ``None``."""
+
+    def __init__(
+        self, layer: nn.Module, plan: LayerPlan, component: NPComponent, a: Tensor, key_scale: Tensor | None
+    ) -> None:
+        self.layer, self.plan, self.component, self.a, self.key_scale = layer, plan, component, a, key_scale
+
+
+class NPTMlp(Swapped):
+    """Mixin of a converted layer's MLP. Without ``npt`` it is the original."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, npt: Change | None = None, **kwargs: Any) -> Any:
+        if npt is None:
+            return self.npt_original_class.forward(self, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+        return changed_mlp(npt, hidden_states)
+
+
+# ---- may a module be read, or must it be called? ------------------------------------------------------------------------
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs anything beside its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def _reads_weight(kind: type[nn.Module]) -> bool:
+    """Whether the class's forward is ``x Wᵀ + b`` with the weight that :func:`~.linears.linear_weight` reads.
+
+    ``torch.nn.utils.parametrize`` makes a class of its own too, but leaves the forward and computes ``weight`` when it is read.
+    """
+    if issubclass(kind, QuantisedLinear):
+        return True
+    conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    return conv1d or kind.forward is nn.Linear.forward
+
+
+def plain_forward(module: nn.Module) -> bool:
+    """Whether the module's forward, hooks apart, is what its class says, and for a linear ``x Wᵀ + b``."""
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook") and not own_forward(module):
+        return False
+    if isinstance(module, nn.Linear) or is_conv1d(module) or hasattr(module, "weight"):
+        return _reads_weight(type(module)) or made_by_library(module)
+    return False
+
+
+def _replaced_forward(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ and not hasattr(module, "_hf_hook") and not own_forward(module)
+
+
+@lru_cache(maxsize=None)
+def _say_called(name: str, kind: str) -> None:
+    """Once a process for each kind of module."""
+    warnings.warn(
+        f"npt_kernels: {name} is {kind}: it is called, and the weight change added to its output, instead of both in one op",
+        stacklevel=5,
+    )
+
+
+# ---- the layer's second half --------------------------------------------------------------------------------------------
+
+
+def mlp_input(layer: nn.Module, plan: LayerPlan, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``(u [..., d], key_scale [...] or None)``: the normed MLP input and 1/ρ_T."""
+    norm = plan.shape.norm(layer)
+    if not plan.norm_match:
+        return norm(h), None
+    if not has_hooks(norm) and not _replaced_forward(norm):
+        return matched_norm(norm, plan.norm_kind, h, a)
+    # What the module makes of h, brought from the norm of h to that of h + a.
+    out, (_, key_scale) = norm(h), matched_norm(norm, plan.norm_kind, h, a)
+    ratio = (key_scale / matched_norm(norm, plan.norm_kind, h, torch.zeros_like(a))[1]).unsqueeze(-1).to(out.dtype)
+    bias = getattr(norm, "bias", None)
+    return out * ratio if bias is None else (out - bias) * ratio + bias, key_scale
+
+
+def changed_mlp(change: Change, u: Tensor) -> Tensor:
+    """``MLP_Δ(u; a) [..., d]``, as one op where every linear can be read."""
+    plan, layer = change.plan, change.layer
+    mlp = plan.shape.mlp(layer)
+    linears = {place.slot: getattr(mlp, place.attribute) for place in plan.shape.targets.values()}
+    act = plan.shape.activation(layer)
+    if any(has_hooks(module) or not plain_forward(module) for module in linears.values()) or (
+        isinstance(act, nn.Module) and has_hooks(act)
+    ):
+        return _called(change, mlp, u)
+    weights = {slot: linear_weight(linear, u.dtype) for slot, linear in linears.items()}
+    biases = {slot: linear_bias(linear) for slot, linear in linears.items()}
+    dtype = weights["up"].dtype
+    u, a = u.to(dtype), change.a.to(dtype)
+    key_scale = None if change.key_scale is None else change.key_scale.to(dtype)
+    if "gate" in weights:
+        return npt_gated_mlp(
+            u, a, weights["gate"], weights["up"], weights["down"], change.component, act=plan.act, key_scale=key_scale,
+            gate_bias=biases["gate"], up_bias=biases["up"], down_bias=biases["down"],
+        )  # fmt: skip
+    return npt_mlp(
+        u, a, weights["up"], weights["down"], change.component, act=plan.act, key_scale=key_scale,
+        c_fc_bias=biases["up"], c_proj_bias=biases["down"],
+    )  # fmt: skip
+
+
+def _called(change: Change, mlp: nn.Module, u: Tensor) -> Tensor:
+    """Linears and activation called as modules, each change added to the output: ``linear(x) + c @ w_b_up``."""
+    plan, component = change.plan, change.component
+    dtype = next((t.dtype for t in mlp.parameters() if t.is_floating_point()), u.dtype)
+    u = u.to(dtype)
+    adapter = component.tensors(dtype)
+    rule = component.rule
+    z = change.a.to(dtype) @ adapter.w_down
+    scaled = z if change.key_scale is None else z * change.key_scale.to(z.dtype).unsqueeze(-1)
+    places = {place.slot: (target, place.attribute) for target, place in plan.shape.targets.items()}
+
+    def linear(slot: str, x: Tensor, z: Tensor) -> Tensor:
+        target, attribute = places[slot]
+        module = getattr(mlp, attribute)
+        if not torch.compiler.is_compiling() and (has_hooks(module) or not plain_forward(module)):
+            kind = (
+                "a module with hooks" if plain_forward(module) else f"{type(module).__module__}.{type(module).__name__}"
+            )
+            _say_called(f"mlp.{attribute}", kind)
+            _say_frozen(component, mlp)
+        y: Tensor = module(x)
+        value = adapter.w_b_up.get(target)
+        if value is None:
+            return y
+        key = adapter.w_a_up.get(target)
+        p = None if key is None else F.linear(x.to(key.dtype), key if rule.key == "matrix" else key.unsqueeze(0))
+        c = rule.coefficients(z, p, component.num_ranks, component.scale)
+        return y + (c.to(value.dtype) @ value).to(y.dtype)
+
+    act = plan.shape.activation(change.layer)
+    up = linear("up", u, scaled)
+    inter = act(linear("gate", u, scaled)) * up if "gate" in places else act(up)
+    return linear("down", inter, z)
+
+
+def _say_frozen(component: NPComponent, mlp: nn.Module) -> None:
+    if "peft" in sys.modules and mlp.training and torch.is_grad_enabled() and not component.w_down.requires_grad:
+        _warn_frozen()
+
+
+@lru_cache(maxsize=1)
+def _warn_frozen() -> None:
+    warnings.warn(
+        "npt_kernels: the NP components do not train: peft.get_peft_model freezes all that is not its own; to train both, "
+        "[p.requires_grad_(True) for p in npt_parameters(model)]",
+        stacklevel=6,
+    )
