@@ -27,6 +27,7 @@ from .apply_report import ApplyReport, make_report
 from .import_published import read_published
 from .install import converted_layers, install, make_component, npt_config, remove_npt
 from .linears import count_parameters
+from .probe import check_forwards
 from .select import plan_layers
 from .sharding import whole
 
@@ -118,6 +119,7 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
     config, layers, ranks, tensors = _read(path)
     converted = bool(converted_layers(model))
     choices, skipped, total = plan_layers(model, replace(config, layers=layers))
+    check_forwards(model, choices)
     if len(choices) != len(ranks):
         raise ValueError(f"{path} has {len(ranks)} ranks for {len(choices)} layers {layers}; one per layer is needed")
     components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]

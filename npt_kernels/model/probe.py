@@ -1,0 +1,187 @@
+"""Does a layer compute what its shape says? Run on a few tokens before anything is changed.
+
+Layers are recognised by the names of their children, which say nothing of their forward: multipliers on the residual, dropout
+between attention and residual, a norm inside the MLP, a tuple as the result. So the layer's own forward is compared with the
+shape's ``h + a + MLP(norm(h + a))``, with the arguments that the model itself passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..component import NPComponent
+from .forward import evaluating
+from .layer import is_converted, teacher_output
+from .mlp import Change, changed_mlp, mlp_input
+from .select import LayerChoice
+from .visits import LayerCall, record_calls, tapped_outputs
+from .weight_location import compute_device, resident
+
+__all__ = ["check_forwards"]
+
+#: Rows × tokens of the probe. Few: a layer of Llama-3.1-8B reads its 440 MB of weights for them, whatever their number.
+_ROWS, _TOKENS = 2, 5
+#: Largest tensors that are perturbed: what could hide behind a fresh 1 or 0 is a vector (norm weights, biases, layer scales).
+_SMALL = 2**20
+
+
+@torch.no_grad()
+def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> None:
+    """Raise ``ValueError`` for the first layer whose own forward is not what its shape describes. The model is left as it was.
+
+    Layers of one class with equal settings are tried once. Not tried: models whose layers get no token ids (a decoder that is
+    called with embeddings alone), and layers that are converted already. Vectors are perturbed for the time of the probe, so that
+    a fresh weight of 1 or bias of 0 hides nothing; so is the mode (evaluation; training with equal random numbers, where there is
+    dropout). Random numbers outside go on as if nothing had been drawn.
+    """
+    tried: set[Any] = set()
+    todo = [c for c in choices if not is_converted(c.layer) and not (_kind(c) in tried or tried.add(_kind(c)))]  # type: ignore[func-returns-value]
+    if not todo:
+        return
+    device = compute_device(choices[0].layer)
+    with _random_numbers_restored(device), evaluating(model):
+        calls = _calls(model)
+        if calls is None:
+            return
+        for choice in todo:
+            h, call = calls[choice.plan.index]
+            reason = _mismatch(choice, h, call)
+            if reason is not None:
+                raise ValueError(f"layer {choice.plan.index} cannot be converted: {reason}")
+
+
+def _kind(choice: LayerChoice) -> tuple[Any, ...]:
+    """Layers that compute the same way: class, and every plain attribute but its number."""
+    layer = choice.layer
+    settings = []
+    for path, module in layer.named_modules():
+        plain = {
+            name: value
+            for name, value in module.__dict__.items()
+            if isinstance(value, int | float | str | bool)
+            and "idx" not in name
+            and "index" not in name
+            and name != "training"
+        }
+        settings.append((path, type(module), tuple(sorted(plain.items(), key=lambda item: item[0]))))
+    return type(layer), choice.plan.shape.name, tuple(settings)
+
+
+def _calls(model: nn.Module) -> dict[int, tuple[Tensor, LayerCall]] | None:
+    """Index → hidden states of the right shape and what the model passes beside them; ``None`` if it takes no token ids."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if embedding is None or getattr(embedding, "weight", None) is None:
+        return None
+    weight = embedding.weight
+    ids = torch.arange(_ROWS * _TOKENS, device=weight.device).remainder(max(1, weight.shape[0])).reshape(_ROWS, _TOKENS)
+    try:
+        recorded = record_calls(model, [ids])
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot run with layers that return hidden states [batch, seq, d] and nothing else "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
+        ) from error
+    if recorded is None:
+        return None
+    hidden, calls = recorded[0]
+    generator = torch.Generator().manual_seed(0)
+    # Of the size of a residual stream after some layers, whatever the embeddings are.
+    h = torch.randn(hidden.shape, generator=generator).to(hidden.device, hidden.dtype)
+    return {index: (h, call) for index, call in enumerate(calls)}
+
+
+def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
+    layer, shape = choice.layer, choice.plan.shape
+    device = compute_device(layer)
+    h = h.to(device)
+    attention: list[Tensor] = []
+
+    def run(training: bool) -> str | None:
+        layer.train(training)
+        attention.clear()
+        torch.manual_seed(1)
+        with tapped_outputs([shape.attention_module(layer)], lambda _, a: attention.append(a)):
+            own = layer(h, *call.args, **call.kwargs)
+        if not isinstance(own, Tensor):
+            return f"its forward returns a {type(own).__name__}, not hidden states [batch, seq, d]"
+        if len(attention) != 1:
+            return f"its forward calls the attention {len(attention)} times"
+        torch.manual_seed(1)
+        a = shape.attention(layer, h, *call.args, **call.kwargs)
+        described = teacher_output(layer, shape, h, a)
+        if own.shape != described.shape:
+            return f"its forward returns {list(own.shape)} for hidden states {list(h.shape)}"
+        difference = float((own.float() - described.float()).abs().max())
+        size = float(own.float().abs().max())
+        if not difference <= 16 * torch.finfo(own.dtype).eps * max(size, 1e-6):
+            mode = "with dropout on" if training else "its forward"
+            return (
+                f"{mode} is not h + a + MLP(norm(h + a)) (relative difference {difference / max(size, 1e-30):.2g}): "
+                f"{type(layer).__name__} does more than a {shape.name} layer"
+            )
+        return None
+
+    with resident(layer), _perturbed(layer):
+        reason = run(False) or _mlp_mismatch(choice, h)
+        if reason is None and any(isinstance(m, nn.Dropout) and m.p for m in layer.modules()):
+            reason = run(True)
+        layer.train(False)
+    return reason
+
+
+def _mlp_mismatch(choice: LayerChoice, h: Tensor) -> str | None:
+    """Why the op with a change of zero is not the layer's own norm and MLP, or ``None``."""
+    layer, plan = choice.layer, choice.plan
+    nothing = NPComponent(choice.hidden_size, choice.targets, rank=1, device=h.device)
+    own = plan.shape.norm(layer)(h)
+    u, _ = mlp_input(layer, plan, h, torch.zeros_like(h))
+    pairs = [(f"norm {type(plan.shape.norm(layer)).__name__}", u, own)]
+    mlp = plan.shape.mlp(layer)
+    pairs.append(
+        (f"{type(mlp).__name__}", changed_mlp(Change(layer, plan, nothing, torch.zeros_like(h), None), own), mlp(own))
+    )
+    for name, ours, theirs in pairs:
+        if not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
+            return f"its {name} returns something else than hidden states"
+        size = float(theirs.float().abs().max())
+        difference = float((ours.float() - theirs.float()).abs().max())
+        # float32 at best: norms compute in it whatever they are given.
+        eps = max(torch.finfo(theirs.dtype).eps, torch.finfo(torch.float32).eps)
+        if not difference <= 64 * eps * max(size, 1e-6):
+            relative = difference / max(size, 1e-30)
+            return f"its {name} does more than a {plan.shape.name} layer's (relative difference {relative:.2g})"
+    return None
+
+
+@contextmanager
+def _perturbed(layer: nn.Module) -> Iterator[None]:
+    """Inside the block every small floating vector of the layer is another; afterwards it has the bits that it had."""
+    small = [
+        tensor
+        for tensor in (*layer.parameters(), *layer.buffers())
+        if tensor.dim() <= 1
+        and tensor.is_floating_point()
+        and 0 < tensor.numel() <= _SMALL
+        and type(tensor) in (Tensor, nn.Parameter)
+    ]
+    saved = [tensor.detach().clone() for tensor in small]
+    generator = torch.Generator().manual_seed(2)
+    try:
+        for tensor in small:
+            noise = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+            tensor.add_(noise.mul_(0.25).add_(0.1))
+        yield
+    finally:
+        for tensor, before in zip(small, saved, strict=True):
+            tensor.copy_(before)
+
+
+@contextmanager
+def _random_numbers_restored(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
