@@ -118,8 +118,9 @@ def convert_layer(layer: nn.Module, plan: LayerPlan, component: NPComponent) -> 
 
 def restore_layer(layer: nn.Module) -> None:
     """The original layer back, in place. ``layer`` must be a converted one."""
-    mlp = layer.npt_plan.shape.mlp(layer)  # type: ignore[union-attr]
+    plan: LayerPlan = layer.npt_plan  # type: ignore[assignment]
+    mlp = plan.shape.mlp(layer)
     if isinstance(mlp, NPTMlp):
-        restore_class(mlp)
+        restore_class(mlp)  # type: ignore[arg-type]
     restore_class(layer)
     del layer.np_component, layer.npt_plan
