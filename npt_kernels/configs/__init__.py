@@ -19,14 +19,43 @@ DEFAULT_CONFIG = "demo"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2: PyYAML's 1.1 reads ``16:20`` as 980, ``1e-4`` as text and ``no`` as false."""
+    """YAML with the scalars of version 1.2, and an error for a key that is there twice.
 
+    PyYAML's 1.1 reads ``16:20`` as 980, ``010`` as 8, ``1e-4`` as text and ``no`` as false, and lets the last of two keys win.
+    """
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node)).replace("_", "")
+        sign, digits = (-1, text[1:]) if text[0] == "-" else (1, text.removeprefix("+"))
+        if len(digits) > 30:
+            raise yaml.constructor.ConstructorError(None, None, f"a number of {len(digits)} digits", node.start_mark)
+        base = {"0x": 16, "0o": 8}.get(digits[:2].lower(), 10)
+        return sign * int(digits if base == 10 else digits[2:], base)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None or key == "<<":
+                continue
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"{key!r} is there twice, first in line {seen[key]}; keep one of them",
+                    key_node.start_mark,
+                )
+            seen[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0x[0-9a-fA-F]+|[-+]?[0-9]+(?:_[0-9]{3})+", list("-+0123456789")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+|[-+]?[0-9]+(?:_[0-9]{3})+", list("-+0123456789")),
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+0123456789.")),
     ("merge", r"<<", ["<"]),
 ):
@@ -109,7 +138,10 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{source}:{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{source}:{where} {'' if 'twice' in problem else 'is not valid YAML: '}{problem}") from error
+    except RecursionError:
+        raise ConfigError(f"{source}: is nested too deeply for a configuration") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -127,8 +159,10 @@ def _parse_override(text: str) -> dict[str, Any]:
         parsed = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"{text!r}: the value is not valid YAML ({getattr(error, 'problem', None) or error})"
+            f"{text!r}: the value is not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})"
         ) from error
+    except RecursionError:
+        raise ConfigError(f"{text[:40]!r}…: the value is nested too deeply") from None
     section, dot, name = key.partition(".")
     # A bare key reaches the checker as an unknown section, which suggests where the key lives.
     return {section: {name: parsed}} if dot else {section: parsed}

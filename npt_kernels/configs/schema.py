@@ -10,9 +10,9 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..config import NPTConfig
 from ..quantised.names import choose_library
@@ -32,8 +32,28 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "npt_kernels"
 
 
+def _scalar_types(annotation: Any) -> set[Any]:
+    """The plain types that an annotation is made of: ``tuple[float, float] | None`` → ``{float, NoneType}``."""
+    parts = get_args(annotation)
+    return set().union(*map(_scalar_types, parts)) if parts else {annotation}
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # To Python true is 1: `batch_size: true` would train with one sequence a step.
+        kinds = _scalar_types(cls.model_fields[str(info.field_name)].annotation)
+        entries = value if isinstance(value, list | tuple) else (value,)
+        if bool not in kinds and kinds & {int, float} and any(isinstance(entry, bool) for entry in entries):
+            raise ValueError("expected a number, got a boolean")
+        return value
+
+
+#: A decay rate: 1 would never forget, and AdamW refuses it.
+_Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSection(_Section):
@@ -83,7 +103,7 @@ class TrainingSection(_Section):
     warmup_steps: int = Field(0, ge=0)
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up, to zero.")
     weight_decay: float = Field(0.0, ge=0)
-    adam_betas: tuple[float, float] = Field((0.9, 0.99))
+    adam_betas: tuple[_Share, _Share] = Field((0.9, 0.99))
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient norm; 0: do not clip.")
     equivalence_weight: float = Field(1.0, ge=0, description="Weight of the equivalence loss.")
     regularization_weight: float = Field(0.0, ge=0, description="λ of λ(|v_a|² + |v_b|²).")

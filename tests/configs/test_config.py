@@ -204,3 +204,51 @@ def test_the_schema_is_read_without_torch():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "True", "the check of a rule's name does load it, so the assertion above can fail"
+
+
+# ---- YAML that says one thing and was read as another -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", r"line 4, column 3 'seed' is there twice, first in line 2"),
+        ("training:\n  seed: 1\nmodel:\n  rank: 8\ntraining:\n  max_steps: 2\n", r"line 5, column 1 'training' is there twice, first in line 1"),
+        ("training: {seed: 1, seed: 1}\n", r"line 1, column 21 'seed' is there twice"),
+        ("training:\n  batch_size: true\n", r"training.batch_size=True: expected a number, got a boolean"),
+        ("training:\n  adam_betas: [0.9, true]\n", r"training.adam_betas=.*expected a number"),
+        ("training:\n  adam_betas: [1.5, -2]\n", r"training.adam_betas="),
+        ("training:\n  adam_betas: [0.9, 1.0]\n", r"training.adam_betas="),
+        ("training:\n  learning_rate: .inf\n", r"training.learning_rate=inf: Input should be a finite number"),
+        ("training:\n  weight_decay: .nan\n", r"training.weight_decay=nan"),
+        ("model:\n  modulation_scale: -.inf\n", r"model.modulation_scale=-inf"),
+        ("training:\n  seed: " + "9" * 5000 + "\n", r"a number of 5000 digits"),
+        ("model: " + "[" * 5000, r"nested too deeply|not valid YAML"),
+    ],
+)  # fmt: skip
+def test_yaml_that_would_be_misread(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_run_config(None, path)
+    lines = str(caught.value).splitlines()
+    assert all("run.yaml" in line for line in lines) and len(lines) <= 2
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("0042", 42), ("010", 10), ("08", 8), ("0o17", 15), ("0x1F", 31), ("1_000", 1000), ("+7", 7), ("016", 16)],
+)
+def test_whole_numbers_of_yaml_1_2(written, value):
+    assert load_run_config(None, None, [f"training.seed={written}"]).training.seed == value
+    assert load_run_config(None, None, [f"training.batch_size={written}"]).training.batch_size == value
+
+
+def test_merge_keys_still_work(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("x: &base {seed: 5, max_steps: 7}\ntraining:\n  <<: *base\n  seed: 6\n")
+    with pytest.raises(ConfigError, match="unknown key 'x'"):
+        load_run_config(None, path)
+    from npt_kernels.configs import parse_yaml
+
+    assert parse_yaml(path.read_text(), "run.yaml")["training"] == {"seed": 6, "max_steps": 7}
