@@ -171,6 +171,10 @@ class DataSection(_Section):
         description="Several texts instead of train_files, mixed by weight: [{files: […], weight: 2}, {dataset_name: …}]. A "
         "pass ends when each has been read once; those that end earlier start over.",
     )
+    special_tokens: bool = Field(
+        False,
+        description="Special tokens spelled out in the text (a chat template's) are those tokens; false: plain characters.",
+    )
     isolate_documents: bool = Field(
         False,
         description="Attention and positions start anew at every document of a packed sequence; needs a tokenizer with an "

@@ -83,7 +83,7 @@ def load_token_blocks(config: RunConfig, tokenizer: Any) -> TokenBlocks:
     train_wanted = config.data.num_train_samples
     shuffled = train[torch.randperm(len(train), generator=generator)[:train_wanted]]
     notes = [note for text in texts for note in text.notes]
-    notes += [f"{source.name}: {source.origin}" for source in shared or []]
+    notes += [f"{source.name}: {source.origin}" for source in shared or []] + _no_end(tokenizer)
     if len(texts) > 1:
         notes += _mixture_notes(texts, len(train))
     notes.append(
@@ -109,7 +109,7 @@ def _stream_blocks(config: RunConfig, entries: Sequence[TextEntry], tokenizer: A
     if not len(heldout):
         raise ConfigError(_no_heldout(", ".join(entry.label for entry in entries), config))
     calibration = _shares(head.calibration, weights, calibration_wanted)
-    notes = [*head.notes, *(f"{source.name}: {source.origin}" for source in shared or [])]
+    notes = [*head.notes, *(f"{source.name}: {source.origin}" for source in shared or []), *_no_end(tokenizer)]
     where = "held out" if shared is not None else "held out, both from the head of the text and never trained on"
     notes.append(
         f"training text is read while training, in sequences of {config.data.max_length}, {config.data.shuffle_buffer:,} "
@@ -144,7 +144,7 @@ def _read_entry(entry: TextEntry, config: RunConfig, tokenizer: Any, share: floa
     length = config.data.max_length
     train_sources, heldout_sources = _split(_open_sources(entry, config), config, shared=shared)
     limit = _blocks_to_read(config, train_sources, share)
-    train = pack(_documents(train_sources), tokenizer, length, limit)
+    train = pack(_documents(train_sources), tokenizer, length, limit, config.data.special_tokens)
     if not len(train):
         raise ConfigError(
             f"the training text ({_names(train_sources)}) is shorter than one sequence of data.max_length={length} tokens; "
@@ -154,7 +154,7 @@ def _read_entry(entry: TextEntry, config: RunConfig, tokenizer: Any, share: floa
     if not shared:
         streamed = any(source.streamed for source in heldout_sources)
         limit = 4 * _heldout_wanted(config) if streamed else None
-        heldout = pack(_documents(heldout_sources), tokenizer, length, limit)
+        heldout = pack(_documents(heldout_sources), tokenizer, length, limit, config.data.special_tokens)
         if not len(heldout):
             raise ConfigError(_no_heldout(_names(heldout_sources), config))
     notes = [f"{source.name}: {source.origin}" for source in train_sources]
@@ -245,7 +245,7 @@ def _eval_sources(config: RunConfig) -> list[Source] | None:
 
 
 def _eval_blocks(config: RunConfig, sources: list[Source], tokenizer: Any) -> Tensor:
-    blocks = pack(_documents(sources), tokenizer, config.data.max_length, None)
+    blocks = pack(_documents(sources), tokenizer, config.data.max_length, None, config.data.special_tokens)
     if not len(blocks):
         raise ConfigError(_no_heldout(_names(sources), config))
     return blocks
@@ -371,6 +371,12 @@ def _check_steps(config: RunConfig) -> None:
             "data.streaming=true needs training.max_steps or data.num_train_samples: how long a streamed text is shows when "
             "it ends, and the learning rate's schedule needs to know before"
         )
+
+
+def _no_end(tokenizer: Any) -> list[str]:
+    if getattr(tokenizer, "eos_token_id", None) is not None:
+        return []
+    return ["the tokenizer has no end-of-text token: documents follow each other without a mark between them"]
 
 
 def document_separator(config: RunConfig, tokenizer: Any) -> int | None:

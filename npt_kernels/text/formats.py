@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ __all__ = ["Piece", "check_text", "file_kind", "missing_field", "read_file", "re
 #: Bytes of a text file that are in memory at a time.
 _PIECE_BYTES = 2**16
 _PARQUET_ROWS = 256
+#: Bytes that plain text has next to none of: all below the space but tab, line ends, form feed, backspace and escape.
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\v\b\x1b")) + b"\x7f"
 #: A byte order mark, as Windows' editors write it, is no text and no JSON.
 _MARK = b"\xef\xbb\xbf"
 
@@ -60,7 +63,10 @@ def read_file(path: Path, field: str, field_key: str) -> list[str]:
     """
     if file_kind(path) == "text":
         with _readable(path):
-            return [path.read_text(encoding="utf-8-sig")]
+            data = path.read_bytes()
+            text = _decode(data, 0)
+            _check_plain(path, data, 0)
+            return [text.replace("\r\n", "\n").replace("\r", "\n")]
     return [piece.text for piece, _ in read_pieces(path, field, field_key)]
 
 
@@ -96,6 +102,21 @@ def _decode(data: bytes, offset: int) -> str:
         raise
 
 
+def _check_plain(path: Path, data: bytes, offset: int) -> None:
+    """UTF-16 without a mark and most binaries are valid UTF-8, full of NULs: a model would be trained on ``T\\0h\\0e\\0``."""
+    nul = data.find(b"\0")
+    if nul >= 0:
+        raise ConfigError(
+            f"{path} holds NUL characters (byte {offset + nul}) and is no plain text; if it is UTF-16, convert it: "
+            f"iconv -f UTF-16LE -t UTF-8 {path.name}; if it is binary, leave it out"
+        )
+    control = len(data) - len(data.translate(None, _CONTROL))
+    if control > 0.05 * len(data):
+        raise ConfigError(
+            f"{path} is no plain text: {control} of {len(data)} bytes are control characters; leave it out"
+        )
+
+
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +128,7 @@ def _read_text(path: Path, field: str, field_key: str, place: Place) -> Iterator
         while data:
             cut = len(data) if ends else _cut(data)
             text = _decode(data[:cut], offset).replace("\r\n", "\n").replace("\r", "\n")
+            _check_plain(path, data[:cut], offset)
             starts, offset, data = offset == 0, offset + cut, data[cut:]
             yield Piece(text, starts, ends), offset
             data, ends = _fill(stream, data)
@@ -147,15 +169,25 @@ def _read_jsonl(path: Path, field: str, field_key: str, place: Place) -> Iterato
             line = _decode(data, offset)
             offset, number = offset + len(data), number + 1
             if line.strip():
-                yield Piece(_parse(line, f"{path} line {number}", field, field_key)), [offset, number]
+                text = _parse(line, path, f"line {number}", field, field_key)
+                if text is not None:
+                    yield Piece(text), [offset, number]
 
 
-def _parse(line: str, where: str, field: str, field_key: str) -> str:
+def _parse(line: str, path: Path, place: str, field: str, field_key: str) -> str | None:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error.msg}") from error
-    return _text_of(entry, where, field, field_key)
+        raise ConfigError(f"{path} {place} is not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} {place} {_beyond(error)}") from None
+    return _text_of(entry, path, place, field, field_key)
+
+
+def _beyond(error: Exception) -> str:
+    """JSON that is valid, and that Python's parser refuses."""
+    what = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number with thousands of digits"
+    return f"{what} to be read; leave it out"
 
 
 def _read_json(path: Path, field: str, field_key: str, place: Place) -> Iterator[tuple[Piece, Place]]:
@@ -166,9 +198,15 @@ def _read_json(path: Path, field: str, field_key: str, place: Place) -> Iterator
             yield from _read_jsonl(path, field, field_key, place)
             return
         raise ConfigError(f"{path} is not JSON: {error.msg} at line {error.lineno}") from error
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} {_beyond(error)}") from None
     entries = data if isinstance(data, list) else [data]
     for number in range(place or 0, len(entries)):
-        yield Piece(_text_of(entries[number], f"{path} entry {number}", field, field_key)), number + 1
+        text = _text_of(entries[number], path, f"entry {number}", field, field_key)
+        if text is not None:
+            yield Piece(text), number + 1
 
 
 # ---- parquet ---------------------------------------------------------------------------------------------------------
@@ -216,7 +254,28 @@ _READERS: dict[str, Callable[[Path, str, str, Place], Iterator[tuple[Piece, Plac
 # ---- fields ----------------------------------------------------------------------------------------------------------
 
 
-def _text_of(entry: Any, where: str, field: str, field_key: str) -> str:
+#: Files of which it was said that characters were replaced.
+_said: set[Path] = set()
+
+
+def _text_of(entry: Any, path: Path, place: str, field: str, field_key: str) -> str | None:
+    """The text of a JSON value; ``None`` where the field is ``null``: skipped, as in parquet."""
+    where = f"{path} {place}"
+    if isinstance(entry, dict) and entry.get(field, "") is None:
+        return None
+    text = _json_text(entry, where, field, field_key)
+    if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    # JSON can write half of a surrogate pair, which is no character and which no tokenizer takes.
+    if path not in _said:
+        _said.add(path)
+        warnings.warn(
+            f"{where}: half of a surrogate pair is replaced by U+FFFD, here and further on in the file", stacklevel=2
+        )
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _json_text(entry: Any, where: str, field: str, field_key: str) -> str:
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, dict):

@@ -23,18 +23,28 @@ def derived_seed(*parts: int | str) -> int:
 
 
 class Frame:
-    """Documents as ``(bos) tokens (eos)``: ``bos`` where the tokenizer itself puts one, ``eos`` where it has one."""
+    """Documents as ``(bos) tokens (eos)``: ``bos`` where the tokenizer itself puts one, ``eos`` where it has one.
 
-    def __init__(self, tokenizer: Any) -> None:
+    ``special_tokens``: special tokens that are spelled out in a text (``<|im_end|>`` of a chat template) are these tokens; else
+    they are the characters that they are written with, and no document ends in its middle.
+    """
+
+    def __init__(self, tokenizer: Any, special_tokens: bool = False) -> None:
         bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
         probe = tokenizer("a", add_special_tokens=True)["input_ids"]
-        self.tokenizer = tokenizer
+        self.tokenizer, self.special_tokens = tokenizer, special_tokens
         self.start = [bos] if bos is not None and probe and probe[0] == bos else []
         self.end = [eos] if eos is not None else []
 
     def encode(self, texts: Sequence[str], ends: Sequence[tuple[bool, bool]] | None = None) -> list[Tensor]:
         """One int64 tensor a text. ``ends``: whether a text is the start and the end of its document; default: both."""
-        found = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        found = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+            split_special_tokens=not self.special_tokens,
+        )
         whole = ends or [(True, True)] * len(texts)
         return [
             torch.tensor([*(self.start if first else ()), *ids, *(self.end if last else ())], dtype=torch.int64)
@@ -42,12 +52,16 @@ class Frame:
         ]
 
 
-def pack(documents: Iterable[str], tokenizer: Any, length: int, max_blocks: int | None) -> Tensor:
+def pack(
+    documents: Iterable[str], tokenizer: Any, length: int, max_blocks: int | None, special_tokens: bool = False
+) -> Tensor:
     """Blocks ``[n, length]``, int64: framed documents one after the other, without padding.
+
+    ``special_tokens`` as for :class:`Frame`.
 
     Reading stops once ``max_blocks`` are full; what does not fill a block at the very end is dropped.
     """
-    frame = Frame(tokenizer)
+    frame = Frame(tokenizer, special_tokens)
     limit = None if max_blocks is None else max_blocks * length
     pieces: list[Tensor] = []
     total = 0

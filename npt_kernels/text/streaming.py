@@ -299,7 +299,7 @@ def open_stream(
     Raises:
         ConfigError: As for :func:`npt_kernels.text.readers.open_reader`, or if a text ends before training begins.
     """
-    length, frame = config.data.max_length, Frame(tokenizer)
+    length, frame = config.data.max_length, Frame(tokenizer, config.data.special_tokens)
     total = sum(entry.weight for entry in entries)
     texts: list[PackedText] = []
     starts: list[dict[str, Any]] = []

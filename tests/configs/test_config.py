@@ -213,7 +213,7 @@ def test_the_schema_is_read_without_torch():
     ("text", "message"),
     [
         ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", r"line 4, column 3 'seed' is there twice, first in line 2"),
-        ("training:\n  seed: 1\nmodel:\n  rank: 8\ntraining:\n  max_steps: 2\n", r"line 5, column 1 'training' is there twice, first in line 1"),
+        ("training: {seed: 1}\nmodel:\n  rank: 8\ntraining:\n", r"line 4, column 1 'training' is there twice, first in line 1"),
         ("training: {seed: 1, seed: 1}\n", r"line 1, column 21 'seed' is there twice"),
         ("training:\n  batch_size: true\n", r"training.batch_size=True: expected a number, got a boolean"),
         ("training:\n  adam_betas: [0.9, true]\n", r"training.adam_betas=.*expected a number"),

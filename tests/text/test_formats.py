@@ -118,3 +118,65 @@ def test_the_byte_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_a_file_that_went_away(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.txt cannot be read: No such file"):
         pieces(tmp_path / "gone.txt")
+
+
+# ---- files that are read, and break later or poison the training -----------------------------------------------------------
+
+
+def all_texts(path: Path) -> list[str]:
+    found = [piece.text for piece, _ in pieces(path)]
+    assert found == read_file(path, "text", "data.text_field")
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_half_a_surrogate_pair_becomes_a_character_with_a_note(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x.{suffix}"
+    rows = ['{"text": "a \\ud83d b"}', '{"text": "whole \\ud83d\\ude00"}', '{"text": "\\ude00\\ud83d"}']
+    path.write_text("\n".join(rows) if suffix == "jsonl" else f"[{','.join(rows)}]")
+    with pytest.warns(UserWarning, match=r"x\.\w+ (line 1|entry 0): half of a surrogate pair") as said:
+        found = all_texts(path)
+    assert found == ["a \ufffd b", "whole \U0001f600", "\ufffd\ufffd"] and len(said) == 1
+    for text in found:
+        text.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", "The quick brown fox".encode("utf-16-le"), r"a.txt holds NUL characters \(byte 1\).*iconv"),
+        ("b.txt", b"\x7fELF\x02\x01\x01" + bytes(9) + b"abc", "NUL characters"),
+        ("c.md", b"fine text " * 9000 + b"\0", r"NUL characters \(byte 90000\)"),
+        ("d.txt", bytes(range(1, 32)) * 5, "control characters"),
+        ("e.jsonl", b"[" * 100_000, r"e.jsonl line 1 (is nested too deeply|is not JSON)"),
+        ("f.json", b"[" * 100_000 + b"]" * 100_000, r"f.json is nested too deeply"),
+        (
+            "g.jsonl",
+            b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b', "text": "b"}',
+            r"g.jsonl line 2 holds a number with thousands",
+        ),
+        ("h.json", b'[{"text": "a", "n": ' + b"9" * 5000 + b"}]", r"h.json holds a number with thousands"),
+        ("i.jsonl", b'{"text": 5}', "line 1: field 'text' is a int"),
+    ],
+)
+def test_what_is_no_text_is_one_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    for read in (lambda: pieces(path), lambda: read_file(path, "text", "data.text_field")):
+        with pytest.raises(ConfigError, match=message) as caught:
+            read()
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_text_with_tabs_and_escapes_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"\x1b[1mbold\x1b[0m\ta\r\nb\x0c" * 3)
+    assert all_texts(path) == ["\x1b[1mbold\x1b[0m\ta\nb\x0c" * 3]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_rows_without_text_are_skipped_everywhere(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind, ["a", None, "b", None])  # type: ignore[list-item]
+    assert all_texts(path) == ["a", "b"]
+    (_, place), _ = pieces(path)
+    assert [piece.text for piece, _ in pieces(path, place)] == ["b"]
