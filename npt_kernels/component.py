@@ -158,6 +158,7 @@ class NPComponent(nn.Module):
         try:
             # A cast has a graph of its own where gradients are wanted, and a tied key is a view with one.
             if (cast or self.rule.ties_key_to_w_down) and torch.is_grad_enabled():
+                self._kept = None  # training has no room for what decoding kept
                 return self._tensors(dtype)
             # FSDP2 fills a parameter anew without a new version.
             if cast and torch.distributed.is_available() and torch.distributed.is_initialized():

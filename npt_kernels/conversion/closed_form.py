@@ -14,6 +14,7 @@ import torch
 
 from ..component import NPComponent
 from ..model.linears import linear_weight
+from ..model.norms import norm_weight
 from ..model.select import LayerChoice
 from .bases import Basis
 
@@ -27,12 +28,15 @@ def fill_closed_form(component: NPComponent, choice: LayerChoice, basis: Basis) 
     encoder, decoder = basis.encoder[:, :total].to(device), basis.decoder[:total].to(device)
     component.w_down.copy_(encoder)
     shape, layer = choice.plan.shape, choice.layer
-    norm_weight = getattr(shape.norm(layer), "weight", None)
+    weight = norm_weight(shape.norm(layer), choice.plan.norm_kind)
     for target, value in component.w_b_up.items():
         if shape.targets[target].slot == "down":
             value.copy_(decoder)
             continue
-        rows = decoder - decoder.mean(1, keepdim=True) if choice.plan.norm_kind == "layer" else decoder
-        if norm_weight is not None:
-            rows = rows * norm_weight.to(rows)
+        if shape.parallel:  # its MLP reads no a
+            value.zero_()
+            continue
+        rows = decoder - decoder.mean(1, keepdim=True) if choice.plan.norm_kind.startswith("layer") else decoder
+        if weight is not None:
+            rows = rows * weight.to(rows)
         value.copy_(rows @ linear_weight(shape.linear(layer, target)).to(rows).t())

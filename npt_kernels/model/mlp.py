@@ -44,9 +44,16 @@ class Change:
     """What changes the weights in one call: the layer, its component, ``a [..., d]``, ``key_scale [...]`` or ``None``."""
 
     def __init__(
-        self, layer: nn.Module, plan: LayerPlan, component: NPComponent, a: Tensor, key_scale: Tensor | None
+        self,
+        layer: nn.Module,
+        plan: LayerPlan,
+        component: NPComponent,
+        a: Tensor,
+        key_scale: Tensor | None,
+        backend: str | None = None,
     ) -> None:
         self.layer, self.plan, self.component, self.a, self.key_scale = layer, plan, component, a, key_scale
+        self.backend = backend
 
 
 class NPTMlp(Swapped):
@@ -62,10 +69,13 @@ class NPTMlp(Swapped):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs anything beside its forward."""
+    """Whether calling the module runs anything beside its forward. What only moves its weights does not count."""
     return bool(
         module._forward_hooks
-        or module._forward_pre_hooks
+        or (
+            module._forward_pre_hooks
+            and any(not getattr(hook, "only_moves_weights", False) for hook in module._forward_pre_hooks.values())
+        )
         or module._backward_hooks
         or module._backward_pre_hooks
         or torch_module._global_forward_hooks
@@ -111,13 +121,15 @@ def _say_called(name: str, kind: str) -> None:
 # ---- the layer's second half --------------------------------------------------------------------------------------------
 
 
-def mlp_input(layer: nn.Module, plan: LayerPlan, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
+def mlp_input(
+    layer: nn.Module, plan: LayerPlan, h: Tensor, a: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor | None]:
     """``(u [..., d], key_scale [...] or None)``: the normed MLP input and 1/ρ_T."""
     norm = plan.shape.norm(layer)
     if not plan.norm_match:
         return norm(h), None
     if not has_hooks(norm) and not _replaced_forward(norm):
-        return matched_norm(norm, plan.norm_kind, h, a)
+        return matched_norm(norm, plan.norm_kind, h, a, backend=backend)
     # What the module makes of h, brought from the norm of h to that of h + a.
     out, (_, key_scale) = norm(h), matched_norm(norm, plan.norm_kind, h, a)
     ratio = (key_scale / matched_norm(norm, plan.norm_kind, h, torch.zeros_like(a))[1]).unsqueeze(-1).to(out.dtype)
@@ -130,6 +142,11 @@ def changed_mlp(change: Change, u: Tensor) -> Tensor:
     plan, layer = change.plan, change.layer
     mlp = plan.shape.mlp(layer)
     linears = {place.slot: getattr(mlp, place.attribute) for place in plan.shape.targets.values()}
+    return plan.shape.after_down(mlp, _changed(change, mlp, u, linears))
+
+
+def _changed(change: Change, mlp: nn.Module, u: Tensor, linears: dict[str, nn.Module]) -> Tensor:
+    plan, layer = change.plan, change.layer
     act = plan.shape.activation(layer)
     if any(has_hooks(module) or not plain_forward(module) for module in linears.values()) or (
         isinstance(act, nn.Module) and has_hooks(act)
@@ -143,11 +160,11 @@ def changed_mlp(change: Change, u: Tensor) -> Tensor:
     if "gate" in weights:
         return npt_gated_mlp(
             u, a, weights["gate"], weights["up"], weights["down"], change.component, act=plan.act, key_scale=key_scale,
-            gate_bias=biases["gate"], up_bias=biases["up"], down_bias=biases["down"],
+            gate_bias=biases["gate"], up_bias=biases["up"], down_bias=biases["down"], backend=change.backend,
         )  # fmt: skip
     return npt_mlp(
         u, a, weights["up"], weights["down"], change.component, act=plan.act, key_scale=key_scale,
-        c_fc_bias=biases["up"], c_proj_bias=biases["down"],
+        c_fc_bias=biases["up"], c_proj_bias=biases["down"], backend=change.backend,
     )  # fmt: skip
 
 

@@ -20,9 +20,16 @@ from ..argument_checks import differ
 from ..ops.matched_norm import matched_norm as matched_norm_op
 from ..ops.registry import resolve_backend
 
-__all__ = ["NormKind", "identify_norm", "matched_norm", "norm_eps"]
+__all__ = ["NormKind", "identify_norm", "matched_norm", "norm_eps", "norm_weight"]
 
-NormKind = Literal["rms", "layer"]
+#: ``rms1`` and ``layer1`` multiply with ``1 + weight`` (Gemma, Nemotron); ``none`` is no norm.
+NormKind = Literal["rms", "layer", "rms1", "layer1", "none"]
+
+
+def norm_weight(norm: nn.Module, kind: NormKind) -> Tensor | None:
+    """What the normed input is multiplied with, ``[d]`` or ``None``."""
+    weight: Tensor | None = getattr(norm, "weight", None)
+    return weight if weight is None or not kind.endswith("1") else 1 + weight
 
 
 def norm_eps(norm: nn.Module) -> float:
@@ -54,15 +61,17 @@ def matched_norm(
     if differ(h.shape, a.shape):
         raise ValueError(f"matched_norm: h has shape {list(h.shape)} but a {list(a.shape)}; both are [..., d]")
     width = h.shape[-1]
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    weight, bias = norm_weight(norm, kind), getattr(norm, "bias", None)
     chosen = resolve_backend("matched_norm", backend, h.device, h.dtype)
     flat_h, flat_a = h.reshape(-1, width), a.reshape(-1, width)
-    u, key_scale = matched_norm_op(flat_h, flat_a, weight, bias, kind, norm_eps(norm), chosen)
+    u, key_scale = matched_norm_op(flat_h, flat_a, weight, bias, kind.removesuffix("1"), norm_eps(norm), chosen)
     return u.reshape(h.shape), key_scale.reshape(h.shape[:-1])
 
 
 def identify_norm(norm: nn.Module, width: int) -> NormKind | None:
     """Which norm a module computes, found by running it: names differ between families, numbers do not. ``None``: neither."""
+    if isinstance(norm, nn.Identity):
+        return "none"
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta or weight.shape != (width,):
         return None
@@ -70,7 +79,7 @@ def identify_norm(norm: nn.Module, width: int) -> NormKind | None:
     probe = torch.randn(3, width, generator=generator).to(weight.device, weight.dtype) * 2 + 0.5
     with torch.no_grad():
         expected = norm(probe).float()
-        kinds: tuple[NormKind, ...] = ("rms", "layer")
+        kinds: tuple[NormKind, ...] = ("rms", "layer", "rms1", "layer1")
         for kind in kinds:
             ours = matched_norm(norm, kind, probe, torch.zeros_like(probe), backend="eager")[0].float()
             # float32 at best: RMSNorm modules compute in it whatever they are given.

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..component import NPComponent
-from .forward import evaluating
+from ..quantised.foreign import made_by_library
+from .forward import decoder_of, evaluating
 from .layer import is_converted, teacher_output
 from .mlp import Change, changed_mlp, mlp_input
-from .select import LayerChoice
+from .select import LayerChoice, find_layers
 from .visits import LayerCall, record_calls, tapped_outputs
 from .weight_location import compute_device, resident
 
@@ -86,13 +87,33 @@ def _calls(model: nn.Module) -> dict[int, tuple[Tensor, LayerCall]] | None:
             f"{type(model).__name__} cannot run with layers that return hidden states [batch, seq, d] and nothing else "
             f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
         ) from error
-    if recorded is None:
-        return None
-    hidden, calls = recorded[0]
+    # A model that does something between its layers is run as it is, all of it.
+    found = _calls_of_a_run(model, ids) if recorded is None else [(recorded[0][0], call) for call in recorded[0][1]]
     generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(found[0][0].shape, generator=generator)
     # Of the size of a residual stream after some layers, whatever the embeddings are.
-    h = torch.randn(hidden.shape, generator=generator).to(hidden.device, hidden.dtype)
-    return {index: (h, call) for index, call in enumerate(calls)}
+    return {index: (noise.to(hidden.device, hidden.dtype), call) for index, (hidden, call) in enumerate(found)}
+
+
+def _calls_of_a_run(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, LayerCall]]:
+    found: dict[int, tuple[Tensor, LayerCall]] = {}
+    _, layers = find_layers(model)
+
+    def see(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        found[index] = (hidden, LayerCall(rest, kwargs))
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: see(i, args, kwargs), with_kwargs=True)
+        for i, layer in enumerate(layers)
+    ]
+    try:
+        decoder_of(model)(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[index] for index in sorted(found)]
 
 
 def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
@@ -112,7 +133,12 @@ def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
         if len(attention) != 1:
             return f"its forward calls the attention {len(attention)} times"
         torch.manual_seed(1)
-        a = shape.attention(layer, h, *call.args, **call.kwargs)
+        try:
+            a = shape.attention(layer, h, *call.args, **dict(call.kwargs))
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            return (
+                f"its attention is called in another way ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+            )
         described = teacher_output(layer, shape, h, a)
         if own.shape != described.shape:
             return f"its forward returns {list(own.shape)} for hidden states {list(h.shape)}"
@@ -139,11 +165,17 @@ def _mlp_mismatch(choice: LayerChoice, h: Tensor) -> str | None:
     layer, plan = choice.layer, choice.plan
     nothing = NPComponent(choice.hidden_size, choice.targets, rank=1, device=h.device)
     own = plan.shape.norm(layer)(h)
-    u, _ = mlp_input(layer, plan, h, torch.zeros_like(h))
+    u, _ = mlp_input(layer, plan, h, torch.zeros_like(h), "eager")
     pairs = [(f"norm {type(plan.shape.norm(layer)).__name__}", u, own)]
     mlp = plan.shape.mlp(layer)
+    if any(made_by_library(plan.shape.linear(layer, target)) for target in plan.shape.targets):
+        return None  # a library's own product rounds the activations too, ours does not
     pairs.append(
-        (f"{type(mlp).__name__}", changed_mlp(Change(layer, plan, nothing, torch.zeros_like(h), None), own), mlp(own))
+        (
+            f"{type(mlp).__name__}",
+            changed_mlp(Change(layer, plan, nothing, torch.zeros_like(h), None, "eager"), own),
+            mlp(own),
+        )
     )
     for name, ours, theirs in pairs:
         if not isinstance(theirs, Tensor) or ours.shape != theirs.shape:

@@ -128,7 +128,10 @@ def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig, 
         if weights and config.matches_norm:
             return f"its norm {type(shape.norm(layer)).__name__} is neither RMSNorm nor LayerNorm; set norm_match=False"
         norm_kind = "rms"
-    plan = LayerPlan(index, shape, act, norm_kind, config.matches_norm)
+    # A parallel layer's MLP reads no a, and without a norm there is nothing to match: both are exact as they are.
+    plan = LayerPlan(
+        index, shape, act, norm_kind, config.matches_norm and not shape.parallel and norm_kind != "none"
+    )  # fmt: skip
     return LayerChoice(layer, plan, targets, hidden_size)
 
 

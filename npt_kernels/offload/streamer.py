@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -438,6 +438,9 @@ class LayerStreamer:
 @dataclass(frozen=True)
 class _Caller:
     """Hook in front of a module of layer ``index``."""
+
+    #: For ``model/mlp.py``: a module with this hook alone still computes what its weights say.
+    only_moves_weights: ClassVar[bool] = True
 
     streamer: LayerStreamer
     index: int

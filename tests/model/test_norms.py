@@ -87,8 +87,8 @@ def test_identify_refuses_what_is_neither():
 
     gemma = GemmaRMSNorm(D)
     gemma.weight.data.add_(torch.randn(D) * 0.2)  # scales by 1 + weight
-    assert identify_norm(gemma, D) is None
-    assert identify_norm(nn.Identity(), D) is None
+    assert identify_norm(gemma, D) == "rms1"
+    assert identify_norm(nn.Identity(), D) == "none"
     assert identify_norm(nn.LayerNorm(D + 1), D) is None, "another width"
     assert identify_norm(nn.RMSNorm(D, device="meta"), D) is None
 

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..registry import GRIDS
+from ..grid import GRIDS
 from ..results import human_bytes
 from .collect import OURS, Collected, best_of_ours
 from .goals import count, verdicts

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from .base import LayerShape
 from .gpt2 import GPT2Like
-from .llama import LlamaLike
+from .llama import LLAMA
+from .parallel import PARALLEL
+from .plain_mlp import PLAIN_MLP
+from .post_norms import POST_NORMS
 
 __all__ = ["LAYER_SHAPES", "LayerShape"]
 
 #: Tried in order; a new family is one file and one entry here.
-LAYER_SHAPES: tuple[LayerShape, ...] = (LlamaLike(), GPT2Like())
+LAYER_SHAPES: tuple[LayerShape, ...] = (LLAMA, GPT2Like(), *POST_NORMS, *PLAIN_MLP, *PARALLEL)

@@ -35,6 +35,8 @@ class LayerShape(ABC):
     targets: ClassVar[Mapping[str, Target]]
     #: Other accepted names → canonical name.
     aliases: ClassVar[Mapping[str, str]] = {}
+    #: Whether the MLP reads ``norm(h)`` and not ``norm(h + a)``.
+    parallel: ClassVar[bool] = False
 
     @abstractmethod
     def mismatch(self, layer: nn.Module) -> str | None:
@@ -64,9 +66,18 @@ class LayerShape(ABC):
         """The frozen linear of a canonical target."""
         return self.mlp(layer).get_submodule(self.targets[target].attribute)
 
+    def after_down(self, mlp: nn.Module, out: Tensor) -> Tensor:
+        """What the MLP module itself does behind its last linear."""
+        return out
+
     def output(self, layer: nn.Module, residual: Tensor, mlp_output: Tensor) -> Tensor:
-        """How the layer joins its MLP output to the residual stream."""
+        """How the layer joins its MLP's output to the residual stream."""
         return residual + mlp_output
+
+    def original(self, layer: nn.Module, h: Tensor, a: Tensor) -> Tensor:
+        """What the original layer returns for its input ``h`` and attention output ``a``."""
+        total = h + a
+        return self.output(layer, total, self.mlp(layer)(self.norm(layer)(h if self.parallel else total)))
 
     def canonical_targets(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Canonical names, in op order, of the targets a user named. Raises ``ValueError`` for one that does not exist."""

@@ -48,5 +48,5 @@ class GPT2Like(LayerShape):
     def activation(self, layer: nn.Module) -> Any:
         return self.mlp(layer).act
 
-    def output(self, layer: nn.Module, residual: Tensor, mlp_output: Tensor) -> Tensor:
-        return residual + self.mlp(layer).dropout(mlp_output)  # type: ignore[operator]
+    def after_down(self, mlp: nn.Module, out: Tensor) -> Tensor:
+        return mlp.dropout(out)  # type: ignore[operator, no-any-return]
