@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kernels.cpu_layout import k_contiguous
 from .rules import Rule, get_rule
 
 __all__ = ["AdapterTensors", "NPComponent", "as_adapter_tensors"]
@@ -150,8 +151,12 @@ class NPComponent(nn.Module):
         """The parameters as the ops take them, cast to ``dtype`` (differentiable).
 
         Kept until a parameter is another or, where they are cast, was written to: decoding would cast every one at every token.
+        A write through ``parameter.data`` is invisible to PyTorch's version counter; call ``train()`` or ``eval()`` after it.
         """
         if torch.compiler.is_compiling():
+            return self._tensors(dtype)
+        # Made under a mode these may be fake tensors, and the mode (a count of flops, say) should see the casts.
+        if torch._C._len_torch_dispatch_stack() > 0:
             return self._tensors(dtype)
         parameters = (self._parameters["w_down"], *self.w_a_up._parameters.values(), *self.w_b_up._parameters.values())
         cast = dtype is not None and any(p is not None and p.dtype != dtype for p in parameters)
@@ -163,6 +168,10 @@ class NPComponent(nn.Module):
             # FSDP2 fills a parameter anew without a new version.
             if cast and torch.distributed.is_available() and torch.distributed.is_initialized():
                 return self._tensors(dtype)
+            # A CUDA graph is replayed after the parameters have changed, so the casts belong in it; and what a capture makes
+            # has no values before the first replay.
+            if cast and self.w_down.is_cuda and torch.cuda.is_current_stream_capturing():
+                return self._tensors(dtype)
             state = (dtype, self.rule_name, self.num_ranks, self.scale, torch.is_inference_mode_enabled(),
                      *((id(p), p._version, p.data_ptr()) if cast else id(p) for p in parameters))  # type: ignore[union-attr]  # fmt: skip
         except RuntimeError:  # inference tensors have no version
@@ -170,8 +179,17 @@ class NPComponent(nn.Module):
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] != state:
             # The parameters are held too, so that no other can have one's id.
-            kept = self._kept = (state, self._tensors(dtype), parameters)
+            kept = self._kept = (state, self._tensors(dtype, keep=cast), parameters)
         return kept[1]
+
+    def train(self, mode: bool = True) -> NPComponent:
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # Moved away to free a device's memory: no casts stay behind.
+        self._kept = None
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}
@@ -180,7 +198,8 @@ class NPComponent(nn.Module):
         super().__setstate__(state)
         self.switch = next(_switches)
 
-    def _tensors(self, dtype: torch.dtype | None) -> AdapterTensors:
+    def _tensors(self, dtype: torch.dtype | None, keep: bool = False) -> AdapterTensors:
+        """``keep``: casts that many calls will read, so in the layout that the products want, not copied into it by each."""
         w_down = self.w_down if dtype is None else self.w_down.to(dtype)
         keys: dict[str, Tensor] = {}
         if self.rule.key != "none":
@@ -188,6 +207,8 @@ class NPComponent(nn.Module):
                 key = w_down.t() if self.is_tied(target) else self.w_a_up[target]
                 keys[target] = key if dtype is None else key.to(dtype)
         values = {t: v if dtype is None else v.to(dtype) for t, v in self.w_b_up.items()}
+        if keep:
+            w_down, values = k_contiguous(w_down), {t: k_contiguous(v) for t, v in values.items()}
         return AdapterTensors(w_down, keys, values, self.rule_name, self.num_ranks, self.scale)
 
     def forward(self, a: Tensor) -> Tensor:

@@ -7,9 +7,12 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from npt_kernels import AdapterTensors, NPComponent
 from npt_kernels.component import as_adapter_tensors
+from npt_kernels.kernels import cpu_layout
 from npt_kernels.rules import get_rule
 from tests.support.helpers import ALL_RULES, randn
 
@@ -209,3 +212,85 @@ def test_gradients_reach_cast_parameters_every_time():
     with torch.no_grad():
         assert not made.tensors(torch.bfloat16).w_down.requires_grad
     assert made.tensors(torch.bfloat16).w_down.requires_grad
+
+
+def _written_in_inference_mode(made):
+    with torch.inference_mode():
+        made.w_down.mul_(2)
+
+
+def _adamw(made):
+    optimizer = torch.optim.AdamW(made.parameters(), lr=0.1)
+    with torch.enable_grad():
+        sum(p.sum() for p in made.parameters()).backward()
+    optimizer.step()
+
+
+def _assigned(made):
+    made.load_state_dict({name: p + 1 for name, p in made.state_dict().items()}, assign=True)
+
+
+def _through_data(made):
+    made.w_down.data.add_(1)
+    made.eval()
+
+
+@pytest.mark.parametrize("change", [_written_in_inference_mode, _adamw, _assigned, _through_data])
+def test_kept_casts_follow(change):
+    made = component("self_key", dtype=torch.float32)
+    with torch.no_grad():
+        before = made.tensors(torch.bfloat16).w_down.clone()
+        change(made)
+        got = made.tensors(torch.bfloat16)
+        assert torch.equal(got.w_down, made.w_down.bfloat16()) and not torch.equal(got.w_down, before)
+        assert all(torch.equal(v, made.w_b_up[t].bfloat16()) for t, v in got.w_b_up.items())
+
+
+def test_moving_a_component_leaves_no_casts_behind():
+    made = component("self_key", dtype=torch.float32)
+    with torch.no_grad():
+        made.tensors(torch.bfloat16)
+    assert made._kept is not None
+    assert made.to("cpu")._kept is None
+
+
+def test_no_fake_tensor_is_kept():
+    made = component("self_key", dtype=torch.float32)
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert type(made.tensors(torch.bfloat16).w_down) is FakeTensor
+        assert type(made.tensors(torch.bfloat16).w_down) is torch.Tensor
+
+
+def test_modes_see_the_casts():
+    made = component("self_key", dtype=torch.float32)
+    with torch.no_grad():
+        made.tensors(torch.bfloat16)
+        seen = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(func)
+                return func(*args, **(kwargs or {}))
+
+        with Watch():
+            made.tensors(torch.bfloat16)
+        assert seen.count(torch.ops.aten._to_copy.default) == 1 + len(TARGETS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_kept_casts_have_the_layout_that_the_products_want(monkeypatch, dtype, by_torch):
+    """On a CPU without instructions for the dtype no call copies them again."""
+    monkeypatch.setattr(cpu_layout, "_multiplied_by_torch", lambda dtype: by_torch)
+    made = component("self_key", dtype=torch.float32)
+    with torch.no_grad():
+        got = made.tensors(dtype)
+        for name, matrix, parameter in [
+            ("w_down", got.w_down, made.w_down),
+            *((t, v, made.w_b_up[t]) for t, v in got.w_b_up.items()),
+        ]:
+            assert torch.equal(matrix, parameter.to(dtype)), name
+            assert cpu_layout.k_contiguous(matrix) is matrix, name
+            along_k = by_torch and dtype != torch.float32
+            assert (matrix.stride(0) == 1) == along_k, name

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "progress": (),
     "rules": (),
     "config": ("rules",),
-    "component": ("rules",),
+    "component": ("kernels", "rules"),
     "kernels": ("rules", "activations"),
     "ops": ("kernels", "rules", "activations"),
     "functional": ("ops", "component", "rules", "activations", "argument_checks"),

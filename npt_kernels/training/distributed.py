@@ -290,7 +290,8 @@ class World:
             # Through the device of the process group: NCCL has no collectives for the host.
             data = parameter.data.to(self.device)
             dist.broadcast(data, src=0)
-            parameter.data.copy_(data)
+            with torch.no_grad():  # not through .data: the change must be seen (NPComponent.tensors)
+                parameter.copy_(data)
 
     def check_replicas(self, model: nn.Module) -> None:
         """Raise ``RuntimeError`` unless the NP parameters are bitwise the same on all ranks, naming the first that is not."""

@@ -180,6 +180,20 @@ def test_a_cuda_graph_computes_the_same_and_repeats_bit_for_bit(use, backend: st
     assert error(replays[0], expected.double().cpu()) < 4 * torch.finfo(torch.bfloat16).eps
 
 
+def test_a_cuda_graph_follows_its_adapter() -> None:
+    """The casts of fp32 masters are part of the graph, and nothing that the capture made is kept for eager calls."""
+    component = converted("llama", layers=1).to(DEVICE).model.layers[0].np_component.float()
+    with torch.no_grad():
+        component.tensors(torch.bfloat16)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = component.tensors(torch.bfloat16).w_down * 1
+        component.w_down.add_(1)
+        graph.replay()
+        assert torch.equal(out, component.w_down.bfloat16())
+        assert torch.equal(component.tensors(torch.bfloat16).w_down, out)
+
+
 def test_conversion_on_the_gpu_is_exact_at_full_rank() -> None:
     model = tiny_model("llama", layers=3, **SIZES["llama"]).to(DEVICE)
     tokens = token_ids(16, 64).to(DEVICE)
