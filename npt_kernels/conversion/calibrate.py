@@ -12,16 +12,26 @@ from ..model.forward import evaluating
 from ..model.install import make_component
 from ..model.select import LayerChoice, find_layers
 from ..progress import progress_bar
-from .attention_moments import Moments, check_tokens, collect_moments
+from .attention_moments import FISHER_TOKENS, Moments, check_tokens, collect_moments
 from .bases import Basis, Metric, make_basis, make_metric
 from .closed_form import fill_closed_form
 from .ranks import allot_ranks
 from .refit import refit_sequentially
 
-__all__ = ["closed_form_components"]
+__all__ = ["closed_form_components", "conversion_forwards"]
 
 #: Tokens of the sequential refit: four full streams of them are held at once (4 × tokens × d numbers).
 _REFIT_TOKENS = 16384
+#: What the Fisher costs beside a forward of the decoder (head, backward, sums), and the refit's two streams: counted on SmolLM2,
+#: whose conversion took 6:54 on two AVX2 cores in float32 (commit 89296b4), 6:40 by this count.
+_FISHER_COST, _REFIT_COST = 3.8, 2.3
+
+
+def conversion_forwards(config: NPTConfig, tokens: int) -> float:
+    """Time of the closed form on ``tokens``, in that of the original's decoder on one token."""
+    fisher = min(tokens, FISHER_TOKENS) if config.basis == "fisher" else 0
+    refit = min(tokens, _REFIT_TOKENS) if config.refit else 0
+    return tokens + _FISHER_COST * fisher + _REFIT_COST * refit
 
 
 def closed_form_components(
