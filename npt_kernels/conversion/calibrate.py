@@ -18,20 +18,19 @@ from .closed_form import fill_closed_form
 from .ranks import allot_ranks
 from .refit import refit_sequentially
 
-__all__ = ["closed_form_components", "conversion_forwards"]
+__all__ = ["closed_form_components", "conversion_seconds"]
 
 #: Tokens of the sequential refit: four full streams of them are held at once (4 × tokens × d numbers).
 _REFIT_TOKENS = 16384
-#: What the Fisher costs beside a forward of the decoder (head, backward, sums), and the refit's two streams: counted on SmolLM2,
-#: whose conversion took 6:54 on two AVX2 cores in float32 (commit 89296b4), 6:40 by this count.
-_FISHER_COST, _REFIT_COST = 3.8, 2.3
+#: The refit's two streams and sums, in the time of the first pass without a Fisher.
+_REFIT_COST = 2.3
 
 
-def conversion_forwards(config: NPTConfig, tokens: int) -> float:
-    """Time of the closed form on ``tokens``, in that of the original's decoder on one token."""
-    fisher = min(tokens, FISHER_TOKENS) if config.basis == "fisher" else 0
+def conversion_seconds(config: NPTConfig, tokens: int, plain: float, fisher: float) -> float:
+    """Time of the closed form on ``tokens``, if one takes ``plain`` seconds in the first pass and ``fisher`` with a backward."""
+    backward = min(tokens, FISHER_TOKENS) if config.basis == "fisher" else 0
     refit = min(tokens, _REFIT_TOKENS) if config.refit else 0
-    return tokens + _FISHER_COST * fisher + _REFIT_COST * refit
+    return plain * (tokens + _REFIT_COST * refit) + max(fisher - plain, 0.0) * backward
 
 
 def closed_form_components(

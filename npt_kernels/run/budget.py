@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import RunConfig
-from ..conversion.calibrate import conversion_forwards
-from ..model.forward import decoder_of, evaluating
+from ..conversion.attention_moments import collect_moments
+from ..conversion.calibrate import conversion_seconds
+from ..model.select import plan_layers
 from ..training.loop import Phase, is_out_of_memory
 from ..training.objectives import Objective
 
-__all__ = ["Budget", "forward_seconds", "step_seconds"]
+__all__ = ["Budget", "pass_seconds", "step_seconds"]
 
 #: Of the time that is left before the conversion, what it may take; the rest is for training and two evaluations.
 _CONVERSION_SHARE = 0.45
@@ -55,16 +56,16 @@ class Budget:
         Under the run's autocast, with a model that is not converted.
         """
         config, length = self.config, tokens.shape[1]
-        rate = forward_seconds(model, tokens[: max(1, _PROBE_TOKENS // length)].to(next(model.parameters()).device))
+        plain, fisher = pass_seconds(model, tokens[: max(1, _PROBE_TOKENS // length)], config)
         seconds = _CONVERSION_SHARE * self.left
         npt = config.npt_config()
         rows, least = len(tokens), min(len(tokens), -(-_LEAST_TOKENS // length))
-        while rows > least and rate * conversion_forwards(npt, rows * length) > seconds:
+        while rows > least and conversion_seconds(npt, rows * length, plain, fisher) > seconds:
             rows -= 1
         config.data.calibration_tokens = rows * length
+        rates = f"{1 / plain:,.0f} tokens/s forward, {1 / fisher:,.0f} with a backward"
         return tokens[:rows], (
-            f"max_minutes: {rows * length:,} of {tokens.numel():,} calibration tokens ({1 / rate:,.0f} tokens/s forward, "
-            f"{seconds:,.0f} s for the conversion)"
+            f"max_minutes: {rows * length:,} of {tokens.numel():,} calibration tokens ({rates}; {seconds:,.0f} s for the conversion)"
         )
 
     def training(self, phases: Sequence[Phase], steps: Sequence[float], afterwards: float) -> tuple[list[Phase], str]:
@@ -101,15 +102,22 @@ class Budget:
         training.max_minutes = None
 
 
-def forward_seconds(model: nn.Module, ids: Tensor) -> float:
-    """Seconds a token of the decoder on ``ids [n, seq]``: the faster of two runs, after one that warms up."""
-    decoder = decoder_of(model)
+def pass_seconds(model: nn.Module, ids: Tensor, config: RunConfig) -> tuple[float, float]:
+    """Seconds a token of the closed form's first pass on ``ids [n, seq]``: forward only, and with the Fisher's backward.
 
-    def run() -> None:
-        with torch.no_grad(), evaluating(model):
-            decoder(input_ids=ids, use_cache=False)
+    Timed, not counted: sums and softmax are in float32 whatever the products are in.
+    """
+    npt = config.npt_config()
+    modules = [choice.plan.shape.attention_module(choice.layer) for choice in plan_layers(model, npt)[0]]
 
-    return _fastest(run, ids.device, runs=2) / ids.numel()
+    def seconds(fisher: bool) -> float:
+        def run() -> None:
+            collect_moments(model, modules, ids, fisher=fisher)
+
+        return _fastest(run, next(model.parameters()).device, runs=1) / ids.numel()
+
+    plain = seconds(False)
+    return plain, seconds(True) if npt.basis == "fisher" else plain
 
 
 def step_seconds(objective: Objective, text: Tensor, config: RunConfig, device: torch.device, *, retry: bool) -> float:

@@ -9,14 +9,14 @@ import torch
 import yaml
 
 from npt_kernels.configs.schema import ConfigError, RunConfig
-from npt_kernels.conversion.calibrate import conversion_forwards
+from npt_kernels.conversion.calibrate import conversion_seconds
 from npt_kernels.model.save import adapter_state_dict
 from npt_kernels.run import budget
 from npt_kernels.run.budget import Budget
 from npt_kernels.run.resume import find_resume, resumed_config
 from npt_kernels.training.loop import Phase
 from tests.support.helpers import tiny_model, token_ids
-from tests.support.runs import blocks, make_config, records, start
+from tests.support.runs import blocks, checksum, make_config, records, start
 
 
 @pytest.fixture(autouse=True)
@@ -35,22 +35,31 @@ def clock(monkeypatch):
 
 def test_what_a_conversion_costs():
     plain = make_config("x").npt_config()  # pca with refit
-    assert conversion_forwards(plain, 1000) == pytest.approx(3300)
-    assert conversion_forwards(plain, 100_000) == pytest.approx(100_000 + 2.3 * 16384)
+    assert conversion_seconds(plain, 1000, 0.01, 9.0) == pytest.approx(33)
+    assert conversion_seconds(plain, 100_000, 0.01, 9.0) == pytest.approx(1000 + 0.023 * 16384)
     fisher = make_config("x", {"model": {"basis": "fisher", "refit": False}}).npt_config()
-    assert conversion_forwards(fisher, 100_000) == pytest.approx(100_000 + 3.8 * 24576)
+    assert conversion_seconds(fisher, 100_000, 0.01, 0.05) == pytest.approx(1000 + 0.04 * 24576)
+
+
+@pytest.mark.parametrize("basis", ["pca", "fisher"])
+def test_passes_are_timed_and_leave_the_model_alone(basis):
+    model = tiny_model("llama", layers=3)
+    before = checksum(model)
+    plain, fisher = budget.pass_seconds(model, token_ids(2, 16, 1), make_config("x", {"model": {"basis": basis}}))
+    assert plain > 0 and (fisher > 0 if basis == "fisher" else fisher == plain)
+    assert checksum(model) == before and all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(("rate", "rows"), [(1e-9, 4000), (1.0, 512), (0.0005, 1022)])
 def test_calibration_tokens_fit_their_share_of_the_time(clock, monkeypatch, rate, rows):
     config = make_config("x", {"data": {"max_length": 16}}, max_minutes=1.0)
-    monkeypatch.setattr(budget, "forward_seconds", lambda model, ids: rate)
+    monkeypatch.setattr(budget, "pass_seconds", lambda model, ids, config: (rate, rate))
     tokens = token_ids(4000, 16, 1)
     chosen, line = Budget(config).calibration(tiny_model("llama"), tokens)
     assert len(chosen) == rows and torch.equal(chosen, tokens[:rows])
     assert config.data.calibration_tokens == rows * 16 and f"{rows * 16:,} of 64,000" in line
     if rows == 1022:  # the time decides: one more sequence would not have fitted, and the share is used
-        cost = [rate * conversion_forwards(config.npt_config(), n * 16) for n in (rows, rows + 1)]
+        cost = [conversion_seconds(config.npt_config(), n * 16, rate, rate) for n in (rows, rows + 1)]
         assert cost[0] <= 0.45 * 60 < cost[1]
 
 
@@ -87,7 +96,7 @@ def test_the_choice_is_recorded_and_gives_the_same_run_again(tmp_path, monkeypat
 
     monkeypatch.setattr("npt_kernels.run.run.step_seconds", slow)
     monkeypatch.setattr(budget, "_LEAST_TOKENS", 48)
-    monkeypatch.setattr(budget, "forward_seconds", lambda model, ids: 1.0)
+    monkeypatch.setattr(budget, "pass_seconds", lambda model, ids, config: (1.0, 1.0))
     data = {"max_length": 16, "calibration_tokens": 128}
     first, model = start(tmp_path / "a", sections={"data": data}, max_minutes=1.0, gradient_accumulation_steps=2)
     assert first.steps == 1 and asked == [2]
