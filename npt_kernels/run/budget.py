@@ -64,9 +64,8 @@ class Budget:
             rows -= 1
         config.data.calibration_tokens = rows * length
         rates = f"{1 / plain:,.0f} tokens/s forward, {1 / fisher:,.0f} with a backward"
-        return tokens[:rows], (
-            f"max_minutes: {rows * length:,} of {tokens.numel():,} calibration tokens ({rates}; {seconds:,.0f} s for the conversion)"
-        )
+        chosen = f"{rows * length:,} of {tokens.numel():,} calibration tokens"
+        return tokens[:rows], f"max_minutes: {chosen} ({rates}; {seconds:,.0f} s for the conversion)"
 
     def training(self, phases: Sequence[Phase], steps: Sequence[float], afterwards: float) -> tuple[list[Phase], str]:
         """The phases with as many steps as there is time for, and a line that says so. All are cut by one share.
