@@ -100,6 +100,13 @@ class TrainingSection(_Section):
     learning_rate: float = Field(1e-4, gt=0)
     num_epochs: int = Field(1, ge=1, description="Passes over the training sequences; max_steps may stop earlier.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps at most.")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Minutes for the whole run without loading: calibration tokens and steps are chosen from measured rates, at "
+        "most those configured. The run's config.yaml holds what was chosen instead of this.",
+    )
     warmup_steps: int = Field(0, ge=0)
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up, to zero.")
     weight_decay: float = Field(0.0, ge=0)

@@ -12,16 +12,25 @@ from ..model.forward import evaluating
 from ..model.install import make_component
 from ..model.select import LayerChoice, find_layers
 from ..progress import progress_bar
-from .attention_moments import Moments, check_tokens, collect_moments
+from .attention_moments import FISHER_TOKENS, Moments, check_tokens, collect_moments
 from .bases import Basis, Metric, make_basis, make_metric
 from .closed_form import fill_closed_form
 from .ranks import allot_ranks
 from .refit import refit_sequentially
 
-__all__ = ["closed_form_components"]
+__all__ = ["closed_form_components", "conversion_seconds"]
 
 #: Tokens of the sequential refit: four full streams of them are held at once (4 × tokens × d numbers).
 _REFIT_TOKENS = 16384
+#: The refit's two streams and sums, in the time of the first pass without a Fisher.
+_REFIT_COST = 2.3
+
+
+def conversion_seconds(config: NPTConfig, tokens: int, plain: float, fisher: float) -> float:
+    """Time of the closed form on ``tokens``, if one takes ``plain`` seconds in the first pass and ``fisher`` with a backward."""
+    backward = min(tokens, FISHER_TOKENS) if config.basis == "fisher" else 0
+    refit = min(tokens, _REFIT_TOKENS) if config.refit else 0
+    return plain * (tokens + _REFIT_COST * refit) + max(fisher - plain, 0.0) * backward
 
 
 def closed_form_components(

@@ -136,10 +136,18 @@ def resumed_config(
             overrides = [*overrides, f"paths.output_dir={json.dumps(str(path))}"]
     config = load_run_config(name, file, overrides)
     if checkpoint is not None:
+        saved = parse_yaml(checkpoint.file("config.yaml").read_text(encoding="utf-8"), str(checkpoint.path))
         if config.optimization.mixed_precision == "auto":
             # What the run chose on its machine; autocast in another dtype would be another run.
-            saved = parse_yaml(checkpoint.file("config.yaml").read_text(encoding="utf-8"), str(checkpoint.path))
             config.optimization.mixed_precision = saved.get("optimization", {}).get("mixed_precision", "no")
+        if config.training.max_minutes is not None:
+            # As long as the run made itself, on its machine.
+            config.training.max_minutes = None
+            config.training.max_steps = saved.get("training", {}).get("max_steps", config.training.max_steps)
+            polish = saved.get("training", {}).get("polish_steps", config.training.polish_steps)
+            config.training.polish_steps = polish
+            tokens = saved.get("data", {}).get("calibration_tokens", config.data.calibration_tokens)
+            config.data.calibration_tokens = tokens
         changed_settings(checkpoint, config)
     return config
 

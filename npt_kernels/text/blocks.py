@@ -78,7 +78,7 @@ def load_token_blocks(config: RunConfig, tokenizer: Any) -> TokenBlocks:
         [entry.weight for entry in entries] if shared is None else [1.0],
         heldout_wanted,
     )
-    calibration = train[_spread(len(train), math.ceil(config.data.calibration_tokens / config.data.max_length))]
+    calibration = train[_scattered(len(train), math.ceil(config.data.calibration_tokens / config.data.max_length))]
     generator = torch.Generator().manual_seed(config.training.seed)
     train_wanted = config.data.num_train_samples
     shuffled = train[torch.randperm(len(train), generator=generator)[:train_wanted]]
@@ -318,6 +318,18 @@ def _spread(available: int, wanted: int) -> Tensor:
     """``min(available, wanted)`` indices, evenly over ``0 … available - 1``: every source gives its share."""
     count = min(available, wanted)
     return torch.arange(count) * available // count
+
+
+def _scattered(available: int, wanted: int) -> Tensor:
+    """``min(available, wanted)`` distinct indices of ``0 … available - 1`` whose every beginning is spread over all of them.
+
+    So a conversion that uses the first tokens only (the Fisher and the refit do, and a run with little time) sees every source,
+    and fewer tokens are a part of more. The order of van der Corput: 0, 1/2, 1/4, 3/4, 1/8 … of the whole.
+    """
+    bits = max(1, (available - 1).bit_length())
+    reversed_bits = (int(f"{k:0{bits}b}"[::-1], 2) for k in range(2**bits))
+    order = dict.fromkeys(value * available >> bits for value in reversed_bits) if available else {}
+    return torch.tensor(list(order)[: min(available, wanted)], dtype=torch.long)
 
 
 def _shortfalls(config: RunConfig, train: int | None, calibration: int, chosen: int, heldout_wanted: int) -> list[str]:

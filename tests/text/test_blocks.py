@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from npt_kernels.base_model.assets import default_cache_dir, demo_texts_cached
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.text import blocks as data_module
-from npt_kernels.text.blocks import TokenBlocks, check_sources, load_token_blocks, split_source
+from npt_kernels.text.blocks import TokenBlocks, _scattered, check_sources, load_token_blocks, split_source
 from npt_kernels.text.demo_text import unwrap
 from npt_kernels.text.hub import joined_rows
 from npt_kernels.text.packing import pack
@@ -396,3 +397,15 @@ def test_streamed_blocks_have_their_evaluation_text_from_elsewhere(tmp_path: Pat
     assert min(parts[1]) == (5000 if separate else 0)
     assert parts[0] | parts[2] | (set() if separate else parts[1]) >= set(range(2, 1000 - 8))
     assert torch.equal(torch.stack(list(blocks.train)).sort(0).values, trained.sort(0).values)  # the second epoch too
+
+
+@pytest.mark.parametrize("available", [0, 1, 2, 7, 8, 152, 1000])
+def test_the_order_of_the_calibration_is_spread_at_every_length(available: int) -> None:
+    order = _scattered(available, available)
+    assert sorted(order.tolist()) == list(range(available))
+    for wanted in (1, 3, 8, 50):
+        part = _scattered(available, wanted)
+        assert torch.equal(part, order[:wanted])  # fewer are a part of more
+        edges = [-1, *sorted(part.tolist()), available]
+        widest = max(after - before for before, after in itertools.pairwise(edges))
+        assert widest <= 2 * available / len(part) + 1 if len(part) else available == 0
