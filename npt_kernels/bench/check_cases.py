@@ -30,14 +30,14 @@ def numeric_cases(small: bool) -> Iterator[Case]:
         yield Case("mlp", gpt2, many, dtype, rule="rank1", rank=rank, num_ranks=2)
     # Past 2^31 elements: 131072 tokens × 28672 columns.
     yield Case("mlp", seventy, huge, torch.bfloat16, rank=rank, sums=False)
-    yield Case("skinny", seventy, huge, torch.bfloat16, rank=rank)
+    yield Case("value_grads", seventy, huge, torch.bfloat16, rank=rank)
     for dtype in halves:
         yield Case("factored_linear", eight, many, dtype, rule="rank1", rank=wide)
         yield Case("linear", eight, 257 if not small else 37, dtype, num_ranks=2)
         yield Case("matched_norm", eight, many, dtype)
         yield Case("matched_norm", gpt2, many, dtype)
         yield Case("coefficients", eight, many, dtype, rule="rank1", rank=rank)
-        yield Case("skinny", eight, many, dtype, rank=rank)
+        yield Case("value_grads", eight, many, dtype, rank=rank)
     for rule in ("rank1", "diagonal", "anchored", "self_key"):
         yield Case("mlp", eight, 257 if not small else 33, torch.bfloat16, rule=rule, rank=rank, num_ranks=2)
         for tokens in (1, 16):
@@ -59,7 +59,7 @@ def repeat_cases(small: bool) -> Iterator[tuple[Case, int]]:
     yield Case("mlp", gpt2, 300 if not small else 30, torch.bfloat16, rule="rank1", rank=rank), times
     yield Case("factored_linear", gpt2, 515 if not small else 35, torch.bfloat16, rule="rank1", rank=rank), times
     yield Case("coefficients", eight, 16, torch.bfloat16, rule="rank1", rank=rank), times
-    yield Case("skinny", gpt2, 2048 if not small else 70, torch.bfloat16, rank=rank), times
+    yield Case("value_grads", gpt2, 2048 if not small else 70, torch.bfloat16, rank=rank), times
     yield Case("matched_norm", eight, 515 if not small else 35, torch.bfloat16), times
     yield Case("mlp", eight, 2048 if not small else 40, torch.bfloat16, rank=rank), 3 if small else 200
 
@@ -82,7 +82,7 @@ def timings(small: bool, backends: Sequence[str], compiled: bool) -> list[Timing
     eight, seventy, gpt2 = models["8B"], models["70B"], models["GPT-2"]
     ours = ["kconcat", *backends]
     mainloops = [f"{name}-mainloop" for name in backends if f"{name}-mainloop" in PROVIDERS]
-    case = Case("skinny", eight, many, torch.bfloat16, rank=rank)
+    case = Case("value_grads", eight, many, torch.bfloat16, rank=rank)
     both = Case("coefficients", eight, many, torch.bfloat16, rule="rank1", rank=rank)
 
     def op(
@@ -101,7 +101,7 @@ def timings(small: bool, backends: Sequence[str], compiled: bool) -> list[Timing
         op("mlp", "local", gpt2),
         *(op("mlp", mode, tokens=tokens) for tokens in few for mode in ("decode", "forward")),
         *(op("linear", "forward", wide=wide, more=mainloops) for wide in ranks),
-        _single(against_products(f"skinny pair 8B T={many} R={rank}", case, backends, ("two GEMMs", "one pass"))),
+        _single(against_products(f"value grads 8B T={many} R={rank}", case, backends, ("two GEMMs", "one pass"))),
         _single(
             against_products(
                 f"coefficients rank1 8B T={many} R={rank}", both, backends, ("two GEMMs + rule", "one kernel")

@@ -94,7 +94,7 @@ def plan_tasks(options: CheckOptions) -> list[Task]:
 
 
 def _lacks(backend: str, case: Case) -> bool:
-    # Kernels that are no op (coefficients, skinny) have no entry there; every backend has them.
+    # Kernels that are no op (coefficients, value_grads) have no entry there; every backend has them.
     return case.op in BACKENDS["eager"].ops and BACKENDS[backend].lacks(case.op) is not None
 
 

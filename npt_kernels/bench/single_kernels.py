@@ -56,7 +56,7 @@ class SingleKernel:
 
 
 def against_products(name: str, case: Case, backends: Sequence[str], names: tuple[str, str]) -> SingleKernel:
-    """``coefficients`` or ``skinny`` of every backend against the vendor's products. ``names``: (the vendor's, ours)."""
+    """``coefficients`` or ``value_grads`` of every backend against the vendor's products. ``names``: (the vendor's, ours)."""
 
     def make(device: torch.device) -> tuple[dict[str, Call], int]:
         first = Problem(case, device)

@@ -1,8 +1,8 @@
 """One call of every op: random tensors of realistic size, the call through the public API, and its gradients by name.
 
 The same code runs a backend, the reference (``eager`` in the same dtype) and the truth (``eager`` in float64, which the CPU
-tests hold to the definition with every ΔW_t built). ``coefficients`` and ``skinny`` are kernels, not ops; for them reference and
-truth are the plain products.
+tests hold to the definition with every ΔW_t built). ``coefficients`` and ``value_grads`` are kernels, not ops; for them
+reference and truth are the plain products.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Problem:
         self._key("w_a_up", model.d)
         self.outputs = ()
 
-    def _make_skinny(self) -> None:
+    def _make_value_grads(self) -> None:
         model, rank = self.case.model, self.case.rank
         self._add_rows("dy", model.f)
         self._add("w_b_up", rank, model.f, scale=model.f**-0.5)
@@ -175,7 +175,7 @@ class Problem:
 
     def _kernel(self, tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
         case = self.case
-        if case.op == "skinny":
+        if case.op == "value_grads":
             dy, b, c = (tensors[n] for n in ("dy", "w_b_up", "c"))
             if backend == "triton":
                 from ..kernels.triton.value_grads import dc_and_value_grad

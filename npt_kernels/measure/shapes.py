@@ -57,7 +57,7 @@ class Case:
     """One numeric check.
 
     Attributes:
-        op: ``linear``, ``factored_linear``, ``mlp``, ``matched_norm``, ``coefficients`` or ``skinny``.
+        op: ``linear``, ``factored_linear``, ``mlp``, ``matched_norm``, ``coefficients`` or ``value_grads``.
         rank: R = k·r.
         key_scale: With a key scale (norm matched), for ``mlp``.
         sums: Whether gradients that are sums over tokens are compared too (their float64 truth costs a full pass).

@@ -51,7 +51,7 @@ def test_dry_run(tmp_path: Path) -> None:
         assert row["status"] == "ok", row
         assert row["provider"] != "frozen" or row["ratio"] == 1
     assert {row["case"] for row in of(result, "kernel")} == {
-        "skinny pair 8B T=40 R=8",
+        "value grads 8B T=40 R=8",
         "coefficients rank1 8B T=40 R=8",
     }
     assert [row["provider"] for row in of(result, "memory")] == ["frozen", "eager"]
@@ -99,7 +99,7 @@ def test_out_of_time_is_not_success(tmp_path: Path) -> None:
 
 def test_timings_that_did_not_fit_are_named_and_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(device_check.SHARES, "timings", 0.0)
-    code, result, _ = run(tmp_path, "--backends", "eager", "--only", "skinny")
+    code, result, _ = run(tmp_path, "--backends", "eager", "--only", "value_grads")
     assert code == 0 and len(result["not_run"]) == len(timings(True, ["eager"], False))
     assert all(name.startswith("timing ") for name in result["not_run"])
 
@@ -221,7 +221,7 @@ def test_isolated_cases_survive_a_crash_a_hang_and_a_lost_device(
 def test_real_cases_cover_what_was_promised() -> None:
     cases = list(numeric_cases(small=False))
     assert any(c.tokens * c.model.f > 2**31 and c.op == "mlp" for c in cases)
-    assert {c.op for c in cases} == {"linear", "factored_linear", "mlp", "matched_norm", "coefficients", "skinny"}
+    assert {c.op for c in cases} == {"linear", "factored_linear", "mlp", "matched_norm", "coefficients", "value_grads"}
     assert {c.dtype for c in cases} == {torch.bfloat16, torch.float16}
     assert {c.model.name for c in cases} == {"8B", "70B", "GPT-2"}
     assert {c.rule for c in cases} == {"rank1", "diagonal", "anchored", "self_key"}

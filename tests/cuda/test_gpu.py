@@ -178,7 +178,7 @@ def test_factored_linear_backward(rule: str) -> None:
             twice(g, plain, truth)
 
 
-# ------------------------------------------------------------------------------------- skinny kernels
+# ------------------------------------------------------------------------------------- low-rank kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("rows", ROWS)
@@ -198,7 +198,9 @@ def test_coefficients(dtype: torch.dtype, rule: str, rows: int, rank: int, terms
         keys = [key] if kind != "matrix" else [key, key.t().contiguous().t()]  # type: ignore[union-attr]
         for stored in keys:
             for parts in sizes((None, 1, 2, 4, 8), (None, 4)):
-                plan = None if parts is None else coefficients.ShrinkPlan(64 if rank <= 64 else 128, parts, "test")
+                plan = (
+                    None if parts is None else coefficients.CoefficientsPlan(64 if rank <= 64 else 128, parts, "test")
+                )
                 low, again = (
                     coefficients.coefficients(
                         u, stored, key_scale, rule, terms, 0.7, a=a, w_down=w_down, method="fused", plan=plan

@@ -1,4 +1,4 @@
-"""What the kernels compute, in torch on the CPU: segments and epilogues as csrc/gemm/segk_params.h says, the skinny kernels as
+"""What the kernels compute, in torch on the CPU: segments and epilogues as csrc/gemm/segk_params.h says, the low-rank kernels as
 csrc/low_rank/low_rank_params.h says.
 
 With it the host side (which segments, which outputs, which gradients) runs without a GPU. Where the module is built, every call
@@ -35,7 +35,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(launch.DTYPES, torch.float64, 0)
     for module in (steps, launch):
         monkeypatch.setattr(module, "run", fake_run)
-    for module, name in ((coefficients, "shrink"), (value_grads, "pair"), (rules, "rule"), (rules, "reduce")):
+    for module, name in (
+        (coefficients, "coefficients"),
+        (value_grads, "value_grads"),
+        (rules, "rule"),
+        (rules, "reduce"),
+    ):
         monkeypatch.setattr(module, f"launch_{name}", globals()[f"fake_{name}"])
     for log in (CALLS, OVERLAPS, LAUNCHES, PLANS):
         log.clear()
@@ -48,13 +53,13 @@ def dry_run(name: str, arguments: Sequence[Any]) -> None:
         PLANS.append(getattr(module, name)(*arguments, module.DRY_RUN, 0))
 
 
-def fake_shrink(
+def fake_coefficients(
     a: Tensor | None, u: Tensor | None, w_down: Tensor | None, key: Tensor | None, key_kind: int, key_scale: Tensor | None,
-    z: Tensor, p: Tensor | None, c: Tensor | None, rule: str, width: int, scale: float, plan: coefficients.ShrinkPlan,
+    z: Tensor, p: Tensor | None, c: Tensor | None, rule: str, width: int, scale: float, plan: coefficients.CoefficientsPlan,
 ) -> None:  # fmt: skip
     dry_run(
         "coefficients",
-        coefficients.shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan),
+        coefficients.coefficients_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan),
     )
     if a is not None:
         assert w_down is not None
@@ -72,7 +77,7 @@ def fake_shrink(
         c.copy_(get_rule(rule).coefficients(scaled, exact_p, z.shape[1] // width, scale))
 
 
-def fake_pair(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int) -> None:
+def fake_value_grads(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int) -> None:
     dry_run("value_grads", value_grads.pair_arguments(dy, c, w_b_up, dc, db, ranges))
     tiles = -(-dy.shape[0] // 64)
     for block in range(dc.shape[0]):

@@ -1,4 +1,4 @@
-"""The skinny pair in the interpreter: both products, either alone, one or several shares, against float64."""
+"""``value_grads`` in the interpreter: both products, either alone, one or several shares, against float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npt_kernels.kernels.triton.numerics import INTERPRET
-from npt_kernels.kernels.triton.value_grads import dc_and_value_grad, pair_bytes, reduce_partials, skinny_grad
+from npt_kernels.kernels.triton.value_grads import dc_and_value_grad, low_rank_grad, pair_bytes, reduce_partials
 from tests.support.helpers import assert_within_twice, randn
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="kernels were defined without TRITON_INTERPRET=1")
@@ -68,7 +68,7 @@ def test_only_what_is_needed(need_dc, need_db):
 def test_single_gradient(method, transposed):
     """d w_a_up = dpᵀ u and d w_down = aᵀ dz."""
     dy, _, c = inputs(70, 40, 8, torch.float32)
-    grad = skinny_grad(c, dy, method=method, transposed=transposed)
+    grad = low_rank_grad(c, dy, method=method, transposed=transposed)
     true = c.double().t() @ dy.double()
     torch.testing.assert_close(grad.double(), true.t() if transposed else true, rtol=1e-5, atol=2e-5)
     assert grad.is_contiguous()

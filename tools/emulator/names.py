@@ -162,8 +162,10 @@ def run_coefficients(
 ) -> None:  # fmt: skip
     """z, p and c of a rule; ``key`` as stored."""
     width = z.shape[1] // terms
-    plan = coefficients.ShrinkPlan(tile, parts, "test")
-    arguments = coefficients.shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan)
+    plan = coefficients.CoefficientsPlan(tile, parts, "test")
+    arguments = coefficients.coefficients_arguments(
+        a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan
+    )
     extension().coefficients(*arguments, sms, 0)
 
 

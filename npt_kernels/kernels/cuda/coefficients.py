@@ -22,7 +22,7 @@ from .launch import DTYPES, multiprocessors, rows_ok, submit, weights_layout
 from .rules import matrix, rule_forward, unit_rows
 from .support import RULE_IDS
 
-__all__ = ["Coefficients", "coefficients", "shrink_plan"]
+__all__ = ["Coefficients", "coefficients", "coefficients_plan"]
 
 #: "fused" one kernel, "vendor" GEMMs and the rule, "auto" by the arithmetic above.
 Method = Literal["auto", "fused", "vendor"]
@@ -47,7 +47,7 @@ class Coefficients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShrinkPlan:
+class CoefficientsPlan:
     """Tile of ranks, and blocks that share a tile's K (a cluster)."""
 
     tile: int
@@ -60,7 +60,7 @@ def _div_up(a: int, b: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def shrink_plan(tokens: int, rank: int, k_blocks: int, sms: int = 132) -> ShrinkPlan:
+def coefficients_plan(tokens: int, rank: int, k_blocks: int, sms: int = 132) -> CoefficientsPlan:
     """Tile and split for ``k_blocks`` blocks of 64 over both products: the fewest waves of k-blocks, finishing included."""
     tile = 64 if rank <= 64 else 128
     tiles = _div_up(tokens, 128) * _div_up(rank, tile)
@@ -70,24 +70,24 @@ def shrink_plan(tokens: int, rank: int, k_blocks: int, sms: int = 132) -> Shrink
         return _div_up(tiles, max(1, sms // parts)) * (k_blocks / parts + FINISH_BLOCKS)
 
     parts = min((1, 2, 4, 8), key=cost)
-    return ShrinkPlan(tile, parts, f"{tiles} tiles of 128 x {tile}, {parts} blocks a tile on {sms} SMs")
+    return CoefficientsPlan(tile, parts, f"{tiles} tiles of 128 x {tile}, {parts} blocks a tile on {sms} SMs")
 
 
-def launch_shrink(
+def launch_coefficients(
     a: Tensor | None, u: Tensor | None, w_down: Tensor | None, key: Tensor | None, key_kind: int, key_scale: Tensor | None,
-    z: Tensor, p: Tensor | None, c: Tensor | None, rule: str, width: int, scale: float, plan: ShrinkPlan,
+    z: Tensor, p: Tensor | None, c: Tensor | None, rule: str, width: int, scale: float, plan: CoefficientsPlan,
 ) -> None:  # fmt: skip
     """``z``, ``p``, ``c`` of a tile plan; z is computed if ``a`` is given, else read. ``key`` as stored (kinds 1 to 3)."""
     submit(
         "coefficients",
-        shrink_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan),
+        coefficients_arguments(a, u, w_down, key, key_kind, key_scale, z, p, c, rule, width, scale, plan),
         z.device,
     )
 
 
-def shrink_arguments(
+def coefficients_arguments(
     a: Tensor | None, u: Tensor | None, w_down: Tensor | None, key: Tensor | None, key_kind: int, key_scale: Tensor | None,
-    z: Tensor, p: Tensor | None, c: Tensor | None, rule: str, width: int, scale: float, plan: ShrinkPlan,
+    z: Tensor, p: Tensor | None, c: Tensor | None, rule: str, width: int, scale: float, plan: CoefficientsPlan,
 ) -> Sequence[Any]:  # fmt: skip
     """The arguments of ``_cuda.coefficients`` but device and stream."""
     tokens, rank = z.shape
@@ -99,7 +99,7 @@ def shrink_arguments(
     )  # fmt: skip
 
 
-def _shrink_refusal(rank: int, widths: Sequence[int], rule: str, num_ranks: int, method: Method) -> str | None:
+def _refusal(rank: int, widths: Sequence[int], rule: str, num_ranks: int, method: Method) -> str | None:
     """Why the coefficient kernel does not take a call, or ``None``."""
     for width in (rank, *widths):
         if width % 8 or width < 8:
@@ -124,7 +124,7 @@ def coefficients(
     w_down: Tensor | None = None,
     z: Tensor | None = None,
     method: Method = "auto",
-    plan: ShrinkPlan | None = None,
+    plan: CoefficientsPlan | None = None,
 ) -> Coefficients:
     """z (computed from ``a [T, d_a]`` and ``w_down [d_a, R]``, or given), p and c of one target.
 
@@ -133,7 +133,7 @@ def coefficients(
         key: ``w_a_up``: ``[R, d_u]``, ``[d_u]`` (anchored) or ``None`` (self_key); any strides.
         key_scale: ``[T]`` or ``None``: multiplies z inside the rule; the z returned is not multiplied.
         method: ``"fused"`` one kernel, ``"vendor"`` GEMMs and the rule, ``"auto"`` by the module's arithmetic.
-        plan: Tile and split instead of :func:`shrink_plan`'s (tests).
+        plan: Tile and split instead of :func:`coefficients_plan`'s (tests).
     """
     kind = get_rule(rule).key
     if kind == "none":
@@ -147,7 +147,7 @@ def coefficients(
         c = rule_forward(z, None, key_scale, rule, num_ranks, scale)
         return Coefficients(z, z.new_empty(0), c, c is not z)
     widths = [t.shape[1] for t in (a, u) if t is not None]
-    if tokens == 0 or _shrink_refusal(rank, widths, rule, num_ranks, method) is not None:
+    if tokens == 0 or _refusal(rank, widths, rule, num_ranks, method) is not None:
         if z is None:
             assert a is not None and w_down is not None
             z = a @ w_down
@@ -176,10 +176,10 @@ def coefficients(
     u = None if u is None else rows_ok(u)
     product = torch.empty(tokens, 1 if kind == "vector" else rank, **new) if key is not None else None
     c = z if kind == "none" and key_scale is None else torch.empty(tokens, rank, **new)
-    plan = plan or shrink_plan(
+    plan = plan or coefficients_plan(
         tokens, rank, sum(_div_up(t.shape[1], 64) for t in (a, u) if t is not None), multiprocessors(sample.device)
     )
-    launch_shrink(
+    launch_coefficients(
         a, u, w_down, stored, key_kind, None if key_scale is None else key_scale.contiguous(), z, product,
         None if c is z else c, rule, get_rule(rule).term_widths(rank, num_ranks)[1], float(scale), plan,
     )  # fmt: skip

@@ -27,7 +27,7 @@ def _div_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def launch_pair(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int) -> None:
+def launch_value_grads(dy: Tensor, c: Tensor, w_b_up: Tensor, dc: Tensor, db: Tensor, ranges: int) -> None:
     """Shares ``dc [column blocks, T, R]`` and ``db [ranges, R, N]``, fp32."""
     submit("value_grads", pair_arguments(dy, c, w_b_up, dc, db, ranges), dy.device)
 
@@ -109,7 +109,7 @@ def _pair_shares(dy: Tensor, w_b_up: Tensor, c: Tensor) -> tuple[Tensor, Tensor]
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
     dc = torch.empty(_div_up(width, PAIR_COLUMNS), tokens, rank, **fp32)
     db = torch.empty(ranges, rank, width, **fp32)
-    launch_pair(rows_ok(dy), rows_ok(c), rows_ok(w_b_up), dc, db, ranges)
+    launch_value_grads(rows_ok(dy), rows_ok(c), rows_ok(w_b_up), dc, db, ranges)
     return dc, db
 
 

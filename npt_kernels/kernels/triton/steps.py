@@ -21,7 +21,7 @@ from .explicit import row_dot, row_outer
 from .gate_up import gate_up_forward
 from .rules import merge_dz, rule_backward, rule_forward
 from .segmented_gemm import Segment, gate_up_backward, gemm_act, gemm_act_backward, gemm_terms, segmented_gemm
-from .value_grads import dc_and_value_grad, skinny_grad
+from .value_grads import dc_and_value_grad, low_rank_grad
 
 __all__ = ["TritonSteps"]
 
@@ -94,7 +94,7 @@ class TritonSteps(EagerSteps):
         return dz, dp, d_value
 
     def key_grad(self, dp: Tensor, u: Tensor, spec: Spec) -> Tensor:
-        grad = skinny_grad(dp, u)
+        grad = low_rank_grad(dp, u)
         return grad if get_rule(spec.rule).key == "matrix" else grad.squeeze(0)
 
     def activate_backward(
@@ -127,7 +127,7 @@ class TritonSteps(EagerSteps):
         return dz, d_scale
 
     def bottleneck_grad(self, dz: Tensor, a: Tensor) -> Tensor:
-        return skinny_grad(dz, a, transposed=True)
+        return low_rank_grad(dz, a, transposed=True)
 
     # ---- the explicit form: a row dot, then one GEMM whose epilogue adds Σ_j s_j v_b_j; v_b is read once, only y is written --
 

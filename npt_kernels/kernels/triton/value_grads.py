@@ -1,4 +1,4 @@
-"""The skinny pair: ``dc = dy @ w_b_upᵀ  [T, R]`` and ``d w_b_up = cᵀ @ dy  [R, N]`` from one reading of ``dy [T, N]``.
+"""Two products: ``dc = dy @ w_b_upᵀ  [T, R]`` and ``d w_b_up = cᵀ @ dy  [R, N]`` from one reading of ``dy [T, N]``.
 
 Program (i, s) owns BN columns of dy and a range of tokens. It keeps its block of ``w_b_up`` and the accumulator of
 ``d w_b_up [R, BN]`` on chip, streams its tokens through in tiles of BT, and writes for each tile its share of dc (a sum over
@@ -30,7 +30,7 @@ from . import tables
 from .aot import AotSpec
 from .numerics import INTERPRET, device_guard, dot, dot_precision, multiprocessor_count, next_power_of_2, rounded
 
-__all__ = ["aot_specs", "dc_and_value_grad", "pair_bytes", "reduce_partials", "skinny_grad", "tunables"]
+__all__ = ["aot_specs", "dc_and_value_grad", "low_rank_grad", "pair_bytes", "reduce_partials", "tunables"]
 
 Method = Literal["auto", "fused", "vendor"]
 
@@ -39,7 +39,7 @@ MAX_ACCUMULATOR = 32768
 
 
 @triton.jit(do_not_specialize=["T", "per_t"])
-def skinny_kernel(
+def value_grads_kernel(
     dy_ptr, b_ptr, c_ptr, dc_ptr, db_ptr, T, N, R, per_t, stride_dy, stride_br, stride_bn, stride_ct, stride_cr,
     db_stride_r, db_stride_n, NEED_DC: tl.constexpr, NEED_DB: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -167,10 +167,10 @@ def dc_and_value_grad(
     return _fused(dy, w_b_up, c, need_dc, need_db, rank, tile, parts, transposed=False)
 
 
-def skinny_grad(
+def low_rank_grad(
     c: Tensor, dy: Tensor, *, method: Method = "auto", transposed: bool = False, config: dict[str, Any] | None = None
 ) -> Tensor:
-    """``cᵀ @ dy  [R, N]`` alone: ``d w_a_up = skinny_grad(dp, u)``, ``d w_down = skinny_grad(dz, a, transposed=True)``.
+    """``cᵀ @ dy  [R, N]`` alone: ``d w_a_up = low_rank_grad(dp, u)``, ``d w_down = low_rank_grad(dz, a, transposed=True)``.
 
     Args:
         transposed: Return ``dyᵀ @ c  [N, R]`` instead, contiguous.
@@ -211,7 +211,7 @@ def _fused(
     b_strides = w_b_up.stride() if need_dc and w_b_up is not None else (0, 0)
     c_strides = c.stride() if need_db and c is not None else (0, 0)
     with device_guard(dy):
-        skinny_kernel[(blocks, parts)](
+        value_grads_kernel[(blocks, parts)](
             dy, w_b_up if need_dc else dy, c if need_db else dy,
             dy if dc_parts is None else dc_parts, dy if db_parts is None else db_parts,
             tokens, width, rank, per_t, dy.stride(0), *b_strides, *c_strides, *((1, rank) if transposed else (width, 1)),
@@ -243,7 +243,7 @@ def aot_specs(dtype: str = "bf16", device_name: str = "") -> list[AotSpec]:
         }  # fmt: skip
         specs.append(
             AotSpec(
-                f"skinny {'pair' if need_dc else 'grad'} R={rank}", skinny_kernel, signature, constants,
+                f"value_grads {'pair' if need_dc else 'grad'} R={rank}", value_grads_kernel, signature, constants,
                 num_warps=tile["num_warps"], num_stages=tile["num_stages"],
                 divisible_by_16=(
                     *pointers, "dc_ptr", "db_ptr", "N", "R", "stride_dy", "stride_br", "stride_ct", "db_stride_r",

@@ -1,4 +1,4 @@
-"""Host side of the skinny kernels: plans, when they run, every rule against the definition with the launches replaced by theirs
+"""Host side of the low-rank kernels: plans, when they run, every rule against the definition with the launches replaced by theirs
 (fake_launch.py), and the launcher's own checks as dry runs."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from npt_kernels.kernels.cuda import coefficients as coefficients_module
 from npt_kernels.kernels.cuda import launch, rules
 from npt_kernels.kernels.cuda import support as _cuda
 from npt_kernels.kernels.cuda.choose import Epilogue, choose
-from npt_kernels.kernels.cuda.coefficients import coefficients, shrink_plan
+from npt_kernels.kernels.cuda.coefficients import coefficients, coefficients_plan
 from npt_kernels.kernels.cuda.value_grads import pair_bytes, pair_ranges, value_grads
 from npt_kernels.rules import RULES, get_rule
 from tests.support.fake_launch import LAUNCHES, PLANS, install
@@ -39,15 +39,15 @@ def key_for(rule: str, rank: int, width: int) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------- plans
-def test_shrink_plan_fills_the_chip() -> None:
-    assert shrink_plan(8192, 64, 128).tile == 64 and shrink_plan(8192, 65, 128).tile == 128
-    assert shrink_plan(8192, 64, 128).parts == 2  # 64 tiles of 128 tokens on 132 SMs
-    assert shrink_plan(1, 64, 128).parts == 8  # one tile: as many blocks as a portable cluster has
-    assert shrink_plan(2048, 128, 128).parts == 8
-    assert shrink_plan(65536, 64, 128).parts == 1  # enough tiles
+def test_coefficients_plan_fills_the_chip() -> None:
+    assert coefficients_plan(8192, 64, 128).tile == 64 and coefficients_plan(8192, 65, 128).tile == 128
+    assert coefficients_plan(8192, 64, 128).parts == 2  # 64 tiles of 128 tokens on 132 SMs
+    assert coefficients_plan(1, 64, 128).parts == 8  # one tile: as many blocks as a portable cluster has
+    assert coefficients_plan(2048, 128, 128).parts == 8
+    assert coefficients_plan(65536, 64, 128).parts == 1  # enough tiles
     for tokens in (1, 100, 3000, 20000):
         for rank in (8, 64, 72, 1024):
-            plan = shrink_plan(tokens, rank, 64)
+            plan = coefficients_plan(tokens, rank, 64)
             assert plan.parts in (1, 2, 4, 8) and plan.reason
 
 

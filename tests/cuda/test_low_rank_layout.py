@@ -1,4 +1,4 @@
-"""Whole tiles of the skinny kernels through the emulated hardware, with the addresses that the kernels compute: the coefficient
+"""Whole tiles of the low-rank kernels through the emulated hardware, with the addresses that the kernels compute: the coefficient
 kernel's two products, its partial sums and row shares; the pair kernel's two uses of one tile; a split decode tile's slots."""
 
 from __future__ import annotations
