@@ -24,6 +24,7 @@ from ..component import NPComponent
 from ..config import NPTConfig
 from ..durable_files import sha256, sync_directory, sync_file
 from .apply_report import ApplyReport, make_report
+from .base_identity import check_base, describe_base
 from .import_published import read_published
 from .install import converted_layers, install, make_component, npt_config, remove_npt
 from .linears import count_parameters
@@ -73,6 +74,7 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "layers": list(layers),
         "ranks": [layer.np_component.rank for layer in layers.values()],
         "targets": list(next(iter(layers.values())).np_component.target_shapes),
+        "base": describe_base(model, [(layer, layer.npt_plan) for layer in layers.values()]),
     }
     # Components that FSDP2 has sharded too, in a user's own loop, are gathered; every process then saves the same.
     tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
@@ -116,9 +118,10 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     path = Path(source)
-    config, layers, ranks, tensors = _read(path)
+    config, layers, ranks, tensors, base = _read(path)
     converted = bool(converted_layers(model))
     choices, skipped, total = plan_layers(model, replace(config, layers=layers))
+    check_base(base, model, [(choice.layer, choice.plan) for choice in choices], path)
     check_forwards(model, choices)
     if len(choices) != len(ranks):
         raise ValueError(f"{path} has {len(ranks)} ranks for {len(choices)} layers {layers}; one per layer is needed")
@@ -142,7 +145,7 @@ def find_adapter(path: Path) -> Path | None:
     return path if published else None
 
 
-def _read(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor], dict[str, Any] | None]:
     if path.is_dir() and (path / CONFIG_NAME).is_file():
         return _read_directory(path)
     if path.is_dir():
@@ -159,10 +162,10 @@ def _read(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} could not be read with torch.load(weights_only=True): {error}") from error
-    return read_published(payload, path)
+    return *read_published(payload, path), None
 
 
-def _read_directory(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor]]:
+def _read_directory(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor], dict[str, Any] | None]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -184,7 +187,7 @@ def _read_directory(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[s
             contents = _contents_of_weights(path, contents)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS_NAME} is damaged or not a safetensors file: {error}") from error
-    return *contents, tensors
+    return *contents, tensors, header.get("base")
 
 
 def _contents(header: dict[str, Any]) -> tuple[NPTConfig, list[int], list[int]]:

@@ -418,7 +418,7 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path):
 
 def test_wrong_model(tmp_path):
     save_npt(converted("gpt2"), tmp_path / "gpt2")
-    check_refused(tmp_path / "gpt2", "missing", "unexpected")
+    check_refused(tmp_path / "gpt2", "shape of the layers .gpt2-like., this LlamaForCausalLM has .llama-like.")
     wide = tiny_model("llama", hidden_size=64)
     apply_npt(wide, NPTConfig(layers="all", rank=4))
     save_npt(wide, tmp_path / "wide")
@@ -437,3 +437,52 @@ def test_a_refused_load_keeps_an_earlier_conversion(tmp_path):
         load_npt(model, tmp_path)
     assert_unchanged(model, before)
     assert torch.equal(logits(model), want)
+
+
+# ---- adapters that do not belong ---------------------------------------------------------------------------------------
+
+
+def saved_adapter(tmp_path, **kwargs):
+    model = tiny_model("llama", **kwargs)
+    apply_npt(model, NPTConfig(layers=[0, 1], rank=8))
+    return save_npt(model, tmp_path / "a")
+
+
+def test_more_layers_are_refused(tmp_path):
+    path, other = saved_adapter(tmp_path), tiny_model("llama", layers=6)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="with decoder layers 4, this LlamaForCausalLM has 6"):
+        load_npt(other, path)
+    assert_unchanged(other, before)
+
+
+def test_another_activation_is_refused(tmp_path):
+    path, other = saved_adapter(tmp_path), tiny_model("llama", hidden_act="gelu")
+    with pytest.raises(ValueError, match="with activation 'silu', this LlamaForCausalLM has 'gelu'"):
+        load_npt(other, path)
+
+
+def test_other_weights_are_said(tmp_path):
+    path, other = saved_adapter(tmp_path), tiny_model("llama")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(torch.randn(p.shape) * 0.05)
+    with pytest.warns(UserWarning, match="made for a base model with other weights"):
+        load_npt(other, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_same_weights_in_another_dtype_are_the_same_base(tmp_path, dtype):
+    path, other = saved_adapter(tmp_path), tiny_model("llama").to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_npt(other, path)
+
+
+def test_an_adapter_of_an_earlier_version_is_not_compared(tmp_path):
+    path = saved_adapter(tmp_path)
+    file = path / "npt_config.json"
+    header = json.loads(file.read_text())
+    del header["base"]
+    file.write_text(json.dumps(header))
+    load_npt(tiny_model("llama", layers=6), path)
