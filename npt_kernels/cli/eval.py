@@ -85,7 +85,7 @@ def evaluate(
         with computing(config, model, tokenizer, device, say):
             measured = evaluate_adapter(
                 model, tokenizer, blocks.heldout, config.evaluation.prompts, config.evaluation.max_new_tokens,
-                lambda title, total, unit: progress_bar(title, total, unit, enabled=sys.stderr.isatty()),
+                lambda title, total, unit: progress_bar(title, total, unit, enabled=sys.stderr.isatty() or say),
             )  # fmt: skip
     facts = {
         "adapter": str(path),

@@ -13,6 +13,7 @@ from ..model.install import converted_layers, install, make_component
 from ..model.linears import count_parameters
 from ..model.probe import check_forwards
 from ..model.select import fixed_ranks, plan_layers
+from ..progress import Progress
 from .calibrate import closed_form_components
 from .random_start import initialise
 
@@ -20,7 +21,7 @@ __all__ = ["apply_npt"]
 
 
 def apply_npt(
-    model: nn.Module, config: NPTConfig | None = None, calibration: Tensor | None = None, *, progress: bool = False
+    model: nn.Module, config: NPTConfig | None = None, calibration: Tensor | None = None, *, progress: Progress = False
 ) -> ApplyReport:
     """Convert decoder layers of ``model`` into NPT layers: on this instance, in place, all or nothing.
 
@@ -32,7 +33,7 @@ def apply_npt(
         config: Which layers, rule, rank, targets, initialisation; default :class:`NPTConfig`.
         calibration: Token ids ``[n, seq]`` for the closed-form start, a few thousand tokens of text like the one the model
             will see. ``None``: a start without data (``init="small"`` or ``"published"``).
-        progress: Show a progress bar while calibrating.
+        progress: ``True``: show a progress bar while calibrating. A function: it gets a line of text every ten seconds.
 
     Returns:
         :class:`ApplyReport`: the converted layers, what was skipped and why, parameter counts.

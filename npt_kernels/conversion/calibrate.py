@@ -11,7 +11,7 @@ from ..config import NPTConfig, parse_rank
 from ..model.forward import evaluating
 from ..model.install import make_component
 from ..model.select import LayerChoice, find_layers
-from ..progress import progress_bar
+from ..progress import Progress, progress_bar
 from .attention_moments import FISHER_TOKENS, Moments, check_tokens, collect_moments
 from .bases import Basis, Metric, make_basis, make_metric
 from .closed_form import fill_closed_form
@@ -40,7 +40,7 @@ def closed_form_components(
     ranks: list[int] | None,
     calibration: Tensor,
     *,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> tuple[list[NPComponent], dict[str, Any]]:
     """Components of the chosen layers, fitted on ``calibration [n, seq]``; the model is read, not changed.
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from ..conversion.calibrate import conversion_seconds
 from ..model.select import plan_layers
 from ..training.loop import Phase, is_out_of_memory
 from ..training.objectives import Objective
+from ..training.precision import autocast
 
-__all__ = ["Budget", "pass_seconds", "step_seconds"]
+__all__ = ["Budget", "fit_into_time", "pass_seconds", "step_seconds"]
 
 #: Of the time that is left before the conversion, what it may take; the rest is for training and two evaluations.
 _CONVERSION_SHARE = 0.45
@@ -99,6 +101,27 @@ class Budget:
             training.polish_steps = phases[1].steps
         self.config.data.calibration_tokens = calibration_tokens
         training.max_minutes = None
+
+
+def fit_into_time(run: Any) -> None:
+    """As many steps as ``training.max_minutes`` leaves; from here on the configuration holds them, and the tokens."""
+    config, seconds = run.config, run.state.seconds
+    if run.budget.seconds is None:
+        return
+    again = sum(seconds.get(f"evaluate {stage}", 0.0) for stage in ("after conversion", "resumed adapter"))
+    again += seconds.get("samples", 0.0) / 2 + 2.0  # the original's and the converted model's so far; plots
+    text, device = run.blocks.heldout, run.accelerator.device
+    retry, taken = config.optimization.oom_retry and not run.world.sharded, []
+    for phase in run.phases if run.checkpoint is None else ():
+        with autocast(run.accelerator, run.model):
+            taken.append(step_seconds(run._objective(phase), text, config, device, retry=retry))
+    phases, line = run.budget.training(run.phases, taken, again)
+    # One decision for all processes: that of the first.
+    run.phases, tokens = run.world.broadcast((phases, config.data.calibration_tokens))
+    run.budget.settle(run.phases, tokens)
+    run.world.on_main(config.save)
+    run.recorder.record("budget", calibration_tokens=tokens, steps={p.name: p.steps for p in run.phases})
+    run.recorder.say(line)
 
 
 def pass_seconds(model: nn.Module, ids: Tensor, config: RunConfig) -> tuple[float, float]:

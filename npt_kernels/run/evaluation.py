@@ -15,7 +15,7 @@ from ..estimate.byte_count import TEACHER_BYTES
 from ..evaluation.fidelity import LayerFidelity, layer_fidelity
 from ..evaluation.perplexity import EvalResult, TeacherStates, evaluate, evaluate_base
 from ..evaluation.samples import Sample, generate, generate_samples
-from ..progress import progress_bar
+from ..progress import Progress, progress_bar
 from ..training.distributed import World
 from .display import describe
 from .records import Recorder
@@ -70,7 +70,7 @@ class RunEvaluation:
         world: The processes; evaluation is dealt out over them.
         recorder: Where results go.
         seconds: Name → seconds of the run, added to.
-        bars: Whether to show progress bars.
+        bars: How progress is shown.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class RunEvaluation:
         world: World,
         recorder: Recorder,
         seconds: dict[str, float],
-        bars: bool,
+        bars: Progress,
     ) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.world, self.recorder, self.seconds, self.bars = world, recorder, seconds, bars

@@ -32,7 +32,7 @@ from ..training.loop import (
 )
 from ..training.objectives import Objective, delta_variances, enable_checkpointing
 from ..training.precision import autocast
-from .budget import Budget, step_seconds
+from .budget import Budget, fit_into_time
 from .checkpoints import Checkpoint, list_checkpoints, load_optimizer
 from .display import Pace, TrainingDisplay
 from .evaluation import Measured, RunEvaluation, timed
@@ -106,7 +106,7 @@ def run_training(
             base = run.evaluation.original(record=run.checkpoint is None)
             report = run.convert()
         before, after = run.measure_before(base), None
-        run.fit_into_time()
+        fit_into_time(run)
         if run.phases:
             with run.stoppable() as stop:
                 for phase in run.phases:
@@ -178,7 +178,14 @@ class Run:
         self.recorder = Recorder(config, console, self.accelerator)
         writer = tokenizer if config.evaluation.prompts and hasattr(model, "generate") else None
         self.evaluation = RunEvaluation(
-            config, model, writer, blocks.heldout, world, self.recorder, self.state.seconds, console.is_terminal
+            config,
+            model,
+            writer,
+            blocks.heldout,
+            world,
+            self.recorder,
+            self.state.seconds,
+            console.is_terminal or self.recorder.say,
         )
         self.last_checkpoint: Path | None = None if self.checkpoint is None else self.checkpoint.path
         #: ``state.total_steps`` when the last checkpoint was written.
@@ -273,7 +280,7 @@ class Run:
             if tokens is not None and self.budget.seconds is not None:
                 tokens, line = self.budget.calibration(self.model, tokens)
                 self.recorder.say(line)
-            return apply_npt(self.model, npt, tokens, progress=self.console.is_terminal)
+            return apply_npt(self.model, npt, tokens, progress=self.console.is_terminal or self.recorder.say)
 
     def shard(self) -> None:
         with timed(self.state.seconds, "sharding"):
@@ -301,26 +308,6 @@ class Run:
             measured = self.evaluation.converted(stage, state.total_steps)
         state.before = measured.values(base)
         return measured
-
-    def fit_into_time(self) -> None:
-        """As many steps as ``training.max_minutes`` leaves; from here on the configuration holds them, and the tokens."""
-        config, seconds = self.config, self.state.seconds
-        if self.budget.seconds is None:
-            return
-        again = sum(seconds.get(f"evaluate {stage}", 0.0) for stage in ("after conversion", "resumed adapter"))
-        again += seconds.get("samples", 0.0) / 2 + 2.0  # the original's and the converted model's so far; plots
-        text, device = self.blocks.heldout, self.accelerator.device
-        retry, taken = config.optimization.oom_retry and not self.world.sharded, []
-        for phase in self.phases if self.checkpoint is None else ():
-            with autocast(self.accelerator, self.model):
-                taken.append(step_seconds(self._objective(phase), text, config, device, retry=retry))
-        phases, line = self.budget.training(self.phases, taken, again)
-        # One decision for all processes: that of the first.
-        self.phases, tokens = self.world.broadcast((phases, config.data.calibration_tokens))
-        self.budget.settle(self.phases, tokens)
-        self.world.on_main(config.save)
-        self.recorder.record("budget", calibration_tokens=tokens, steps={p.name: p.steps for p in self.phases})
-        self.recorder.say(line)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
