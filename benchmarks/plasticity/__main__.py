@@ -24,11 +24,11 @@ from npt_kernels.plasticity import Fact, apply_edit, undo_edit
 from npt_kernels.plasticity.context import ContextSettings, conditional, context
 from npt_kernels.plasticity.corpus import demo_corpus, windows
 from npt_kernels.plasticity.edit import Edit
-from npt_kernels.plasticity.grid import write_json
 from npt_kernels.plasticity.hooks import Sites
 from npt_kernels.plasticity.learn import _layers, _moments
 from npt_kernels.plasticity.recall import Examination, Row
 from npt_kernels.plasticity.rome import RomeSettings, rome
+from npt_kernels.plasticity.token_maps import write_json
 from npt_kernels.training.distributed import choose_device
 
 from .baselines import BASELINES, fine_tuned

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..measure.numerics import check_case, repeat_case
+from ..measure.against_truth import check_case, repeat_case
 from ..measure.shapes import Case
 from ..measure.timing import clocks, settle_power
 from ..ops.registry import BACKENDS, available_backends, explain

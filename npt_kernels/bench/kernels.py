@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..measure.against_truth import CHUNK, poisoned, sample_rows
 from ..measure.error_rule import worst_excess
-from ..measure.numerics import CHUNK, poisoned, sample_rows
 from ..measure.problems import Problem
 from ..measure.reference import reference_results, term_sizes
 from ..measure.shapes import ModelShape

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..base_model.loading import resolve_dtype
-from ..base_model.precision import choose_mixed_precision
+from ..base_model.mixed_precision import choose_mixed_precision
 from ..configs.schema import RunConfig
 
 __all__ = ["FORMATS", "Format", "Precision", "quantization_of"]

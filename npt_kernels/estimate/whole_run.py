@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..base_model.loading import quantization_notes, resolve_dtype
-from ..base_model.precision import bf16_arithmetic, choose_mixed_precision, slow_bf16
+from ..base_model.mixed_precision import bf16_arithmetic, choose_mixed_precision, slow_bf16
 from ..configs.schema import RunConfig
 from ..offload import streaming_notes
 from ..training.distributed import choose_device

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base_model.loading import resolve_dtype
-from ..base_model.precision import choose_mixed_precision
+from ..base_model.mixed_precision import choose_mixed_precision
 from ..configs.schema import RunConfig
 from ..conversion.apply import apply_npt
 from ..conversion.quantise import quantise_base

@@ -17,8 +17,8 @@ from ..configs.schema import ConfigError, RunConfig
 from ..model.linears import linear_shape
 from ..model.select import find_layers
 from ..model.shapes import LAYER_SHAPES
+from .copy_speed import TransferPlan, flops_per_token, plan_transfer
 from .streamer import LayerStreamer
-from .transfer import TransferPlan, flops_per_token, plan_transfer
 from .weights import LayerWeights, layer_tensors
 
 __all__ = [

@@ -3,7 +3,7 @@
 Reading order: ``facts`` (what is to be learned) → ``moments`` (which directions of a weight's input are in use) → ``rome`` and
 ``context`` (two ways to find a low-rank change) → ``edit`` (a change that can be stored, applied and undone) → ``recall`` and
 ``learn`` (what it did, measured). ``deltas`` → ``transfer`` move a run's per-token changes to another run, and show where they
-are (``grid``). All access to the rest of the package's models goes through ``hooks``.
+are (``token_maps``). All access to the rest of the package's models goes through ``hooks``.
 """
 
 from __future__ import annotations

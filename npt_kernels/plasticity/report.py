@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .grid import write_json
 from .learn import Learned
+from .token_maps import write_json
 
 __all__ = ["COLUMNS", "write_report"]
 

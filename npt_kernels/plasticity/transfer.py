@@ -23,9 +23,9 @@ from ..config import resolve_layers
 from ..progress import progress_bar
 from .deltas import Deltas, capture, replay
 from .facts import encode, encode_answer, require_tokenizer, start_ids
-from .grid import GridMap, draw_maps, write_json, write_page
 from .hooks import Sites, converted_layers, device_of, evaluating, learned_positions, name_of
 from .recall import fits, next_token_kl
+from .token_maps import GridMap, draw_maps, write_json, write_page
 
 __all__ = ["HEADINGS", "Carried", "Transferred", "cells", "transfer", "write_transfer"]
 

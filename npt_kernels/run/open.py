@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from ..base_model.loading import load_model, quantization_notes, resolve_dtype
-from ..base_model.precision import settle_mixed_precision
+from ..base_model.mixed_precision import settle_mixed_precision
 from ..configs.schema import RunConfig
 from ..model.documents import isolated_documents
 from ..offload import load_for_streaming, stream_mode, streaming, streaming_notes

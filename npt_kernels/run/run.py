@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..base_model.precision import settle_mixed_precision
+from ..base_model.mixed_precision import settle_mixed_precision
 from ..configs.schema import ConfigError, RunConfig
 from ..conversion.apply import apply_npt
 from ..evaluation.perplexity import EvalResult
@@ -32,7 +32,6 @@ from ..training.loop import (
 )
 from ..training.objectives import Objective, delta_variances, enable_checkpointing
 from ..training.precision import autocast
-from .budget import Budget, fit_into_time
 from .checkpoints import Checkpoint, list_checkpoints, load_optimizer
 from .display import Pace, TrainingDisplay
 from .evaluation import Measured, RunEvaluation, timed
@@ -42,6 +41,7 @@ from .open import computing, make_accelerator, threads
 from .records import Recorder, RunSummary, check_trackers, peak_memory
 from .resume import ResumePoint, changed_settings, find_resume
 from .state import RunState
+from .time_limit import Budget, fit_into_time
 from .utilisation import utilisation_of
 
 __all__ = ["RunSummary", "TrainingError", "run_training"]

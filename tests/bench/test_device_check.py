@@ -19,7 +19,7 @@ from npt_kernels.bench.device_check import CheckOptions, Task, exit_code, run_ch
 from npt_kernels.bench.results import ResultFile, environment
 from npt_kernels.cli import main as cli
 from npt_kernels.kernels.triton.numerics import INTERPRET
-from npt_kernels.measure import numerics as checking
+from npt_kernels.measure import against_truth as checking
 from npt_kernels.measure import timing
 from npt_kernels.measure.problems import Problem
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from npt_kernels.measure.against_truth import OutOfRangeError, _in_range, check_case
 from npt_kernels.measure.error_rule import worst_excess
-from npt_kernels.measure.numerics import OutOfRangeError, _in_range, check_case
 from npt_kernels.measure.problems import Problem
 from npt_kernels.measure.reference import plain, reference_results, term_sizes
 from npt_kernels.measure.shapes import MODELS, SMALL_MODELS, Case

@@ -13,7 +13,7 @@ import torch
 
 from npt_kernels import NPTConfig, apply_npt
 from npt_kernels.plasticity import capture, replay, transfer
-from npt_kernels.plasticity.grid import GridMap, draw_maps, write_page
+from npt_kernels.plasticity.token_maps import GridMap, draw_maps, write_page
 from npt_kernels.plasticity.transfer import write_transfer
 from tests.plasticity.test_edits import Words
 from tests.support.helpers import assert_unchanged, snapshot, tiny_model, token_ids

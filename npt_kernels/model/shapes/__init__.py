@@ -5,7 +5,7 @@ from __future__ import annotations
 from .base import LayerShape
 from .gpt2 import GPT2Like
 from .llama import LLAMA
-from .parallel import PARALLEL
+from .parallel_layers import PARALLEL
 from .plain_mlp import PLAIN_MLP
 from .post_norms import POST_NORMS
 

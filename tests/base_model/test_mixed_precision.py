@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from npt_kernels.base_model import precision
-from npt_kernels.base_model.precision import bf16_arithmetic, choose_mixed_precision, settle_mixed_precision
+from npt_kernels.base_model import mixed_precision as precision
+from npt_kernels.base_model.mixed_precision import bf16_arithmetic, choose_mixed_precision, settle_mixed_precision
 from npt_kernels.configs import load_run_config, named_configs
 from npt_kernels.configs.schema import RunConfig
 from npt_kernels.run.resume import find_resume, resumed_config
@@ -54,9 +54,7 @@ def test_auto_follows_the_cpu(
 
 
 def test_another_machine_can_be_imitated() -> None:
-    code = (
-        "import torch\nfrom npt_kernels.base_model.precision import bf16_arithmetic as b\nprint(b(torch.device('cpu')))"
-    )
+    code = "import torch\nfrom npt_kernels.base_model.mixed_precision import bf16_arithmetic as b\nprint(b(torch.device('cpu')))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from npt_kernels.offload.transfer import RATES, Rates, flops_per_token, plan_transfer
+from npt_kernels.offload.copy_speed import RATES, Rates, flops_per_token, plan_transfer
 
 #: Llama-3.1-8B: d, f, grouped-query attention of 8 × 128.
 LLAMA_8B = dict(hidden=4096, intermediate=14336, attention_weights=2 * 4096 * 4096 + 2 * 4096 * 1024)

@@ -11,9 +11,9 @@ import yaml
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.conversion.calibrate import conversion_seconds
 from npt_kernels.model.save import adapter_state_dict
-from npt_kernels.run import budget
-from npt_kernels.run.budget import Budget
+from npt_kernels.run import time_limit as budget
 from npt_kernels.run.resume import find_resume, resumed_config
+from npt_kernels.run.time_limit import Budget
 from npt_kernels.training.loop import Phase
 from tests.support.helpers import tiny_model, token_ids
 from tests.support.runs import blocks, checksum, make_config, records, start
@@ -94,7 +94,7 @@ def test_the_choice_is_recorded_and_gives_the_same_run_again(tmp_path, monkeypat
         asked.append(config.training.gradient_accumulation_steps)
         return 60.0  # so that a minute leaves one step
 
-    monkeypatch.setattr("npt_kernels.run.budget.step_seconds", slow)
+    monkeypatch.setattr("npt_kernels.run.time_limit.step_seconds", slow)
     monkeypatch.setattr(budget, "_LEAST_TOKENS", 48)
     monkeypatch.setattr(budget, "pass_seconds", lambda model, ids, config: (1.0, 1.0))
     data = {"max_length": 16, "calibration_tokens": 128}
@@ -118,7 +118,7 @@ def test_the_choice_is_recorded_and_gives_the_same_run_again(tmp_path, monkeypat
 
 
 def test_a_resumed_run_keeps_what_was_chosen(tmp_path, monkeypatch):
-    monkeypatch.setattr("npt_kernels.run.budget.step_seconds", lambda *args, **kwargs: 15.0)
+    monkeypatch.setattr("npt_kernels.run.time_limit.step_seconds", lambda *args, **kwargs: 15.0)
     start(tmp_path / "a", max_minutes=1.0)
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(make_config(tmp_path / "a", max_minutes=1.0).model_dump()))
     point = find_resume(tmp_path / "a")
