@@ -18,19 +18,24 @@ from .closed_form import fill_closed_form
 from .ranks import allot_ranks
 from .refit import refit_sequentially
 
-__all__ = ["closed_form_components", "conversion_forwards"]
+__all__ = ["closed_form_components", "conversion_forwards", "refit_tokens"]
 
-#: Tokens of the sequential refit: four full streams of them are held at once (4 × tokens × d numbers).
-_REFIT_TOKENS = 16384
+#: Bytes of the refit's three streams of hidden states.
+_REFIT_BYTES = 2**30
 #: What the Fisher costs beside a forward of the decoder (head, backward, sums), and the refit's two streams: counted on SmolLM2,
 #: whose conversion took 6:54 on two AVX2 cores in float32 (commit 89296b4), 6:40 by this count.
 _FISHER_COST, _REFIT_COST = 3.8, 2.3
 
 
-def conversion_forwards(config: NPTConfig, tokens: int) -> float:
+def refit_tokens(hidden_size: int) -> int:
+    """Tokens that the refit uses at most."""
+    return _REFIT_BYTES // (3 * 4 * hidden_size)
+
+
+def conversion_forwards(config: NPTConfig, tokens: int, hidden_size: int) -> float:
     """Time of the closed form on ``tokens``, in that of the original's decoder on one token."""
     fisher = min(tokens, FISHER_TOKENS) if config.basis == "fisher" else 0
-    refit = min(tokens, _REFIT_TOKENS) if config.refit else 0
+    refit = min(tokens, refit_tokens(hidden_size)) if config.refit else 0
     return tokens + _FISHER_COST * fisher + _REFIT_COST * refit
 
 
@@ -65,7 +70,7 @@ def closed_form_components(
     refitted = False
     if config.refit:
         _, layers = find_layers(model)
-        sample = tokens[: max(1, _REFIT_TOKENS // tokens.shape[1])]
+        sample = tokens[: max(1, refit_tokens(choices[0].hidden_size) // tokens.shape[1])]
         bar = progress_bar("refitting on the converted stream", len(layers), "layers", enabled=progress)
         with evaluating(model), bar as advance:
             refitted = refit_sequentially(

@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 
 from ..configs.schema import RunConfig
+from ..conversion.calibrate import refit_tokens
 from ..model.head import CHUNK_ELEMENTS
 from .layer_bytes import LayerBytes
 from .model_sizes import Adapter, ModelNumbers
@@ -28,8 +29,8 @@ from .terms import MemoryTerm, Phase
 
 __all__ = ["count_bytes", "peak", "reserve", "streams"]
 
-#: Tokens per forward of the closed form's first pass (``collect_moments``), of its refit, and of an evaluation.
-CALIBRATION_BATCH, REFIT_TOKENS, EVALUATION_BATCH = 512, 16384, 2048
+#: Tokens per forward of the closed form's first pass (``collect_moments``) and of an evaluation.
+CALIBRATION_BATCH, EVALUATION_BATCH = 512, 2048
 #: The original's states of the held-out text are kept up to this size (``run/evaluation.py`` keeps to it).
 TEACHER_BYTES = 2**29
 #: Tokens of a prompt, which only a tokenizer would tell.
@@ -275,7 +276,7 @@ class _Count:
         above = self._above()
         kept = layer.kept_first_unconverted + above * layer.kept_unconverted + layer.norm_copy
         elements = layer.tokens * model.vocab_size
-        tokens = min(REFIT_TOKENS, data.calibration_tokens) // length * length
+        tokens = min(refit_tokens(model.hidden_size), data.calibration_tokens) // length * length
         refit = self.layer(self.plain, max(1, tokens // length), length)
         batch = self.layer(self.plain, min(4, max(1, tokens // length)), length)
         # Metric and covariance of every layer, until the components are filled its basis too: in host memory.
@@ -316,10 +317,12 @@ class _Count:
             after = [*fitted(metric + 1), *self.adapters(optimizer=False)]
             tokens_text = f"{refit.tokens:,} tokens"
             one = max(batch.forward_inference, batch.forward_original)
-            streams_ = MemoryTerm("streams", 4 * refit.stream, f"{tokens_text}, original and converted, h and a")
-            passes["refit, regression"] = [
-                *after, streams_, MemoryTerm("regression", 4 * refit.wide + 9 * square, f"{tokens_text} in float32")
-            ]  # fmt: skip
+            streams_ = MemoryTerm("streams", 3 * refit.stream, f"{tokens_text}, original, converted and its a")
+            # Sums of four folds, the same whitened, and the decomposition.
+            regression = MemoryTerm("regression", 38 * square, "d × d × float64")
+            passes["refit, regression"] = [*after, streams_, regression]
+            sums = MemoryTerm("sums", 5 * batch.wide + 10 * square, f"{batch.tokens:,} tokens, and d × d × float64")
+            passes["refit, sums"] = [*after, streams_, sums]
             passes["refit, a layer"] = [*after, streams_, MemoryTerm("one layer", one, f"{batch.tokens:,} tokens")]
         if not self.sharded or self.device.type == "cpu":
             return self.worst("conversion", list(self.frozen), passes)

@@ -57,9 +57,9 @@ class Budget:
         config, length = self.config, tokens.shape[1]
         rate = forward_seconds(model, tokens[: max(1, _PROBE_TOKENS // length)].to(next(model.parameters()).device))
         seconds = _CONVERSION_SHARE * self.left
-        npt = config.npt_config()
+        npt, width = config.npt_config(), model.config.hidden_size  # type: ignore[union-attr]
         rows, least = len(tokens), min(len(tokens), -(-_LEAST_TOKENS // length))
-        while rows > least and rate * conversion_forwards(npt, rows * length) > seconds:
+        while rows > least and rate * conversion_forwards(npt, rows * length, width) > seconds:
             rows -= 1
         config.data.calibration_tokens = rows * length
         return tokens[:rows], (

@@ -10,6 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters, remove_npt
 from npt_kernels.conversion.attention_moments import collect_moments, second_moment
+from npt_kernels.conversion.bases import Metric
+from npt_kernels.conversion.refit import _descending, drift_map
 from tests.support.helpers import VOCAB, assert_unchanged, randomise, snapshot, tiny_model, token_ids
 
 CALIBRATION = token_ids(16, 32, seed=5)
@@ -278,3 +280,55 @@ def test_a_model_that_works_between_its_layers_is_fitted_without_the_refit():
         fitted.append(npt_parameters(model))
     assert all(torch.equal(a, b) for a, b in zip(*fitted, strict=True))
     assert max(float(parameter.detach().abs().max()) for parameter in fitted[0]) > 0
+
+
+# ---- the refit's regression ------------------------------------------------------------------------------------------
+
+
+def _fold_sums(a, drift, folds=4):
+    parts = [(x.t() @ x, x.t() @ y) for x, y in zip(a.chunk(folds), drift.chunk(folds), strict=True)]
+    return torch.stack([gram for gram, _ in parts]), torch.stack([cross for _, cross in parts])
+
+
+def _plain_metric(d):
+    eye = torch.eye(d, dtype=torch.float64)
+    return Metric(eye, eye, "energy")
+
+
+def test_drift_that_is_noise_is_not_believed():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(400, 24, generator=generator, dtype=torch.float64)
+    noise = torch.randn(400, 24, generator=generator, dtype=torch.float64)
+    grams, crosses = _fold_sums(a, noise)
+    plain = torch.linalg.solve(grams.sum(0), crosses.sum(0)).t()
+    shrunk = drift_map(grams, crosses, _plain_metric(24))
+    assert plain.norm() > 1.0 and shrunk.norm() < 0.2 * plain.norm()
+
+
+def test_drift_that_the_output_predicts_is_kept():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(24, 2, generator=generator, dtype=torch.float64) @ torch.randn(
+        2, 24, generator=generator, dtype=torch.float64
+    )
+    a = torch.randn(400, 24, generator=generator, dtype=torch.float64)
+    noise = 2 * torch.randn(400, 24, generator=generator, dtype=torch.float64)
+    grams, crosses = _fold_sums(a, a @ truth.t() + noise)
+    plain = torch.linalg.solve(grams.sum(0), crosses.sum(0)).t()
+    shrunk = drift_map(grams, crosses, _plain_metric(24))
+    # Nearer the truth than least squares, and most of the truth is there.
+    assert (shrunk - truth).norm() < 0.7 * (plain - truth).norm()
+    assert (shrunk * truth).sum() > 0.85 * truth.square().sum()
+
+
+def test_drift_map_of_one_fold_is_the_ridge_regression():
+    generator = torch.Generator().manual_seed(0)
+    a, drift = (torch.randn(200, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    grams, crosses = _fold_sums(a, drift, folds=1)
+    ridge = 0.02 * grams[0].diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    expected = torch.linalg.solve(grams[0] + ridge, crosses[0]).t()
+    torch.testing.assert_close(drift_map(grams, crosses, _plain_metric(8)), expected)
+
+
+def test_shares_descend():
+    values, weights = torch.tensor([0.5, 0.7, 0.1, 0.3]).double(), torch.tensor([1.0, 1.0, 3.0, 1.0]).double()
+    torch.testing.assert_close(_descending(values, weights), torch.tensor([0.6, 0.6, 0.15, 0.15]).double())

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from npt_kernels.configs.schema import ConfigError, RunConfig
-from npt_kernels.conversion.calibrate import conversion_forwards
+from npt_kernels.conversion.calibrate import conversion_forwards, refit_tokens
 from npt_kernels.model.save import adapter_state_dict
 from npt_kernels.run import budget
 from npt_kernels.run.budget import Budget
@@ -35,10 +35,11 @@ def clock(monkeypatch):
 
 def test_what_a_conversion_costs():
     plain = make_config("x").npt_config()  # pca with refit
-    assert conversion_forwards(plain, 1000) == pytest.approx(3300)
-    assert conversion_forwards(plain, 100_000) == pytest.approx(100_000 + 2.3 * 16384)
+    assert conversion_forwards(plain, 1000, 576) == pytest.approx(3300)
+    assert conversion_forwards(plain, 100_000, 4096) == pytest.approx(100_000 + 2.3 * 21845)
     fisher = make_config("x", {"model": {"basis": "fisher", "refit": False}}).npt_config()
-    assert conversion_forwards(fisher, 100_000) == pytest.approx(100_000 + 3.8 * 24576)
+    assert conversion_forwards(fisher, 100_000, 576) == pytest.approx(100_000 + 3.8 * 24576)
+    assert refit_tokens(4096) == 21845 and refit_tokens(576) > 81920
 
 
 @pytest.mark.parametrize(("rate", "rows"), [(1e-9, 4000), (1.0, 512), (0.0005, 1022)])
@@ -50,7 +51,7 @@ def test_calibration_tokens_fit_their_share_of_the_time(clock, monkeypatch, rate
     assert len(chosen) == rows and torch.equal(chosen, tokens[:rows])
     assert config.data.calibration_tokens == rows * 16 and f"{rows * 16:,} of 64,000" in line
     if rows == 1022:  # the time decides: one more sequence would not have fitted, and the share is used
-        cost = [rate * conversion_forwards(config.npt_config(), n * 16) for n in (rows, rows + 1)]
+        cost = [rate * conversion_forwards(config.npt_config(), n * 16, 32) for n in (rows, rows + 1)]
         assert cost[0] <= 0.45 * 60 < cost[1]
 
 
