@@ -57,7 +57,7 @@ class Budget:
         config, length = self.config, tokens.shape[1]
         rate = forward_seconds(model, tokens[: max(1, _PROBE_TOKENS // length)].to(next(model.parameters()).device))
         seconds = _CONVERSION_SHARE * self.left
-        npt, width = config.npt_config(), model.config.hidden_size  # type: ignore[union-attr]
+        npt, width = config.npt_config(), int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         rows, least = len(tokens), min(len(tokens), -(-_LEAST_TOKENS // length))
         while rows > least and rate * conversion_forwards(npt, rows * length, width) > seconds:
             rows -= 1
