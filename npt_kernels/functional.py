@@ -63,7 +63,8 @@ def npt_linear(
     """
     op = "npt_linear"
     _require_tensors(op, x=x, weight=weight, v_a=v_a, v_b=v_b)
-    x, weight, v_a, v_b, bias = _cast(x, weight, v_a, v_b, bias)  # type: ignore[assignment]
+    if autocast_dtype(x) is not None:
+        x, weight, v_a, v_b, bias = _cast(x, weight, v_a, v_b, bias)  # type: ignore[assignment]
     check_tensors(op, (("weight", weight), ("v_a", v_a), ("v_b", v_b), ("bias", bias)), x)
     leading, d_in, d_out = _check_linear(op, x, weight, bias)
     if v_a.dim() != v_b.dim():

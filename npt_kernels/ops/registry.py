@@ -70,7 +70,8 @@ def get_backend(name: str) -> Backend:
 
 def get_steps(name: str) -> Steps:
     """The steps of the backend of that name, loaded at the first use."""
-    return get_backend(name).steps
+    backend = BACKENDS.get(name)  # on every call: no second function on the way
+    return (backend or get_backend(name)).steps
 
 
 def resolve_backend(
