@@ -207,7 +207,7 @@ def test_damaged_parquet_is_one_line(tmp_path: Path) -> None:
         try:
             pieces(path)
         except ConfigError:
-            seen.add(one_line(path).removeprefix(str(path))[:20])
+            seen.add(one_line(path))
     assert any("a damaged one" in message for message in seen)
     path.write_bytes(whole[: len(whole) // 2])
     assert "is not a parquet file, or a damaged one" in one_line(path)
