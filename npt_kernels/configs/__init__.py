@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .messages import shown
+from ..messages import shown
 from .schema import ConfigError, RunConfig
 from .yaml12 import YamlProblem, read_yaml
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..config import NPTConfig
+from ..messages import shortened, shown
 from ..quantised.names import choose_library
-from .messages import shortened, shown
 
 __all__ = ["SECTIONS", "ConfigError", "RunConfig", "default_cache_dir"]
 

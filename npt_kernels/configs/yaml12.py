@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from .messages import shown
+from ..messages import shown
 
 __all__ = ["YamlProblem", "read_yaml", "write_yaml"]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..configs.schema import ConfigError
+from ..messages import first_line
 
 __all__ = ["Piece", "check_text", "file_kind", "missing_field", "read_file", "read_pieces"]
 
@@ -91,11 +92,6 @@ def _readable(path: Path) -> Iterator[None]:
     except OSError as error:
         # Arrow's say several lines.
         raise ConfigError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line of no more than 300 characters."""
-    return next(iter(str(error).split("\n")), "")[:300].strip() or type(error).__name__
 
 
 def _decode(data: bytes, offset: int) -> str:
