@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import shutil
@@ -46,7 +47,9 @@ _TOKENS = [
 def _folder() -> Path:
     """Of this process; in memory where there is such a place."""
     shared = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="npt-fuzz-", dir=shared if shared.is_dir() else None))
+    folder = Path(tempfile.mkdtemp(prefix="npt-fuzz-", dir=shared if shared.is_dir() else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _edited(draw: Draw, data: bytes) -> bytes:
