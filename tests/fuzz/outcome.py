@@ -12,7 +12,7 @@ from npt_kernels import BackendUnavailableError
 
 __all__ = ["LONGEST", "Hang", "outcome", "time_limit"]
 
-#: Of a message.
+#: Of a line: a configuration says each problem of a key that may be several things in a line of its own.
 LONGEST = 1200
 
 
@@ -46,7 +46,9 @@ def outcome(call: Callable[[], Any], *, names: tuple[str, ...] = (), also: tuple
             result = call()
         except (ValueError, TypeError, BackendUnavailableError, *also) as error:
             message = str(error)
-            assert 0 < len(message) <= LONGEST, f"{type(error).__name__} of {len(message)} characters: {message[:200]}"
+            assert 0 < max(map(len, message.split("\n"))) <= LONGEST, (
+                f"{type(error).__name__} of {len(message)} characters: {message[:200]}"
+            )
             assert "\n" not in message.strip("\n") or _a_line_per_problem(message), f"several lines: {message[:500]!r}"
             assert not names or any(name in message for name in names), f"names none of {names}: {message[:300]}"
             return "refused", message, []
