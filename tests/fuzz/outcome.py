@@ -46,15 +46,11 @@ def outcome(call: Callable[[], Any], *, names: tuple[str, ...] = (), also: tuple
             result = call()
         except (ValueError, TypeError, BackendUnavailableError, *also) as error:
             message = str(error)
-            assert 0 < max(map(len, message.split("\n"))) <= LONGEST, (
-                f"{type(error).__name__} of {len(message)} characters: {message[:200]}"
+            lines = message.strip("\n").split("\n")
+            # A configuration says all its problems at once.
+            assert len(lines) <= 40 and 0 < max(map(len, lines)) <= LONGEST, (
+                f"{type(error).__name__}: {message[:500]!r}"
             )
-            assert "\n" not in message.strip("\n") or _a_line_per_problem(message), f"several lines: {message[:500]!r}"
             assert not names or any(name in message for name in names), f"names none of {names}: {message[:300]}"
             return "refused", message, []
     return "read", result, [str(warning.message) for warning in said]
-
-
-def _a_line_per_problem(message: str) -> bool:
-    """A configuration says all its problems at once, each in a line of its own."""
-    return len(message.split("\n")) <= 40
