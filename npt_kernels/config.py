@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -94,8 +95,10 @@ class NPTConfig:
             raise ValueError(f"norm_match={self.norm_match!r} must be True, False or None (on for self_key)")
         if isinstance(self.modulation_scale, bool) or not isinstance(self.modulation_scale, int | float):
             raise ValueError(f"modulation_scale={self.modulation_scale!r} must be a number")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed={self.seed!r} must be a whole number")
+        if not abs(self.modulation_scale) <= sys.float_info.max:
+            raise ValueError(f"modulation_scale={self.modulation_scale!r} must be a finite number")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or abs(self.seed) >= 2**63:
+            raise ValueError(f"seed={self.seed!r} must be a whole number of at most 64 bits")
         if self.init == "closed_form" and not self.uses_closed_form:
             raise ValueError(
                 f"init='closed_form' exists for rule={_CLOSED_FORM_RULE!r} only, not for rule={self.rule!r}; use init='small'"

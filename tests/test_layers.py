@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.imports import ROOT, cycles, edges, modules, other_libraries, room
 
-_BASE = ("activations", "argument_checks", "durable_files", "progress")
+_BASE = ("activations", "argument_checks", "durable_files", "messages", "progress")
 _LAYER = ("component", "config", "functional", "ops", "rules", *_BASE)
 _MODEL = ("model", "conversion", "quantised", *_LAYER)
 _RUN_INPUTS = ("configs", "base_model", "text", "offload")
@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "activations": (),
     "argument_checks": (),
     "durable_files": (),
+    "messages": (),
     "progress": (),
     "rules": (),
     "config": ("rules",),
@@ -33,9 +34,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model": ("quantised", "_version", *_LAYER),
     "conversion": ("model", "quantised", *_LAYER),
     "evaluation": ("model", *_LAYER),
-    "configs": ("config", "rules", "quantised"),
+    "configs": ("config", "rules", "quantised", "messages"),
     "base_model": ("configs", "conversion", "quantised", "durable_files", "progress"),
-    "text": ("configs", "base_model", "durable_files", "progress"),
+    "text": ("configs", "base_model", "durable_files", "messages", "progress"),
     "offload": ("configs", "config", "model", "durable_files", "progress"),
     "training": ("configs", "text", "offload", "evaluation", *_MODEL),
     "plasticity": ("_version", "configs", "base_model", "text", "model", "quantised", *_LAYER),

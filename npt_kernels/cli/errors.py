@@ -36,7 +36,8 @@ def reports_errors(command: _Command) -> _Command:
                 raise
             # What another process has said already is not said again.
             if type(error).__name__ != "OtherRankError" and _first_to_say(message):
-                for line in message.splitlines():
+                # A file's name may hold bytes that are no UTF-8.
+                for line in message.encode("utf-8", "backslashreplace").decode().splitlines():
                     stderr().print("error: " + line, style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 

@@ -53,7 +53,10 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="DIR", help="Folder for eval.json and figures. Default: eval, beside the adapter."
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder for eval.json and figures. Default: eval, beside the adapter or the checkpoints.",
         ),
     ] = None,
     as_json: Annotated[
@@ -152,7 +155,13 @@ def _recorded_base(path: Path) -> str | None:
 
 
 def _default_directory(path: Path) -> Path:
-    """``eval`` in the run's output; where no run is recognised, in the adapter's own folder."""
+    """``eval`` in the run's output; where no run is recognised, in the adapter's own folder. Never inside a checkpoint."""
+    from ..run.checkpoints import MANIFEST
+
+    if (path / MANIFEST).is_file():
+        checkpoint = path.resolve()
+        folder = checkpoint.parent
+        return (folder.parent if folder.name == "checkpoints" else folder) / "eval" / checkpoint.name
     saved = _saved_config(path)
     folder = saved.parent if saved is not None else path if path.is_dir() else path.parent
     return folder / "eval"

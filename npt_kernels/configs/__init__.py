@@ -3,63 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..messages import shown
 from .schema import ConfigError, RunConfig
+from .yaml12 import YamlProblem, read_yaml
 
 __all__ = ["DEFAULT_CONFIG", "load_run_config", "named_configs", "parse_yaml", "read_named", "split_arguments"]
 
 DEFAULT_CONFIG = "demo"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2, and an error for a key that is there twice.
-
-    PyYAML's 1.1 reads ``16:20`` as 980, ``010`` as 8, ``1e-4`` as text and ``no`` as false, and lets the last of two keys win.
-    """
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        text = str(self.construct_scalar(node)).replace("_", "")
-        sign, digits = (-1, text[1:]) if text[0] == "-" else (1, text.removeprefix("+"))
-        if len(digits) > 30:
-            raise yaml.constructor.ConstructorError(None, None, f"a number of {len(digits)} digits", node.start_mark)
-        base = {"0x": 16, "0o": 8}.get(digits[:2].lower(), 10)
-        return sign * int(digits if base == 10 else digits[2:], base)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None or key == "<<":
-                continue
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"{key!r} is there twice, first in line {seen[key]}; keep one of them",
-                    key_node.start_mark,
-                )
-            seen[key] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+|[-+]?[0-9]+(?:_[0-9]{3})+", list("-+0123456789")),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+0123456789.")),
-    ("merge", r"<<", ["<"]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 def named_configs() -> dict[str, str]:
@@ -79,7 +34,7 @@ def read_named(name: str) -> str:
         hint = f"did you mean {close[0]!r}? " if close else ""
         if Path(name).suffix in {".yaml", ".yml"}:
             hint = f"for a file: --config {name}; "
-        raise ConfigError(f"no configuration is called {name!r}; {hint}there are: {', '.join(names)}")
+        raise ConfigError(f"no configuration is called {shown(name)}; {hint}there are: {', '.join(names)}")
     return (resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -90,7 +45,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     for text in overrides:
         if "=" not in text:
             raise ConfigError(
-                f"{text!r}: only one NAME is taken, and it comes first; settings look like training.max_steps=10"
+                f"{shown(text)}: only one NAME is taken, and it comes first; settings look like training.max_steps=10"
             )
     return name, overrides
 
@@ -134,14 +89,9 @@ def load_run_config(
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """A mapping of sections; an empty file is an empty mapping. Raises :class:`ConfigError` with line and column."""
     try:
-        data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{source}:{where} {'' if 'twice' in problem else 'is not valid YAML: '}{problem}") from error
-    except RecursionError:
-        raise ConfigError(f"{source}: is nested too deeply for a configuration") from None
+        data = read_yaml(text)
+    except YamlProblem as error:
+        raise ConfigError(f"{source}: {error.place} {error}".replace("  ", " ")) from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -154,15 +104,11 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise ConfigError(f"{text!r} is not of the form section.key=value, such as training.max_steps=10")
+        raise ConfigError(f"{shown(text)} is not of the form section.key=value, such as training.max_steps=10")
     try:
-        parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{text!r}: the value is not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})"
-        ) from error
-    except RecursionError:
-        raise ConfigError(f"{text[:40]!r}…: the value is nested too deeply") from None
+        parsed = read_yaml(value)
+    except YamlProblem as error:
+        raise ConfigError(f"{shown(text)}: the value {error}") from None
     section, dot, name = key.partition(".")
     # A bare key reaches the checker as an unknown section, which suggests where the key lives.
     return {section: {name: parsed}} if dot else {section: parsed}

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..config import NPTConfig
+from ..messages import shortened, shown
 from ..quantised.names import choose_library
 
 __all__ = ["SECTIONS", "ConfigError", "RunConfig", "default_cache_dir"]
@@ -38,19 +40,30 @@ def _scalar_types(annotation: Any) -> set[Any]:
     return set().union(*map(_scalar_types, parts)) if parts else {annotation}
 
 
+#: NUL, which no path can hold, and halves of surrogate pairs, which cannot be written down; YAML has escapes for both.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        # To Python true is 1: `batch_size: true` would train with one sequence a step.
+    def _scalars_mean_what_they_say(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = _scalar_types(cls.model_fields[str(info.field_name)].annotation)
-        entries = value if isinstance(value, list | tuple) else (value,)
-        if bool not in kinds and kinds & {int, float} and any(isinstance(entry, bool) for entry in entries):
-            raise ValueError("expected a number, got a boolean")
+        for entry in value if isinstance(value, list | tuple) else (value,):
+            # To Python true is 1: `batch_size: true` would train with one sequence a step.
+            if isinstance(entry, bool) and bool not in kinds and kinds & {int, float}:
+                raise ValueError("expected a number, got a boolean")
+            if isinstance(entry, int) and abs(entry) >= 2**63:
+                raise ValueError("expected a number of at most 64 bits")
+            if isinstance(entry, str) and (found := _NO_TEXT.search(entry)):
+                raise ValueError(f"holds {found.group()!a}, which is no character of a name or a text; leave it out")
         return value
 
+
+#: Of one configuration; a list of a million wrong entries is not a million lines.
+_PROBLEMS_AT_MOST = 20
 
 #: A decay rate: 1 would never forget, and AdamW refuses it.
 _Share = Annotated[float, Field(ge=0, lt=1)]
@@ -128,7 +141,7 @@ class TrainingSection(_Section):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="Trackers that get the metrics beside metrics.jsonl."
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
 
 
 class DataSource(_Section):
@@ -346,13 +359,12 @@ class RunConfig(_Section):
 
     def save(self) -> Path:
         """Write ``output_dir/config.yaml``, in the form that ``--config`` takes. Raises :class:`ConfigError` if it cannot."""
-        import yaml
+        from .yaml12 import write_yaml
 
         path = self.output_dir / "config.yaml"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(write_yaml(self.model_dump(mode="json")), encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"paths.output_dir={self.paths.output_dir!r} cannot be written: {error.strerror}"
@@ -367,7 +379,11 @@ class RunConfig(_Section):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
+            problems = error.errors(include_url=False, include_context=False)
+            lines = [shortened(f"{source}: {_explain(problem)}") for problem in problems[:_PROBLEMS_AT_MOST]]
+            if len(problems) > len(lines):
+                lines.append(f"{source}: … and {len(problems) - len(lines):,} more")
+            raise ConfigError("\n".join(lines)) from None
 
 
 #: Section name → its keys.
@@ -380,13 +396,13 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 def _explain(problem: Any) -> str:
     """One line for one pydantic problem: dotted key, value, what would work."""
     location = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "tagged"))]
-    key, value = ".".join(location[:2]), problem.get("input")
+    key, value = ".".join(location[:2]), shown(problem.get("input"))
     if location[:2] == ["data", "sources"] and len(location) > 2:
         return _explain_source(location, problem)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_suggestion(location)}"
+        return f"unknown key {shown(key)}{_suggestion(location)}"
     message = problem["msg"].removeprefix("Value error, ")
-    return message if not location else f"{key}={value!r}: {message}"
+    return message if not location else f"{key}={value}: {message}"
 
 
 def _explain_source(location: list[str], problem: Any) -> str:
@@ -395,9 +411,9 @@ def _explain_source(location: list[str], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(location[-1], known, n=1)
         mend = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        return f"unknown key {key!r}; {mend}"
+        return f"unknown key {shown(key)}; {mend}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} {message}" if len(location) == 3 else f"{key}={problem.get('input')!r}: {message}"
+    return f"{key} {message}" if len(location) == 3 else f"{key}={shown(problem.get('input'))}: {message}"
 
 
 def _suggestion(location: list[str]) -> str:

@@ -26,11 +26,11 @@ def size_text(count: int) -> str:
 
 def print_configuration(plan: Plan, console: Console) -> None:
     """The resolved configuration in the form that ``--config`` takes."""
-    import yaml
+    from ..configs.yaml12 import write_yaml
 
     console.print("# configuration: resolved; a file of these lines works with --config", style="bold", soft_wrap=True)
     # Block style and no wrapping: what is printed can be copied.
-    text = yaml.safe_dump(plan.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=10_000)
+    text = write_yaml(plan.config.model_dump(mode="json"), width=10_000)
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 

@@ -43,13 +43,13 @@ class Format:
 
 
 #: ``optimization.quantization`` → how it is stored. Scales: bitsandbytes LLM.int8() keeps a float32 per row; NF4 a float32 per
-#: 64 weights; torchao's int4 a bfloat16 scale and zero point per 128; its fp8 a float32 per row.
+#: 64 weights; torchao's int4 a bfloat16 scale and an int8 zero point per 128; its fp8 a float32 per row.
 FORMATS = {
     entry.name: entry
     for entry in (
         Format("int8", 8, 0, 4, "int8, a float32 scale per row"),
         Format("nf4", 4, 64, 4, "4-bit NormalFloat, a float32 scale per 64 weights"),
-        Format("int4", 4, 128, 4, "int4, a bfloat16 scale and zero point per 128 weights"),
+        Format("int4", 4, 128, 3, "int4, a bfloat16 scale and an int8 zero point per 128 weights"),
         Format("fp8", 8, 0, 4, "float8_e4m3, a float32 scale per row"),
     )
 }

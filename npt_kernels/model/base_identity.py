@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..messages import shown
 from ..ops.dense_on_use import DeferredWeight
 from .linears import linear_weight
 from .mlp import LayerPlan
@@ -50,13 +51,18 @@ def check_base(
     for key, name in (("shape", "shape of the layers"), ("num_layers", "decoder layers"), ("activation", "activation")):
         if key in saved and saved[key] != now[key]:
             raise ValueError(
-                f"{path} was made for a base model with {name} {saved[key]!r}, this {type(model).__name__} has {now[key]!r}; "
-                "load the model that it was trained on"
+                f"{path} was made for a base model with {name} {shown(saved[key])}, this {type(model).__name__} has "
+                f"{now[key]!r}; load the model that it was trained on"
             )
     worst, where = 0.0, ""
+    kept = saved.get("numbers")
     for index, numbers in now["numbers"].items():
-        before = saved.get("numbers", {}).get(index)
-        if not isinstance(before, list) or len(before) != len(numbers):
+        before = kept.get(index) if isinstance(kept, dict) else None
+        if (
+            not isinstance(before, list)
+            or len(before) != len(numbers)
+            or any(type(n) not in (int, float) for n in before)
+        ):
             continue
         a, b = torch.tensor(before, dtype=torch.float64), torch.tensor(numbers, dtype=torch.float64)
         difference = float((a - b).abs().mean() / a.abs().mean().clamp_min(1e-12))

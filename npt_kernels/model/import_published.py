@@ -117,4 +117,11 @@ def _matrix(tensor: Tensor | None, name: str, path: Path) -> Tensor:
         raise ValueError(f"{path}: {name} is missing")
     if tensor.dim() != 2:
         raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, expected a matrix")
+    # A few bytes can claim to be a matrix of any size: expanded, sparse, or without storage.
+    if (
+        tensor.layout != torch.strided
+        or tensor.is_meta
+        or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    ):
+        raise ValueError(f"{path}: {name} of shape {list(tensor.shape)} is not stored as a plain matrix")
     return tensor

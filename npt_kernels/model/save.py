@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,26 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..component import NPComponent
-from ..config import NPTConfig
 from ..durable_files import sha256, sync_directory, sync_file
+from ..messages import shortened
+from .adapter_files import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    PUBLISHED_SUFFIXES,
+    WEIGHTS_NAME,
+    AdapterFiles,
+    read_adapter,
+)
 from .apply_report import ApplyReport, make_report
 from .base_identity import check_base, describe_base
-from .import_published import read_published
 from .install import converted_layers, install, make_component, npt_config, remove_npt
 from .linears import count_parameters
 from .probe import check_forwards
-from .select import plan_layers
+from .select import LayerChoice, plan_layers
 from .sharding import whole
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_state_dict", "find_adapter", "load_npt", "save_npt"]
-
-CONFIG_NAME = "npt_config.json"
-WEIGHTS_NAME = "npt_model.safetensors"
-_FORMAT_VERSION = 1
-#: Key of the configuration in the metadata of the weights file.
-_METADATA_KEY = "npt_config"
-_PUBLISHED_SUFFIXES = frozenset({".pt", ".pth", ".bin"})
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     base_config = getattr(model, "config", None)
     header = {
-        "format_version": _FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "npt_kernels_version": __version__,
         "base_model": getattr(base_config, "_name_or_path", None) or None,
         "hidden_size": next(iter(layers.values())).np_component.hidden_size,
@@ -82,7 +82,7 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     weights, text = temporary = [path / f".{target.name}.{os.getpid()}.tmp" for target in final]
     try:
         # One key: safetensors writes several in random order, and two runs would differ in their bytes.
-        save_file(tensors, weights, metadata={_METADATA_KEY: json.dumps(header)})
+        save_file(tensors, weights, metadata={METADATA_KEY: json.dumps(header)})
         text.write_text(json.dumps({**header, "weights_sha256": sha256(weights)}, indent=2) + "\n")
         # safetensors lets only the owner read what it wrote.
         shutil.copymode(text, weights)
@@ -118,15 +118,18 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     path = Path(source)
-    config, layers, ranks, tensors, base = _read(path)
+    found = read_adapter(path)
+    config = found.config
     converted = bool(converted_layers(model))
-    choices, skipped, total = plan_layers(model, replace(config, layers=layers))
-    check_base(base, model, [(choice.layer, choice.plan) for choice in choices], path)
+    try:
+        choices, skipped, total = plan_layers(model, replace(config, layers=found.layers))
+    except ValueError as error:
+        raise ValueError(shortened(f"{path} does not fit this model: {error}")) from error
+    check_base(found.base, model, [(choice.layer, choice.plan) for choice in choices], path)
     check_forwards(model, choices)
-    if len(choices) != len(ranks):
-        raise ValueError(f"{path} has {len(ranks)} ranks for {len(choices)} layers {layers}; one per layer is needed")
-    components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]
-    _fill(path, choices, components, tensors)
+    _check_sizes(path, choices, found)
+    components = [make_component(choice, config, rank) for choice, rank in zip(choices, found.ranks, strict=True)]
+    _fill(path, choices, components, found.tensors)
     if converted:
         remove_npt(model)
     base_parameters = count_parameters(model)
@@ -141,79 +144,22 @@ def find_adapter(path: Path) -> Path | None:
     for folder in ("adapter", "final"):
         if (path / folder / CONFIG_NAME).is_file():
             return path / folder
-    published = path.is_dir() and any(file.suffix in _PUBLISHED_SUFFIXES for file in path.iterdir())
+    published = path.is_dir() and any(file.suffix in PUBLISHED_SUFFIXES for file in path.iterdir())
     return path if published else None
 
 
-def _read(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor], dict[str, Any] | None]:
-    if path.is_dir() and (path / CONFIG_NAME).is_file():
-        return _read_directory(path)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in _PUBLISHED_SUFFIXES)
-        if len(files) != 1:
-            found = ", ".join(p.name for p in files) or "none"
-            raise FileNotFoundError(
-                f"{path} has no {CONFIG_NAME} and not exactly one .pt/.pth/.bin file (found: {found})"
+def _check_sizes(path: Path, choices: list[LayerChoice], found: AdapterFiles) -> None:
+    """Before memory is asked for: a rank of a billion in a configuration is a mistake, and not 128 GB of zeros."""
+    for choice, rank in zip(choices, found.ranks, strict=True):
+        name, size = f"layers.{choice.plan.index}.w_down", [choice.hidden_size, rank * found.config.num_ranks]
+        tensor = found.tensors.get(name)
+        if tensor is not None and list(tensor.shape) != size:
+            raise ValueError(
+                f"{path}: {name} has shape {list(tensor.shape)}, but this model and rank {rank} × {found.config.num_ranks} need "
+                f"{size} (another base model?)"
             )
-        path = files[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a directory with {CONFIG_NAME} or a torch-saved file")
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} could not be read with torch.load(weights_only=True): {error}") from error
-    return *read_published(payload, path), None
-
-
-def _read_directory(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[str, Tensor], dict[str, Any] | None]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        header = json.loads((path / CONFIG_NAME).read_text())
-        contents = _contents(header)
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / CONFIG_NAME} is not a valid NPT configuration: {error}") from error
-    if header.get("format_version", 0) > _FORMAT_VERSION:
-        raise ValueError(
-            f"{path / CONFIG_NAME} has format_version {header['format_version']}; this npt_kernels {__version__} reads up to "
-            f"{_FORMAT_VERSION}: upgrade npt_kernels"
-        )
-    if not (path / WEIGHTS_NAME).is_file():
-        raise FileNotFoundError(f"{path / WEIGHTS_NAME} is missing beside {CONFIG_NAME}")
-    try:
-        tensors = load_file(path / WEIGHTS_NAME)
-        if header.get("weights_sha256") not in (None, sha256(path / WEIGHTS_NAME)):
-            contents = _contents_of_weights(path, contents)
-    except SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS_NAME} is damaged or not a safetensors file: {error}") from error
-    return *contents, tensors, header.get("base")
-
-
-def _contents(header: dict[str, Any]) -> tuple[NPTConfig, list[int], list[int]]:
-    """Configuration, layers, ranks."""
-    return (
-        NPTConfig.from_dict(header["config"]),
-        [int(i) for i in header["layers"]],
-        [int(r) for r in header["ranks"]],
-    )
-
-
-def _contents_of_weights(
-    path: Path, beside: tuple[NPTConfig, list[int], list[int]]
-) -> tuple[NPTConfig, list[int], list[int]]:
-    """What the weights file says of itself, where ``npt_config.json`` was written for another one."""
-    from safetensors import safe_open
-
-    with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
-        own = (file.metadata() or {}).get(_METADATA_KEY)
-    what = f"{path / CONFIG_NAME} was not written for the {WEIGHTS_NAME} beside it (weights_sha256 differs)"
-    if own is None:
-        warnings.warn(f"{what}; it is used nevertheless, names and shapes of the tensors are checked", stacklevel=4)
-        return beside
-    warnings.warn(f"{what}: a save was interrupted, or a file was copied; the weights' own configuration is used",
-                  stacklevel=4)  # fmt: skip
-    return _contents(json.loads(own))
+        if tensor is None:
+            raise ValueError(f"{path} does not fit this model and configuration; missing 1: {name}")
 
 
 @torch.no_grad()
@@ -241,3 +187,8 @@ def _fill(path: Path, choices: list[Any], components: list[NPComponent], tensors
         if not tensors[name].is_floating_point():
             raise ValueError(f"{path}: {name} is {tensors[name].dtype}, expected a floating type")
         parameter.copy_(tensors[name])
+        # Also what is too large for float32. A model with such a component would answer NaN to everything.
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f"{path}: {name} holds NaN or infinite numbers; the adapter is damaged, or its training diverged"
+            )

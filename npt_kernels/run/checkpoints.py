@@ -20,6 +20,7 @@ anew, so that a resumed run follows a changed ``training.max_steps`` or ``learni
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -34,8 +35,10 @@ from torch import nn
 
 from .._version import __version__
 from ..durable_files import sha256, sync_directory, sync_file
+from ..messages import first_line, shown
 from ..model.save import save_npt
 from ..training.distributed import OtherRankError, World
+from ..training.loop import is_out_of_memory
 
 __all__ = [
     "MANIFEST",
@@ -53,6 +56,8 @@ _FORMAT_VERSION = 1
 #: What is being written; the leading dot keeps it out of every search.
 _WRITING = ".writing"
 _DELETING = ".deleting-"
+#: Of the rest of the manifest: a digit that flipped in ``step`` would be a step.
+_OWN_SHA256 = "manifest_sha256"
 
 
 class DamagedCheckpoint(ValueError):
@@ -88,7 +93,9 @@ class Checkpoint:
         try:
             state: dict[str, Any] = torch.load(self.path / _STATE, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise DamagedCheckpoint(f"{self.path / _STATE} cannot be read: {error}") from error
+            raise DamagedCheckpoint(f"{self.path / _STATE} cannot be read: {first_line(error)}") from error
+        if not isinstance(state, dict):
+            raise DamagedCheckpoint(f"{self.path / _STATE} holds a {type(state).__name__}, not the state of a run")
         return state
 
     def file(self, name: str) -> Path:
@@ -186,10 +193,15 @@ def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     for file in sorted(directory.iterdir()):
         sync_file(file)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    path = directory / MANIFEST
-    path.write_text(json.dumps({**manifest, "files": files}, indent=2) + "\n")
+    path, content = directory / MANIFEST, {**manifest, "files": files}
+    path.write_text(json.dumps({**content, _OWN_SHA256: _digest(content)}, indent=2) + "\n")
     sync_file(path)
     sync_directory(directory)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content, however its text is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _free_name(folder: Path, name: str) -> Path:
@@ -235,19 +247,34 @@ def list_checkpoints(folder: Path) -> tuple[list[Checkpoint], list[str]]:
 
 
 def _read_manifest(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint and its files; name → ``bytes`` and ``sha256``."""
+    file = path / MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        version = manifest["format_version"]
+        manifest = json.loads(file.read_bytes())
+        version, own = manifest["format_version"], manifest.pop(_OWN_SHA256, None)
         if version > _FORMAT_VERSION:
             raise DamagedCheckpoint(
                 f"{path} has format_version {version}; this npt_kernels {__version__} reads up to {_FORMAT_VERSION}: upgrade it"
             )
-        names = [name for name in Checkpoint.__dataclass_fields__ if name != "path"]
-        return Checkpoint(path, **{name: manifest[name] for name in names}), manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Those of an earlier version have none.
+        if own is not None and own != _digest(manifest):
+            raise DamagedCheckpoint(f"{file} is not what was written (SHA-256 differs)")
+        values: dict[str, Any] = {name: manifest[name] for name in Checkpoint.__dataclass_fields__ if name != "path"}
+        for name, value in values.items():
+            whole = name in ("serial", "step", "total_steps", "processes")
+            if not (type(value) is int and 0 <= value < 2**63 if whole else type(value) is str):
+                raise DamagedCheckpoint(f"{file} is damaged: {name} is {shown(value)}")
+        for name, entry in manifest["files"].items():
+            # A name with a folder in it would have the reader look at other people's files.
+            if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+                raise DamagedCheckpoint(f"{file} is damaged: {shown(name)} is no file of a checkpoint")
+            if type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+                raise DamagedCheckpoint(f"{file} is damaged: {name} is {shown(entry)}")
+        return Checkpoint(path, **values), manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DamagedCheckpoint):
             raise
-        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error})") from None
+        raise DamagedCheckpoint(f"{file} is damaged ({type(error).__name__}: {first_line(error)})") from None
 
 
 def open_checkpoint(path: Path, *, thorough: bool = True) -> Checkpoint:
@@ -281,7 +308,13 @@ def load_optimizer(checkpoint: Checkpoint, accelerator: Any) -> list[str]:
             f"optimization.mixed_precision=fp16, but {checkpoint.path} was written without a loss scale; "
             "resume with the precision it was trained in"
         )
-    accelerator.load_state(str(checkpoint.path))
+    try:
+        accelerator.load_state(str(checkpoint.path))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"optimizer.bin of {checkpoint.path} cannot be loaded into this run"
+        raise ValueError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
     notes = []
     if checkpoint.processes != accelerator.num_processes:
         # accelerate keeps quiet where a process has no saved random numbers.

@@ -130,6 +130,10 @@ class TrainingDisplay:
         """A line that stays above the table."""
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
+    def mfu(self, report: StepReport) -> float | None:
+        """Where the GPU's peak is known."""
+        return None if self.utilisation is None else self.utilisation.mfu(report.tokens, report.seconds)
+
     @staticmethod
     def _explained(report: StepReport) -> tuple[tuple[float, int], float, tuple[float, int]]:
         """``(worst, its layer), median, (best, its layer)``; a loss that is not finite is the worst."""
@@ -146,8 +150,9 @@ class TrainingDisplay:
         }
         if report.layers and self._relative:
             row["EV median"] = _share(self._explained(report)[1])
-        if self.utilisation is not None:
-            row["MFU"] = f"{self.utilisation.mfu(report.tokens, report.seconds):.1%}"
+        mfu = self.mfu(report)
+        if mfu is not None:
+            row["MFU"] = f"{mfu:.1%}"
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             row["GPU GiB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}"
         return row | {"time left": clock(eta)}

@@ -236,9 +236,11 @@ class Recorder:
             self._metrics.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
             self._metrics.flush()
 
-    def step(self, report: StepReport, phase: Phase, total_steps: int) -> None:
-        """A logged step: means since the one before."""
+    def step(self, report: StepReport, phase: Phase, total_steps: int, *, mfu: float | None = None) -> None:
+        """A logged step: means since the one before. ``mfu``: where it is known."""
         values = {**vars(report), "layers": {str(index): loss for index, loss in report.layers.items()}}
+        if mfu is not None:
+            values["mfu"] = mfu
         record = {"objective": phase.objective, "total_step": total_steps, **values}
         self.train_log.append(record)
         self.record("train", **record)

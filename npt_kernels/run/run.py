@@ -341,7 +341,7 @@ class Run:
                     display.step(shown, pace.left(phase.steps - report.step), logged=due or stop.agreed)
                     if due:
                         # Not because of a stop: the log of a resumed run is that of one that never stopped.
-                        self.recorder.step(shown, phase, state.total_steps)
+                        self.recorder.step(shown, phase, state.total_steps, mfu=display.mfu(shown))
                         state.window.clear()
                     state.settle(pending=report.step < phase.steps)
                     if state.pending and not stop.agreed:

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..configs.schema import RunConfig
+from ..messages import first_line
 from ..training.distributed import World
 from ..training.loop import Phase, Progress, StepReport
-from .checkpoints import Checkpoint, save_checkpoint
+from .checkpoints import Checkpoint, DamagedCheckpoint, save_checkpoint
 
 __all__ = ["RunState"]
 
@@ -56,9 +57,15 @@ class RunState:
     def load(cls, checkpoint: Checkpoint) -> RunState:
         """The state in a checkpoint. Raises ``DamagedCheckpoint``."""
         values = {**checkpoint.state(), **{name: getattr(checkpoint, name) for name in _IN_MANIFEST}}
-        values["progress"] = Progress(**values["progress"])
-        values["window"] = [StepReport(**report) for report in values["window"]]
-        return cls(**values)
+        try:
+            values["progress"] = Progress(**values["progress"])
+            values["window"] = [StepReport(**report) for report in values["window"]]
+            return cls(**values)
+        except (TypeError, KeyError, ValueError) as error:
+            raise DamagedCheckpoint(
+                f"{checkpoint.path} does not hold the state of a run: {first_line(error)}; resume from another, or take the "
+                f"components alone: --resume {Path(checkpoint.output_dir) / 'adapter'}"
+            ) from error
 
     def save(self, config: RunConfig, model: nn.Module, accelerator: Any, world: World, files: list[Path]) -> Path:
         """A new checkpoint in ``config.checkpoint_dir``; its directory. Raises as :func:`save_checkpoint`."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..configs.schema import ConfigError
+from ..messages import first_line
 
 __all__ = ["Piece", "check_text", "file_kind", "missing_field", "read_file", "read_pieces"]
 
@@ -89,7 +90,8 @@ def _readable(path: Path) -> Iterator[None]:
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it with iconv"
         ) from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+        # Arrow's say several lines.
+        raise ConfigError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
 
 
 def _decode(data: bytes, offset: int) -> str:
@@ -214,7 +216,7 @@ def _read_json(path: Path, field: str, field_key: str, place: Place) -> Iterator
 
 def _read_parquet(path: Path, field: str, field_key: str, place: Place) -> Iterator[tuple[Piece, Place]]:
     first, skip = place or (0, 0)
-    with _open_parquet(path, field, field_key) as file:
+    with _arrow_errors(path), _open_parquet(path, field, field_key) as file:
         before = sum(file.metadata.row_group(group).num_rows for group in range(first))
         for group in range(first, file.num_row_groups):
             row = 0
@@ -227,15 +229,23 @@ def _read_parquet(path: Path, field: str, field_key: str, place: Place) -> Itera
             before, skip = before + row, 0
 
 
-def _open_parquet(path: Path, field: str, field_key: str) -> Any:
+@contextmanager
+def _arrow_errors(path: Path) -> Iterator[None]:
+    """Damage shows when a file is opened, or at the page that has it."""
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException
     except ImportError as error:
         raise ConfigError(f"reading {path} needs pyarrow; pip install 'npt_kernels[train]'") from error
     try:
-        file = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ConfigError(f"{path} is not a parquet file: {error}") from error
+        yield
+    except ArrowException as error:
+        raise ConfigError(f"{path} is not a parquet file, or a damaged one: {first_line(error)}") from error
+
+
+def _open_parquet(path: Path, field: str, field_key: str) -> Any:
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
     names = file.schema_arrow.names
     if field not in names:
         raise ConfigError(missing_field(str(path), field, names, field_key))
@@ -297,5 +307,17 @@ def check_text(value: Any, where: str, field: str, field_key: str) -> str:
 def missing_field(where: str, field: str, available: Sequence[str], field_key: str) -> str:
     """The message for a column that is not there: those that are, and the likely one."""
     close = difflib.get_close_matches(field, available, n=1)
-    hint = f"set {field_key}={close[0]}" if close else f"set {field_key} to one of them"
-    return f"{where} has no field {field!r}; it has: {', '.join(map(str, available)) or 'none'}; {hint}"
+    hint = f"set {field_key}={_name(close[0])}" if close else f"set {field_key} to one of them"
+    return f"{where} has no field {field!r}; it has: {_listed(available)}; {hint}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Of a broken or a wide table only some."""
+    some = ", ".join(map(_name, names[:20])) or "none"
+    return some if len(names) <= 20 else f"{some}, … {len(names) - 20:,} more"
+
+
+def _name(name: str) -> str:
+    """A key as a line can hold it: JSON allows line ends and half surrogate pairs in one."""
+    short = str(name)[:40]
+    return short if short.isprintable() else ascii(short)

@@ -354,6 +354,18 @@ def test_eval_shows_tables_and_writes_where_it_is_told(adapter: Path) -> None:
     assert sorted(file.name for file in Path("there").iterdir())[1] == "eval.json" and not Path("out/eval").exists()
 
 
+def test_eval_of_a_checkpoint_leaves_it_as_it_was(adapter: Path) -> None:
+    checkpoint = adapter.parent / "checkpoints" / "local-000001"
+    checkpoint.parent.mkdir()
+    adapter.rename(checkpoint)
+    (checkpoint / "config.yaml").write_text((adapter.parent / "config.yaml").read_text())
+    (checkpoint / "checkpoint.json").write_text("{}")
+    before = sorted(os.listdir(checkpoint))
+    assert npt("eval", "out/checkpoints/local-000001", "--json").exit_code == 0
+    assert sorted(os.listdir(checkpoint)) == before
+    assert (adapter.parent / "eval" / "local-000001" / "eval.json").is_file()
+
+
 def test_eval_of_an_adapter_on_its_own(adapter: Path) -> None:
     alone = adapter.rename(adapter.parent.parent / "alone")
     text = ["data.train_files=[book.txt]", "data.max_length=16", "evaluation.tokens=30", "evaluation.max_new_tokens=2"]

@@ -252,3 +252,59 @@ def test_merge_keys_still_work(tmp_path):
     from npt_kernels.configs import parse_yaml
 
     assert parse_yaml(path.read_text(), "run.yaml")["training"] == {"seed": 6, "max_steps": 7}
+
+
+# ---- found by tests/fuzz ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("!!int x", "is not valid YAML: 'x' is no !!int"),
+        ("!!int ''", "is no !!int"),
+        ("!!float y", "'y' is no !!float"),
+        ("!!bool z", "'z' is no !!bool"),
+        ("!!timestamp x", "is no !!timestamp"),
+        ("!!map 5", "not valid YAML"),
+        ('"\\0"', r"holds '\\x00', which is no character"),
+        ('"\\ud83d"', r"holds '\\ud83d', which is no character"),
+        ("9" * 5000, "a number of 5000 digits"),
+        ("[" + "'" + "x" * 5000 + "'" + "]", "command line: "),
+    ],
+)
+@pytest.mark.parametrize("key", ["model.base_model_name", "paths.output_dir"])
+def test_a_value_that_is_no_value_is_one_short_line(key, value, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_run_config(None, None, [f"{key}={value}"])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 700
+
+
+def test_seeds_are_those_that_numpy_takes():
+    assert load_run_config(None, None, ["training.seed=4294967295"]).training.seed == 2**32 - 1
+    for value in ("4294967296", "99999999999999999999"):
+        with pytest.raises(ConfigError, match=f"training.seed={value}: "):
+            load_run_config(None, None, [f"training.seed={value}"])
+
+
+def test_the_message_for_references_to_references_is_short(tmp_path):
+    levels = [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 9)]
+    path = tmp_path / "run.yaml"
+    path.write_text(f"x0: &x0 [{', '.join('a' * 9)}]\n{''.join(levels)}model: {{npt_layers: *x8}}\n")
+    with pytest.raises(ConfigError, match=r"model\.npt_layers=") as caught:
+        load_run_config(None, path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 21 and max(map(len, lines)) <= 610
+
+
+@pytest.mark.parametrize(
+    "text", ["1e3", "0o17", "010", "no", "null", "~", "2020-01-01", "16:20", ".5", "", " a", "x: y", "# c"]
+)
+def test_what_a_run_records_is_read_as_what_it_was(tmp_path, text):
+    config = RunConfig.from_mapping(
+        {
+            "paths": {"output_dir": str(tmp_path)},
+            "data": {"text_field": text},
+            "evaluation": {"prompts": [text, f"{text}\nb"]},
+        }
+    )
+    assert load_run_config(None, config.save()) == config

@@ -441,3 +441,14 @@ def test_x_is_copied_before_the_coefficients_not_after(on_cpu: None, monkeypatch
         "silu", "rank1", 1, 1.0, False,
     )  # fmt: skip
     assert order == ["copy", "coefficients"]
+
+
+def test_rows_of_an_expanded_tensor_are_laid_apart():
+    from npt_kernels.kernels.cuda.rules import unit_rows
+
+    row = torch.randn(1, 6)
+    for overlapping in (row.expand(5, 6), row.expand(5, 6)[:1], torch.randn(6, 5).t(), torch.randn(20).unfold(0, 6, 2)):
+        rows = unit_rows(overlapping)
+        assert rows.stride(-1) == 1 and rows.stride(0) >= 6 and torch.equal(rows, overlapping)
+    apart = torch.randn(5, 9)[:, :6]
+    assert unit_rows(apart) is apart

@@ -182,7 +182,7 @@ def test_quantised(name: str, precision: str, family: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("int8", 8 + 32 / 64), ("nf4", 4 + 32 / 64), ("int4", 4 + 32 / 128), ("fp8", 8 + 32 / 64)]
+    ("name", "bits"), [("int8", 8 + 32 / 64), ("nf4", 4 + 32 / 64), ("int4", 4 + 24 / 128), ("fp8", 8 + 32 / 64)]
 )
 def test_quantised_formats(name: str, bits: float) -> None:
     assert FORMATS[name].linear(64, 128) * 8 / (64 * 128) == bits

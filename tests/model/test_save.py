@@ -486,3 +486,117 @@ def test_an_adapter_of_an_earlier_version_is_not_compared(tmp_path):
     del header["base"]
     file.write_text(json.dumps(header))
     load_npt(tiny_model("llama", layers=6), path)
+
+
+# ---- found by tests/fuzz -------------------------------------------------------------------------------------------------
+
+
+def rewritten(tmp_path, **changes):
+    """A saved adapter, its configuration changed by hand; keys with a dot reach into it. Returns what it computes."""
+    model = converted()
+    save_npt(model, tmp_path)
+    header = json.loads((tmp_path / CONFIG_NAME).read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = header
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(header))
+    return logits(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ranks": [4, 4, 4, 10**9]},
+        {"config__num_ranks": 10**12},
+        {"config__rule": "rank1"},
+        {"config__norm_match": False},
+        {"config__modulation_scale": 7.0},
+        {"layers": [0, 1, 2, 99]},
+        {"layers": [3, 2, 1, 0], "ranks": [4, 3, 2, 1]},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_was_edited_does_not_change_the_adapter(changes, tmp_path):
+    want = rewritten(tmp_path, **changes)
+    model = tiny_model("llama")
+    with pytest.warns(UserWarning, match=r"npt_config.json was changed and no longer says what is in"):
+        load_npt(model, tmp_path)
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format_version": "1"},
+        {"format_version": None},
+        {"layers": [0, 1, 2, -1]},
+        {"layers": [0, 1, 2, True]},
+        {"layers": [0, 1, 2, 2]},
+        {"layers": [0, 1, 2, float("inf")]},
+        {"layers": {}},
+        {"ranks": [4, 4, 4, 0]},
+        {"ranks": [4, 4, 4, 10**30]},
+        {"ranks": [4, 4, 4, "x" * 5000]},
+        {"config__modulation_scale": float("nan")},
+        {"config__modulation_scale": 10**400},
+        {"config__seed": 10**30},
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_a_configuration_that_cannot_be_is_one_line(changes, tmp_path):
+    rewritten(tmp_path, **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=CONFIG_NAME + " is not a valid NPT configuration") as caught:
+            load_npt(tiny_model("llama"), tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    "numbers", [None, 3, [1], {"0": 5}, {"0": ["a"] * 18}, {"0": [[]] * 18}, {"0": [float("nan")] * 18}], ids=str
+)
+def test_numbers_of_the_base_that_are_none_are_not_compared(numbers, tmp_path):
+    want = rewritten(tmp_path, base__numbers=numbers)
+    model = tiny_model("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_npt(model, tmp_path)
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+def test_numbers_that_are_not_finite_are_refused(value, tmp_path):
+    save_npt(converted(), tmp_path)
+    path = tmp_path / WEIGHTS_NAME
+    tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
+    tensors["layers.1.w_b_up.down"][2, 3] = value
+    save_file(tensors, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_refused(tmp_path, r"layers.1.w_b_up.down holds NaN or infinite numbers")
+
+
+def test_a_matrix_that_is_not_in_the_file_is_refused(tmp_path):
+    big = torch.ones(1, 1).expand(10**6, 10**6)
+    for number, strange in enumerate((big, torch.ones(D, 4).to_sparse(), torch.ones(D, 4, device="meta"))):
+        payload = low_rank(wrapped=False) | {"layer_0_A": strange}
+        check_refused(save(payload, tmp_path, f"{number}.pt"), "layer_0_A of shape .* is not stored as a plain matrix")
+
+
+def test_saving_over_a_link_leaves_what_it_points_to(tmp_path):
+    """As in a cache of downloads: the adapter's files are links to files that others share."""
+    save_npt(converted(rank=8), tmp_path / "shared")
+    (tmp_path / "mine").mkdir()
+    files = {}
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        files[name] = (tmp_path / "shared" / name).read_bytes()
+        (tmp_path / "mine" / name).symlink_to(tmp_path / "shared" / name)
+    load_npt(tiny_model("llama"), tmp_path / "mine")
+    save_npt(converted(rank=4), tmp_path / "mine")
+    for name, data in files.items():
+        assert (tmp_path / "shared" / name).read_bytes() == data
+        assert not (tmp_path / "mine" / name).is_symlink()
+    assert load_npt(tiny_model("llama"), tmp_path / "mine").converted[0].rank == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -13,8 +14,16 @@ import torch
 
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_parameters
 from npt_kernels.run import state as run_state
-from npt_kernels.run.checkpoints import list_checkpoints, load_optimizer, open_checkpoint, save_checkpoint
+from npt_kernels.run.checkpoints import (
+    MANIFEST,
+    DamagedCheckpoint,
+    list_checkpoints,
+    load_optimizer,
+    open_checkpoint,
+    save_checkpoint,
+)
 from npt_kernels.run.resume import find_resume
+from npt_kernels.run.state import RunState
 from npt_kernels.training.loop import TrainingError
 from tests.support.helpers import tiny_model
 from tests.support.runs import FAR, PowerCut, start, stop_at
@@ -197,3 +206,81 @@ def test_half_an_update_is_never_saved(tmp_path, monkeypatch):
     last = tmp_path / "checkpoints" / "end_to_end-000002"
     assert f"in the middle of an update, which cannot be saved, and the last checkpoint is {last}" in start.output
     assert find_resume(tmp_path).checkpoint.path == last
+
+
+# ---- checkpoints that are not what was written -----------------------------------------------------------------------
+
+
+def damaged(path, *parts):
+    with pytest.raises(DamagedCheckpoint) as caught:
+        RunState.load(open_checkpoint(path))
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1000 and all(part in message for part in (str(path), *parts)), message
+
+
+def test_a_manifest_cut_at_any_byte_is_damaged(tmp_path):
+    path = Writer(tmp_path).save(1)
+    whole = (path / MANIFEST).read_bytes()
+    for length in range(len(whole.rstrip())):
+        (path / MANIFEST).write_bytes(whole[:length])
+        damaged(path)
+
+
+def test_a_manifest_with_any_other_digit_is_damaged(tmp_path):
+    path = Writer(tmp_path).save(1)
+    whole = (path / MANIFEST).read_text()
+    for place in [index for index, sign in enumerate(whole) if sign.isdigit()]:
+        other = str((int(whole[place]) + 1) % 10)
+        (path / MANIFEST).write_text(whole[:place] + other + whole[place + 1 :])
+        damaged(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1}, {"step": 2**70}, {"step": True}, {"step": "1"}, {"serial": None}, {"serial": 1.5}, {"run": ["a"]},
+        {"output_dir": 3}, {"files": []}, {"files": {"../state.pt": {"bytes": 0, "sha256": ""}}},
+        {"files": {"/etc/passwd": {"bytes": 0, "sha256": ""}}}, {"files": {"a\0": {"bytes": 0, "sha256": ""}}},
+        {"files": {"state.pt": 3}}, {"files": {"state.pt": {"bytes": "3", "sha256": ""}}}, {"format_version": "one"},
+        {"format_version": 99},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_that_cannot_be_is_one_line(changes, tmp_path):
+    # Of an earlier version, without a sum of its own.
+    path = Writer(tmp_path).save(1)
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    (path / MANIFEST).write_text(json.dumps({**manifest, **changes}))
+    damaged(path, "format_version 99" if changes == {"format_version": 99} else MANIFEST)
+    assert list_checkpoints(tmp_path)[0] == [] and len(list_checkpoints(tmp_path)[1]) == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
+    path = Writer(tmp_path).save(1)
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert open_checkpoint(path).step == 1
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        [1, 2], torch.ones(3), {"step": 1}, {"progress": 3, "window": []}, {"progress": {"nonsense": 1}, "window": []},
+        {"progress": {}, "window": [{"step": 1}]}, {"window": []},
+    ],
+    ids=lambda state: str(state)[:40],
+)  # fmt: skip
+def test_a_state_that_is_none_is_one_line(state, tmp_path):
+    damaged(Writer(tmp_path).save(1, state=state))
+
+
+def test_moments_of_another_optimizer_are_one_line(tmp_path):
+    writer = Writer(tmp_path)
+    checkpoint = open_checkpoint(writer.save(1))
+    for content in ({"state": {}, "param_groups": []}, [3]):
+        torch.save(content, checkpoint.file("optimizer.bin"))
+        with pytest.raises(ValueError, match=r"optimizer.bin of .* cannot be loaded into this run") as caught:
+            load_optimizer(checkpoint, writer.accelerator)
+        assert "\n" not in str(caught.value)

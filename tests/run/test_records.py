@@ -8,6 +8,7 @@ import pytest
 
 from npt_kernels.configs.schema import ConfigError
 from npt_kernels.run.records import check_trackers, tracker_names
+from npt_kernels.run.utilisation import Utilisation
 from tests.support.helpers import Words
 from tests.support.runs import FAR, PowerCut, make_config, records, start, stop_at
 
@@ -88,3 +89,14 @@ def test_names_of_trackers(tmp_path):
     assert tracker_names(make_config(tmp_path, {"wandb": {"enabled": True}})) == ["wandb"]
     assert tracker_names(make_config(tmp_path)) == []
     check_trackers(make_config(tmp_path))
+
+
+def test_mfu_is_in_metrics_jsonl_where_the_peak_is_known(tmp_path, monkeypatch):
+    start(tmp_path / "unknown", sections={"model": FAR}, max_steps=2)
+    assert not any("mfu" in record for record in records(tmp_path / "unknown", "train"))
+    monkeypatch.setattr("npt_kernels.run.run.utilisation_of", lambda *args, **kwargs: Utilisation(1000, 1e9))
+    start(tmp_path / "known", sections={"model": FAR}, max_steps=2)
+    found = records(tmp_path / "known", "train")
+    assert len(found) == 2
+    for record in found:
+        assert record["mfu"] == pytest.approx(1000 * record["tokens"] / (record["seconds"] * 1e9))

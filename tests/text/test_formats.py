@@ -180,3 +180,41 @@ def test_rows_without_text_are_skipped_everywhere(tmp_path: Path, kind: str) -> 
     assert all_texts(path) == ["a", "b"]
     (_, place), _ = pieces(path)
     assert [piece.text for piece, _ in pieces(path, place)] == ["b"]
+
+
+# ---- found by tests/fuzz ------------------------------------------------------------------------------------------------
+
+
+def one_line(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        pieces(path)
+    message = str(caught.value)
+    message.encode("utf-8")
+    assert "\n" not in message and str(path) in message and len(message) < 1000 + len(str(path))
+    return message
+
+
+def test_damaged_parquet_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "parquet", ["a" * 300, "b"])
+    whole = path.read_bytes()
+    # A footer that is no thrift; a page that is not what its header says; no file at all.
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    path.write_bytes(whole[:footer] + b"\xff" * 16 + whole[footer + 16 :])
+    assert "cannot be read: " in one_line(path)
+    seen = set()
+    for at in range(4, footer):
+        path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+        try:
+            pieces(path)
+        except ConfigError:
+            seen.add(one_line(path))
+    assert any("a damaged one" in message for message in seen)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "is not a parquet file, or a damaged one" in one_line(path)
+
+
+def test_names_of_fields_fit_on_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a\\nb\\ud83d": 1, "' + "c" * 5000 + '": 2, ' + ", ".join(f'"k{i}": 0' for i in range(500)) + "}")
+    message = one_line(path)
+    assert r"'a\nb\ud83d'" in message and "482 more" in message

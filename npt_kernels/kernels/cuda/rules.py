@@ -28,8 +28,11 @@ def matrix(tensor: Tensor | None) -> tuple[int, int]:
 
 
 def unit_rows(t: Tensor) -> Tensor:
-    """``t`` with its last side contiguous."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    """``t`` with its last side contiguous and rows that lie apart, which those of an expanded tensor do not."""
+    if t.stride(-1) == 1 and t.stride(0) >= t.shape[-1]:
+        return t
+    # contiguous() returns a single row as it is, whatever its pitch.
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def launch_rule(
