@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "text": ("configs", "base_model", "durable_files", "progress"),
     "offload": ("configs", "config", "model", "durable_files", "progress"),
     "training": ("configs", "text", "offload", "evaluation", *_MODEL),
-    "plasticity": ("_version", "configs", "base_model", "text", "model", "quantised", *_LAYER),
+    "plasticity": ("_version", "configs", "base_model", "text", "model", "quantised", "evaluation", *_LAYER),
     "estimate": (*_RUN_INPUTS, "training", *_MODEL),
     "run": ("_version", *_RUN_INPUTS, "training", "evaluation", "estimate", *_MODEL),
     "measure": ("kernels", *_RUN_INPUTS, "training", "evaluation", "estimate", *_MODEL),

@@ -15,7 +15,7 @@ from ..model.forward import evaluating
 from ..model.linears import linear_bias, linear_weight
 from ..model.visits import walk_layers
 
-__all__ = ["LayerFidelity", "NormStatistics", "delta_norms", "layer_fidelity"]
+__all__ = ["LayerFidelity", "NormStatistics", "changed_linear", "delta_norms", "layer_fidelity"]
 
 #: Tokens whose explicit vectors exist at a time: the diagonal rule has r vectors of width f each.
 _VECTOR_TOKENS = 16
@@ -221,7 +221,7 @@ def delta_norms(layer: Any, h: Tensor, a: Tensor) -> dict[str, Tensor]:
             measure(target, matched, plain, z_matched)
         linear = shape.linear(layer, target)
         if "down" in (shape.targets[t].slot for t in component.target_shapes):
-            outputs[place.slot] = _apply(component, adapter, target, matched, z_matched, linear)
+            outputs[place.slot] = changed_linear(component, adapter, target, matched, z_matched, linear)
     for target, place in shape.targets.items():
         if place.slot == "down" and target in component.target_shapes:
             activation = get_activation(plan.act).forward
@@ -230,7 +230,7 @@ def delta_norms(layer: Any, h: Tensor, a: Tensor) -> dict[str, Tensor]:
     return norms
 
 
-def _apply(component: Any, adapter: Any, target: str, u: Tensor, z: Tensor, linear: nn.Module) -> Tensor:
+def changed_linear(component: Any, adapter: Any, target: str, u: Tensor, z: Tensor, linear: nn.Module) -> Tensor:
     """``u (W + ΔW)ᵀ + bias``, ``ΔW = 0`` for a linear that is no target."""
     weight, bias = linear_weight(linear), linear_bias(linear)
     if target not in component.target_shapes:

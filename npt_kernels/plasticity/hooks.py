@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..model.forward import decoder_of, evaluating, first_output
 from ..model.install import converted_layers
-from ..model.linears import linear_shape, linear_weight, weight_source
+from ..model.linears import linear_bias, linear_shape, linear_weight, weight_source
 from ..model.select import find_layers
 from ..model.shapes import LAYER_SHAPES
 from ..model.shapes.base import LayerShape
@@ -25,6 +25,7 @@ __all__ = [
     "evaluating",
     "first_output",
     "learned_positions",
+    "linear_bias",
     "linear_weight",
     "watching_tokens",
 ]

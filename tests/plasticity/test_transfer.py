@@ -211,7 +211,8 @@ addEventListener("load", () => {
   const seen = {width: document.documentElement.scrollWidth, viewport: innerWidth, cells: colours().length};
   press("ArrowRight"); seen.first = detail();
   press("ArrowUp"); press("End"); seen.end = detail();
-  grid.querySelectorAll("tbody tr")[0].querySelectorAll("td")[1].click(); seen.clicked = detail();
+  grid.querySelectorAll("tbody tr")[0].querySelectorAll("td")[5].click(); seen.clicked = detail();
+  seen.underlined = [...document.querySelectorAll("#text span")].map((s, i) => s.style.boxShadow ? i : -1).filter((i) => i >= 0);
   document.querySelectorAll("#text span")[0].click(); seen.token = detail();
   const before = colours();
   document.querySelectorAll("#maps input")[1].click();
@@ -238,8 +239,9 @@ def test_the_page_by_mouse_and_keys(tmp_path, width):
     maps = [GridMap("share", "A share.", rows, tuple(tuple(-v for v in row) for row in values), signed=True),
             GridMap("size", "A size.", rows, ((float("nan"), *values[0][1:]), *values[1:]))]  # fmt: skip
     details = [[f"more of {i} {j}" for j in range(200)] for i in range(30)]
+    links = [[[(0, 0.7), (j // 2, -0.2)] if i == 29 else [] for j in range(200)] for i in range(30)]
     page = write_page(
-        tmp_path / "p.html", "A <title>", ["lead & text"], ["a", "b"], [["x", "1"]], tokens, maps, details
+        tmp_path / "p.html", "A <title>", ["lead & text"], ["a", "b"], [["x", "1"]], tokens, maps, details, links=links
     )
     assert draw_maps(tmp_path / "p.png", "A $title", tokens, maps).stat().st_size > 10_000
     text = page.read_text().replace("<head>", "<head>" + _CATCHER, 1).replace("</body>", _PROBE + "</body>", 1)
@@ -256,7 +258,8 @@ def test_the_page_by_mouse_and_keys(tmp_path, width):
     assert seen["first"].startswith('token 1 of 200 "tok0", layer 0') and "more of 0 0" in seen["first"]
     assert "size: –" in seen["first"]
     assert seen["end"].startswith('token 200 of 200 "</script>⏎", layer 1') and "more of 1 199" in seen["end"]
-    assert seen["clicked"].startswith('token 2 of 200 "tok1", layer 29')
+    assert seen["clicked"].startswith('token 6 of 200 "tok5", layer 29')
+    assert seen["underlined"] == [0, 2]
     assert seen["token"].startswith('token 1 of 200 "tok0", layer 29')
     assert seen["recoloured"] and "size: 0.9667" in seen["second"] and "share: -0.9667" in seen["second"]
     assert seen["chosen"] == 1 and seen["cleared"] == 0
