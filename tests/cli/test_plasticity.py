@@ -66,7 +66,8 @@ def test_inspect(model, tmp_path: Path) -> None:
     result = npt("inspect", "--file", str(text), "--layers", "1:", "--out", str(tmp_path / "i"))
     assert result.exit_code == 0, result.output
     assert "7 tokens" in result.output and "share: output" in result.output
-    assert [line.split()[0] for line in result.output.splitlines() if line.strip()[:1] in "123"] == ["3", "2", "1"]
+    rows = [line.split() for line in result.output.splitlines()]
+    assert [row[0] for row in rows if row and row[0] in {"1", "2", "3"}] == ["3", "2", "1"]
     assert sorted(p.name for p in (tmp_path / "i").iterdir()) == ["inspect.html", "inspect.json", "inspect.png"]
     report = json.loads(npt("inspect", "--text", "we say it is", "--json").stdout)
     assert report["layers"] == [0, 1, 2, 3] and len(report["share"][0]) == 5

@@ -12,6 +12,7 @@ from npt_kernels import NPTConfig, apply_npt
 from npt_kernels.plasticity import inspect, sources
 from npt_kernels.plasticity.inspection import table, write_inspection
 from tests.plasticity.test_transfer import Texts, converted
+from tests.support.browser import CHROMIUM, used_in_chromium
 from tests.support.helpers import assert_unchanged, snapshot, tiny_model
 
 TEXT = "the capital of Zorvania is </script> [red] Marigold and we say it is"
@@ -106,6 +107,14 @@ def test_a_converted_layer_of_full_rank_is_the_original(name):
     assert (low.share - original.share).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_half_precision(name):
+    original, half = inspect(tiny_model(name), Texts(), TEXT), inspect(tiny_model(name).bfloat16(), Texts(), TEXT)
+    assert half.by_values and (half.share - original.share).abs().max() < 0.05
+    npt = inspect(converted(name, 32).bfloat16(), Texts(), TEXT)
+    assert (npt.share - original.share).abs().max() < 0.05 and (npt.output - original.output).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("rule", ["rank1", "diagonal", "anchored", "self_key"])
 def test_rules_and_parts_of_a_model(rule):
     """The parts add up to what the layer returned: ``inspect`` refuses a layer where they do not."""
@@ -175,6 +184,25 @@ def test_files(tmp_path):
     rows = table(found)
     assert [row[0] for row in rows] == ["3", "2", "1", "0"]
     assert float(rows[0][1]) == pytest.approx(float(found.size[3, 1:].mean()), abs=1e-4)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page was not opened in a browser")
+def test_the_page_in_a_browser(tmp_path):
+    found = inspect(tiny_model("llama"), Texts(), TEXT)
+    script = """
+      grid.querySelectorAll("tbody tr")[0].querySelectorAll("td")[6].click(); seen.clicked = detail();
+      seen.underlined = underlined();
+      document.querySelectorAll("#maps input")[2].click(); press("ArrowDown"); seen.below = detail();
+    """
+    seen = used_in_chromium(write_inspection(found, tmp_path)[2], script)
+    neuron, count = found.neurons[3][6][0], len(found.tokens)
+    assert seen["clicked"].startswith(f'token 7 of {count} "</script>", layer 3')
+    assert f"{neuron.index}: {neuron.without:.2f} → {neuron.with_change:.2f}" in seen["clicked"]
+    assert "came from: " in seen["clicked"]
+    # Only what adds to the change is underlined.
+    assert seen["underlined"] == sorted(i for i, v in found.sources[3][6] if v > 0)
+    assert seen["below"].startswith(f'token 7 of {count} "</script>", layer 2')
+    assert seen["width"] <= seen["viewport"]
 
 
 def test_bad_calls_are_one_line():
