@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..activations import get_activation
 from ..functional import npt_factored_linear
+from ..masked_ids import plain_ids
 from ..model.forward import evaluating
 from ..model.linears import linear_bias, linear_weight
 from ..model.visits import walk_layers
@@ -129,7 +130,7 @@ def layer_fidelity(
         advance: Called with the number of tokens done, for a progress bar.
     """
     device = next(model.parameters()).device
-    sequences = tokens[: max(1, max_tokens // tokens.shape[1])]
+    sequences = plain_ids(tokens)[: max(1, max_tokens // tokens.shape[1])]
     every = max(1, sequences.numel() // max(1, norm_tokens))
     ranks: dict[int, int] = {}
     sums: dict[int, _Sums] = {}

@@ -40,7 +40,7 @@ def utilisation_of(
     Args:
         model: A converted model.
         length: Tokens of a sequence.
-        objective: ``local``, ``layer`` or ``kl``.
+        objective: ``local``, ``layer``, ``kl`` or ``task``.
         devices: GPUs that share the steps.
         gpu: Instead of this machine's.
     """
