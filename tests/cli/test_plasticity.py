@@ -82,10 +82,15 @@ def test_learn_writes_an_edit_that_another_copy_takes(model, tmp_path: Path) -> 
     text = tmp_path / "text.txt"
     text.write_text("the capital of Zorvania is a city that we say it is " * 200)
     before = snapshot(model)
-    result = npt(*FACT, "Zorvania", "--layer", "1",
+    result = npt(*FACT, "Zorvania", "--layer", "1", "--lora",
                  "--moments", str(moments), "--text", str(text), "--out", str(tmp_path / "e"))  # fmt: skip
     assert result.exit_code in (0, 1), (result.output, result.exception)
-    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["edit.safetensors", "report.json", "report.png"]
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
+        "edit.safetensors",
+        "lora",
+        "report.json",
+        "report.png",
+    ]
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert set(report) >= {"before", "in_context", "after", "learned", "refusals"}
     for row in ("before", "in_context", "after"):
@@ -96,6 +101,9 @@ def test_learn_writes_an_edit_that_another_copy_takes(model, tmp_path: Path) -> 
     other = tiny_model("llama")
     apply_edit(other, Edit.load(tmp_path / "e"))
     assert torch.equal(other(ids).logits, edited)
+    peft = pytest.importorskip("peft")
+    lora = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "e" / "lora")).eval()
+    assert torch.allclose(lora(ids).logits, edited, atol=1e-5)
     undo_edit(model)
     assert not active_edits(model)
     assert_unchanged(model, before)
@@ -112,6 +120,7 @@ def test_learn_writes_an_edit_that_another_copy_takes(model, tmp_path: Path) -> 
         (("transfer", "--context", " ", "--prompt", "it is"), "the context is empty"),
         ((*FACT, "Kelmora"), "Kelmora"),
         ((*FACT, "Zorvania", "--layer", "7"), "layer=7 is out of range"),
+        ((*FACT, "Zorvania", "--method", "conditional", "--lora"), "no LoRA can"),
         ((*FACT, "Zorvania", "--method", "pray"), "--method 'pray' is not known"),
         (("learn", "--subject", "Zorvania"), "--fact"),
         (("inspect",), "give either --text or --file"),
