@@ -73,7 +73,7 @@ def train(model: nn.Module, parameters: list[nn.Parameter], text: Tensor, rate: 
     optimizer, head = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0), OutputHead(model)
     for step in range(steps):
         ids = text[order[step % len(text)]].unsqueeze(0)
-        loss = cross_entropy(head.states(ids)[0, :-1], ids[0, 1:], head)
+        loss = cross_entropy(head.states(ids)[0, :-1], ids[0, 1:], head.weight, head.bias)
         if not loss.isfinite():
             return False
         optimizer.zero_grad()

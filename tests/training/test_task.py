@@ -11,6 +11,7 @@ from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.evaluation.perplexity import evaluate
 from npt_kernels.masked_ids import plain_ids, unmask
 from npt_kernels.model.install import converted_layers
+from npt_kernels.training import task
 from npt_kernels.training.task import TaskObjective
 from tests.support.helpers import assert_unchanged, snapshot, tiny_model, token_ids
 from tests.support.runs import Blocks, records, start
@@ -92,6 +93,40 @@ def test_loss_and_gradient_are_the_definition(with_mask):
     mean = sum(float(entry.loss) * n for entry, n in zip(losses, counts, strict=True)) / sum(counts)
     assert mean == pytest.approx(wanted.item(), rel=1e-5)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", ["weight and bias", "logits"])
+def test_cross_entropy_against_float64(dtype, head, monkeypatch):
+    """At most twice the error of torch's own in the same dtype, in chunks that do not fit; no gradient that nobody asked for."""
+    monkeypatch.setattr(task, "CHUNK_ELEMENTS", 7 * 50)
+    states = torch.randn(23, 16 if head != "logits" else 50, dtype=torch.float64)
+    weight, bias = (
+        (torch.randn(50, 16, dtype=torch.float64), torch.randn(50, dtype=torch.float64))
+        if head != "logits"
+        else (None, None)
+    )
+    labels = torch.randint(50, (23,))
+
+    def run(function, kind):
+        x = states.detach().clone().to(dtype).to(kind).requires_grad_()
+        w, b = (None if t is None else t.to(dtype).to(kind) for t in (weight, bias))
+        loss = function(x, w, b)
+        return loss.detach(), torch.autograd.grad(2 * loss, x)[0]
+
+    def plain(x, w, b):
+        return F.cross_entropy(x if w is None else F.linear(x, w, b), labels)
+
+    truth, own, theirs = (
+        run(plain, torch.float64), run(lambda x, w, b: task.cross_entropy(x, labels, w, b), dtype), run(plain, dtype)
+    )  # fmt: skip
+    for exact, got, other in zip(truth, own, theirs, strict=True):
+        error, allowed = (found.double().sub(exact).norm() for found in (got, other))
+        assert error <= 2 * allowed + 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * exact.norm()
+    assert not task.cross_entropy(states, labels, weight, bias).requires_grad
+    empty = task.cross_entropy(states[:0].clone().requires_grad_(), labels[:0], weight, bias)
+    assert empty.item() == 0
+    empty.backward()
 
 
 def test_masked_tokens_are_not_measured():
