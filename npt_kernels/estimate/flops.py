@@ -110,7 +110,7 @@ class LayerWork:
 
 
 def needed_flops(model: ModelNumbers, adapter: Adapter, length: int, phase: str, *, recompute: bool = False) -> int:
-    """Operations per trained token of ``phase`` (``local``, ``end_to_end``, ``task``), with what checkpointing recomputes if asked for.
+    """Operations per trained token of ``phase``, with what checkpointing recomputes if asked for.
 
     local: layers up to the last converted one; no head. end_to_end: both models' forward and head, backward down to the first
     converted layer. task: the same without the original.
