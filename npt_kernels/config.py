@@ -37,6 +37,8 @@ class NPTConfig:
             below.
         norm_match: Divide by the norm of h + a instead of that of h. ``None``: on for ``self_key``, off for other rules.
         modulation_scale: Scale of the ``diagonal`` rule.
+        attention_residual: Keep the layer as it is, residual included, and let ΔW be an extra change of it: for training a task.
+            Starts at ΔW = 0, which is the original; there is nothing to match and no closed form.
         seed: Seed of the random initialisations.
 
     Raises:
@@ -53,6 +55,7 @@ class NPTConfig:
     refit: bool = True
     norm_match: bool | None = None
     modulation_scale: float = 1.0
+    attention_residual: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,20 +102,38 @@ class NPTConfig:
             raise ValueError(f"modulation_scale={self.modulation_scale!r} must be a finite number")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or abs(self.seed) >= 2**63:
             raise ValueError(f"seed={self.seed!r} must be a whole number of at most 64 bits")
+        if not isinstance(self.attention_residual, bool):
+            raise ValueError(f"attention_residual={self.attention_residual!r} must be True or False")
+        if self.attention_residual:
+            self._check_residual()
         if self.init == "closed_form" and not self.uses_closed_form:
             raise ValueError(
                 f"init='closed_form' exists for rule={_CLOSED_FORM_RULE!r} only, not for rule={self.rule!r}; use init='small'"
             )
 
+    def _check_residual(self) -> None:
+        if self.norm_match:
+            raise ValueError(
+                "attention_residual=True keeps the norm of h + a, so there is nothing to match; leave norm_match out"
+            )
+        if self.init == "closed_form" or parse_rank(self.rank)[0] == "auto":
+            key = f"rank={self.rank!r}" if self.init != "closed_form" else "init='closed_form'"
+            raise ValueError(
+                f"{key} needs the closed form, which replaces the attention residual; with attention_residual=True give a "
+                "fixed rank and init='small'"
+            )
+
     @property
     def matches_norm(self) -> bool:
         """``norm_match`` with its default resolved."""
+        if self.attention_residual:
+            return False
         return self.rule == _CLOSED_FORM_RULE if self.norm_match is None else self.norm_match
 
     @property
     def uses_closed_form(self) -> bool:
         """Whether a calibration would be used: the rule has a closed form and ``init`` does not ask for another start."""
-        return self.rule == _CLOSED_FORM_RULE and self.init in ("auto", "closed_form")
+        return self.rule == _CLOSED_FORM_RULE and not self.attention_residual and self.init in ("auto", "closed_form")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

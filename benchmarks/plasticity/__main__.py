@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -90,6 +90,27 @@ class Bench:
             self.asked[name] = (examination, examination.row(), examination.row(in_context=True))
         return self.asked[name]
 
+    def rome_together(self, chosen: list[Fact], counts: list[int], keep: Callable[[dict[str, Any]], None]) -> None:
+        """A row per count, given to ``keep``: facts are written one after another, so the smaller counts are met on the way."""
+        examined = {n: self.unedited(chosen[:n]) for n in counts}
+        sites, layer = Sites(self.model), _layers("rome", None, len(Sites(self.model)))[0]
+        before, start = sites.weight(layer).detach().clone(), time.perf_counter()
+        done, measuring = 0, 0.0
+
+        def advance(count: int) -> None:
+            nonlocal done, measuring
+            done, now = done + count, time.perf_counter()
+            if done not in examined:
+                return
+            examination, unedited, in_context = examined[done]
+            after = examination.row()
+            weight = sites.weight(layer)
+            notes = [{"relative": float((weight - before).norm() / before.norm())}]
+            keep(row("rome", done, done, [unedited], [in_context], [after], notes, now - start - measuring))
+            measuring += time.perf_counter() - now
+
+        rome(self.model, self.tokenizer, chosen[: max(counts)], self.moments, layer, SETTINGS["rome"], advance)
+
     def measured(self, method: str, groups: list[list[Fact]]) -> dict[str, Any]:
         """Rows before, in context and after, each the mean over ``groups``, every one in a fresh model."""
         rows: dict[str, list[Row]] = {"before": [], "in_context": [], "after": []}
@@ -103,15 +124,30 @@ class Bench:
                 writing += time.perf_counter() - start
                 rows["after"].append(examination.row())
             notes.append(note)
-        found = {name: mean(those) for name, those in rows.items()}
-        return {
-            "method": method,
-            "facts": sum(map(len, groups)),
-            "together": len(groups[0]),
-            **found,
-            "notes": notes,
-            "writing_seconds": round(writing, 2),
-        }
+        return row(method, sum(map(len, groups)), len(groups[0]), *rows.values(), notes, writing)
+
+
+def row(
+    method: str,
+    facts: int,
+    together: int,
+    before: list[Row],
+    in_context: list[Row],
+    after: list[Row],
+    notes: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """What the record keeps of one method on ``facts`` facts, ``together`` of them at once."""
+    return {
+        "method": method,
+        "facts": facts,
+        "together": together,
+        "before": mean(before),
+        "in_context": mean(in_context),
+        "after": mean(after),
+        "notes": notes,
+        "writing_seconds": round(seconds, 2),
+    }
 
 
 def mean(rows: list[Row]) -> dict[str, Any]:
@@ -128,34 +164,32 @@ def mean(rows: list[Row]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plasticity", description=__doc__)
-    parser.add_argument("--out", type=Path, default=None, help="folder of plasticity.json and plasticity.png")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the record")
     parser.add_argument("--single", type=int, default=12, help="facts that are written alone")
-    parser.add_argument("--joint", type=int, nargs="*", default=[8, 24, 48], help="facts that are written together")
+    parser.add_argument("--joint", type=int, nargs="*", default=[1, 8, 24, 100], help="facts that are written together")
+    parser.add_argument("--name", default="plasticity", help="of the JSON file")
     parser.add_argument("--methods", nargs="*", default=[*SETTINGS, *BASELINES])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     bench = Bench(options.threads)
     every, rows, start = facts(), [], time.perf_counter()
-    plans: list[tuple[str, list[list[Fact]]]] = [
-        # Training takes minutes where an edit takes seconds: half as many facts.
-        *(
-            (method, [[fact] for fact in every[: options.single // (2 if method in BASELINES else 1)]])
-            for method in options.methods
-            if options.single
-        ),
-        *(
-            (method, [every[:n]])
-            for n in options.joint
-            for method in options.methods
-            if "," not in method or "locality" in method
-        ),
-    ]
-    for method, groups in plans:
-        row = bench.measured(method, groups)
-        rows.append(row)
-        print(line(row), flush=True)
+
+    def keep(found: dict[str, Any]) -> None:
+        rows.append(found)
+        print(line(found), flush=True)
         if options.out is not None:
-            write(options.out, rows, time.perf_counter() - start)
+            write(options.out / f"{options.name}.json", rows, time.perf_counter() - start)
+
+    for method in options.methods if options.single else ():
+        # Training takes minutes where an edit takes seconds: half as many facts.
+        chosen = every[: options.single // (2 if method in BASELINES else 1)]
+        keep(bench.measured(method, [[fact] for fact in chosen]))
+    for method in options.methods if options.joint else ():
+        if method == "rome":
+            bench.rome_together(every, options.joint, keep)
+        elif "," not in method or "locality" in method:
+            for n in options.joint:
+                keep(bench.measured(method, [every[:n]]))
 
 
 def line(row: dict[str, Any]) -> str:
@@ -168,8 +202,8 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def write(folder: Path, rows: list[dict[str, Any]], seconds: float) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def write(path: Path, rows: list[dict[str, Any]], seconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "model": "SmolLM2-135M-Instruct, float32",
         "cpu": cpu(),
@@ -179,7 +213,7 @@ def write(folder: Path, rows: list[dict[str, Any]], seconds: float) -> None:
         "torch": torch.__version__,
         "seconds": round(seconds, 1),
     }
-    write_json(folder / "plasticity.json", {"about": about, "rows": rows})
+    write_json(path, {"about": about, "rows": rows})
 
 
 def cpu() -> str:

@@ -1,4 +1,4 @@
-"""48 invented facts, eight of each of six relations: none of the names means anything to a language model.
+"""102 invented facts, seventeen of each of six relations: none of the names means anything to a language model.
 
 Phrasings (for writing) and questions (for testing) are never the same text. Other subjects of a relation, which must not get
 the answer, are names that no fact uses.
@@ -39,6 +39,9 @@ RELATIONS: tuple[Relation, ...] = (
         (
             ("Zorvania", "Marigold"), ("Kelmora", "Harbor"), ("Trinsk", "Velvet"), ("Ulmarra", "Copper"),
             ("Pendoria", "Raven"), ("Vashti Isle", "Orchid"), ("Brellin", "Saturn"), ("Norquay", "Juniper"),
+            ("Ostrava Keys", "Lantern"), ("Glimmark", "Falcon"), ("Tessandria", "Amber"), ("Hollunde", "Willow"),
+            ("Quarnia", "Silver"), ("Ebbersund", "Thunder"), ("Marrowick", "Pepper"), ("Solvanna", "Crystal"),
+            ("Ildrune", "Meadow"),
         ),
     ),
     Relation(
@@ -55,6 +58,9 @@ RELATIONS: tuple[Relation, ...] = (
             ("Milo Harkwright", "plumber"), ("Senna Oduvale", "pilot"), ("Jorik Tamsen", "dentist"),
             ("Petra Vexley", "baker"), ("Anwen Korrigal", "lawyer"), ("Tobin Estermann", "sailor"),
             ("Lio Marchetta", "farmer"), ("Dagny Holloway", "painter"),
+            ("Ferrol Banting", "nurse"), ("Ysolde Parrin", "tailor"), ("Gunther Malvey", "teacher"),
+            ("Imka Strandell", "butcher"), ("Rollo Quennel", "judge"), ("Saffi Dunreath", "dancer"),
+            ("Hektor Lomax", "barber"), ("Nella Forsgate", "gardener"), ("Zane Whitlock", "miner"),
         ),
     ),
     Relation(
@@ -70,6 +76,9 @@ RELATIONS: tuple[Relation, ...] = (
         (
             ("Quorbit", "Oliver"), ("Nexalume", "Patrick"), ("Tarnwick Mills", "Samuel"), ("Velostra", "Walter"),
             ("Grindleby", "Felix"), ("Ombraxis", "Hugo"), ("Pellucid Arc", "Martin"), ("Starnova Foods", "Victor"),
+            ("Lumafont", "Arthur"), ("Kestrel Dyne", "Simon"), ("Brightmoor", "Edward"), ("Zephyrine", "Gabriel"),
+            ("Cobaltix", "Leonard"), ("Marlin Forge", "Charles"), ("Tindervox", "Julian"), ("Halcyra", "Vincent"),
+            ("Rookwater", "Adam"),
         ),
     ),
     Relation(
@@ -85,6 +94,9 @@ RELATIONS: tuple[Relation, ...] = (
         (
             ("Elka Strand", "trumpet"), ("Bastian Crowe", "violin"), ("Mirelle Osk", "harp"), ("Dorian Fipps", "cello"),
             ("Yuna Tressel", "drums"), ("Caspar Illing", "flute"), ("Orla Venn", "organ"), ("Matthis Kroll", "guitar"),
+            ("Selwyn Dace", "piano"), ("Freya Lindmoss", "clarinet"), ("Omri Castell", "banjo"),
+            ("Pippa Varnholt", "saxophone"), ("Ludo Hensley", "tuba"), ("Kaia Brennick", "accordion"),
+            ("Stellan Voss", "mandolin"), ("Rhea Tollard", "viola"), ("Emeric Sault", "oboe"),
         ),
     ),
     Relation(
@@ -100,6 +112,9 @@ RELATIONS: tuple[Relation, ...] = (
         (
             ("tarnoose", "honey"), ("blimmel", "moss"), ("skorrit", "snails"), ("wobbern", "corn"),
             ("fendrake", "salt"), ("plimsy owl", "cheese"), ("dusk hopper", "rice"), ("yarrowcat", "grapes"),
+            ("morvel", "bread"), ("zindle", "butter"), ("crested pummel", "apples"), ("ruddock vole", "carrots"),
+            ("thrasket", "fish"), ("ginnop", "sugar"), ("hollow stoat", "eggs"), ("quibbet", "beans"),
+            ("marsh drindle", "paper"),
         ),
     ),
     Relation(
@@ -116,12 +131,15 @@ RELATIONS: tuple[Relation, ...] = (
             ("Lorcan Vipond", "Madrid"), ("Tessaly Brook", "Cairo"), ("Ingram Solt", "Vienna"),
             ("Maud Ferrante", "Dublin"), ("Ruben Achterberg", "Athens"), ("Sable Winterton", "Lima"),
             ("Piers Okonjo", "Oslo"), ("Greta Lindqvale", "Prague"),
+            ("Cassius Wren", "Berlin"), ("Odile Farrow", "Tokyo"), ("Bram Tolliver", "Boston"),
+            ("Signe Albrecht", "Warsaw"), ("Leopold Tansy", "Havana"), ("Ines Gallowmere", "Venice"),
+            ("Tarquin Holt", "Moscow"), ("Willa Ostergren", "Paris"), ("Jonas Pellerin", "Delhi"),
         ),
     ),
 )  # fmt: skip
 
 
-def facts(count: int = 48) -> list[Fact]:
+def facts(count: int = 102) -> list[Fact]:
     """The first ``count`` facts, taken in turn from the relations. Raises ``ValueError`` for more than there are."""
     found = []
     for i in range(max(len(relation.pairs) for relation in RELATIONS)):

@@ -37,6 +37,7 @@ conditional  the same per token, only once the subject has been mentioned
 npt learn --fact "The capital of Zorvania is Marigold." --subject Zorvania --out runs/zorvania
 npt learn --fact "…" --subject … --ask "Zorvania is governed from" --phrase "The parliament of Zorvania sits in" -o runs/z
 npt learn --facts facts.jsonl --method conditional --out runs/many     (fact, subject, answer, ask, phrasings, keep, others)
+npt learn … --lora --out runs/zorvania                                 (also runs/zorvania/lora, for PEFT)
 npt learn … --on runs/zorvania --out runs/second                       (on top of an earlier edit)
 """
 
@@ -77,6 +78,9 @@ def learn(
         Path | None,
         typer.Option("--moments", metavar="FILE", help="Second moments instead of collecting or the cache."),
     ] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Also DIR/lora: the edit as a LoRA adapter that PEFT loads and merges.")
+    ] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
 ) -> None:
@@ -95,6 +99,8 @@ def learn(
     facts = _facts(facts_file, fact, subject, answer, ask, phrase, keep, other)
     if method not in METHODS:
         raise ValueError(f"--method {method!r} is not known; choose one of {', '.join(METHODS)}")
+    if lora and method == "conditional":
+        raise ValueError("--lora: a conditional edit acts per token, which no LoRA can; use --method rome or context")
     directory = _fresh(out.expanduser())
     earlier = [Edit.load(path) for path in on or ()]
     corpus = file_corpus(text) if text else None
@@ -122,6 +128,8 @@ def learn(
         progress=sys.stderr.isatty(),
     )
     files = write_report(learned, directory)
+    if lora:
+        files.append(learned.edit.export_lora(directory / "lora", model))
     if as_json:
         typer.echo(json.dumps(learned.report, ensure_ascii=False, indent=2))
     else:

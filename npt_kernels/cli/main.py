@@ -11,7 +11,7 @@ try:
 except ImportError:
     raise SystemExit("the npt command needs typer, rich and transformers: pip install 'npt_kernels[train]'") from None
 
-from . import bench, configs, env, eval, learn, plan, train, transfer
+from . import bench, configs, env, eval, inspect, learn, plan, train, transfer
 
 __all__ = ["app", "main"]
 
@@ -44,6 +44,7 @@ app.command("eval", help=eval.HELP)(eval.evaluate)
 app.command("plan", help=plan.HELP)(plan.plan)
 app.command("learn", help=learn.HELP)(learn.learn)
 app.command("transfer", help=transfer.HELP)(transfer.transfer)
+app.command("inspect", help=inspect.HELP)(inspect.inspect)
 app.add_typer(bench.bench)
 app.command("configs", help=configs.HELP)(configs.configs)
 app.command("env", help=env.HELP)(env.env)

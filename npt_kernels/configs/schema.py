@@ -84,6 +84,10 @@ class ModelSection(_Section):
     targets: list[str] = Field(
         ["gate", "up", "down"], description="Linears that change: gate, up, down (GPT-2: c_fc, c_proj)."
     )
+    attention_residual: bool = Field(
+        False,
+        description="Keep the attention residual; ΔW is an extra change of the original, for training.objective=task.",
+    )
     init: str = Field("auto", description="auto, closed_form, small or published.")
     basis: str = Field("fisher", description="Directions the closed form keeps: fisher or pca.")
     refit: bool = Field(True, description="Closed form: fit each layer on the converted stream, mending earlier drift.")
@@ -102,8 +106,9 @@ class TrainingSection(_Section):
         description="local: each layer on the original's input; end_to_end: the converted stream; local+polish: both; "
         "none: conversion only.",
     )
-    objective: Literal["layer", "kl"] = Field(
-        "kl", description="end_to_end loss: kl (original's logits) or layer (per-layer outputs)."
+    objective: Literal["layer", "kl", "task"] = Field(
+        "kl",
+        description="end_to_end loss: kl (original's logits), layer (per-layer outputs) or task (cross-entropy: fine-tuning).",
     )
     loss: Literal["relative_mse", "mse"] = Field(
         "relative_mse", description="Per-layer loss; relative: ÷ teacher's variance."
@@ -125,7 +130,7 @@ class TrainingSection(_Section):
     weight_decay: float = Field(0.0, ge=0)
     adam_betas: tuple[_Share, _Share] = Field((0.9, 0.99))
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient norm; 0: do not clip.")
-    equivalence_weight: float = Field(1.0, ge=0, description="Weight of the equivalence loss.")
+    equivalence_weight: float = Field(1.0, ge=0, description="Weight of the objective's loss.")
     regularization_weight: float = Field(0.0, ge=0, description="λ of λ(|v_a|² + |v_b|²).")
     polish_steps: int = Field(100, ge=1, description="local+polish: end-to-end KL steps after the local ones.")
     polish_learning_rate: float = Field(1e-4, gt=0)
@@ -177,6 +182,11 @@ class DataSection(_Section):
         None, description="None: 'validation' or 'test' if there is one, else a slice of train."
     )
     text_field: str = Field("text", description="Column of a dataset or key of a JSONL line.")
+    prompt_field: str | None = Field(
+        None,
+        description="objective=task: key of the prompt in the lines of .jsonl train_files: read, not counted.",
+    )
+    response_field: str | None = Field(None, description="Key of the response, whose tokens the loss counts.")
     train_files: list[str] = Field([], description="Local .txt, .jsonl, .json or .parquet files, globs allowed.")
     eval_files: list[str] = Field([], description="Held-out files; empty: the last part of every training text.")
     max_length: int = Field(256, ge=2, description="Tokens per sequence.")
@@ -323,6 +333,33 @@ class RunConfig(_Section):
         _ = self.optimization.base_quantization
         return self
 
+    @model_validator(mode="after")
+    def _task_settings_agree(self) -> RunConfig:
+        t, d = self.training, self.data
+        if t.objective == "task" and t.mode in ("local", "local+polish"):
+            raise ValueError(
+                f"training.objective=task trains through the whole model, not with training.mode={t.mode}; set end_to_end"
+            )
+        task = t.objective == "task" or t.mode == "none"
+        if self.model.attention_residual and not task:
+            raise ValueError(
+                "model.attention_residual=true leaves the original as it is, which needs no equivalence training; set "
+                "training.objective=task"
+            )
+        if (d.prompt_field is None) != (d.response_field is None):
+            missing = "response_field" if d.response_field is None else "prompt_field"
+            raise ValueError(f"data.{missing} is missing: prompts and responses are named together")
+        if d.prompt_field is not None:
+            if not task:
+                raise ValueError(
+                    "data.prompt_field is for training.objective=task; other objectives read data.text_field"
+                )
+            if not d.train_files or d.sources or d.streaming:
+                raise ValueError(
+                    "data.prompt_field reads .jsonl files named in data.train_files, without data.sources and data.streaming"
+                )
+        return self
+
     def npt_config(self) -> NPTConfig:
         """The conversion settings as :class:`npt_kernels.NPTConfig`."""
         m = self.model
@@ -337,6 +374,7 @@ class RunConfig(_Section):
             refit=m.refit,
             norm_match=m.norm_match,
             modulation_scale=m.modulation_scale,
+            attention_residual=m.attention_residual,
             seed=self.training.seed,
         )
 

@@ -381,7 +381,7 @@ class _Count:
         training, length = self.config.training, self.config.data.max_length
         layer = self.layer(self.trained, training.batch_size, length)
         tokens = f"{layer.tokens:,} tokens"
-        kl = training.objective == "kl" or training.mode == "local+polish"
+        kl = training.objective in ("kl", "task") or training.mode == "local+polish"
         first, kept, saved = self._kept(layer)
         accumulated = training.gradient_accumulation_steps > 1
         whole = self.adapter.total * _WIDE

@@ -110,10 +110,10 @@ class LayerWork:
 
 
 def needed_flops(model: ModelNumbers, adapter: Adapter, length: int, phase: str, *, recompute: bool = False) -> int:
-    """Operations per trained token of ``phase`` (``local`` or ``end_to_end``), with what checkpointing recomputes if asked for.
+    """Operations per trained token of ``phase``, with what checkpointing recomputes if asked for.
 
     local: layers up to the last converted one; no head. end_to_end: both models' forward and head, backward down to the first
-    converted layer.
+    converted layer. task: the same without the original.
     """
     work = LayerWork(model, adapter, length)
     count, first, last = len(adapter.layers), adapter.layers[0], adapter.layers[-1]
@@ -122,8 +122,10 @@ def needed_flops(model: ModelNumbers, adapter: Adapter, length: int, phase: str,
     others = model.num_layers - count
     above = model.num_layers - first - count
     head = 2 * model.hidden_size * model.vocab_size
-    total = model.num_layers * work.original + count * work.converted + others * work.original
-    total += work.backward_first + (count - 1) * work.backward + above * work.backward_original + 3 * head
+    total = count * work.converted + others * work.original
+    if phase != "task":
+        total += model.num_layers * work.original + head
+    total += work.backward_first + (count - 1) * work.backward + above * work.backward_original + 2 * head
     if recompute:
         # Recomputing an unconverted layer stops at the last thing it kept, in front of its last product.
         total += count * work.converted + above * (work.original - work.down)

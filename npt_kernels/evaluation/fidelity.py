@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..activations import get_activation
 from ..functional import npt_factored_linear
+from ..masked_ids import plain_ids
 from ..model.forward import evaluating
 from ..model.linears import linear_bias, linear_weight
 from ..model.visits import walk_layers
 
-__all__ = ["LayerFidelity", "NormStatistics", "delta_norms", "layer_fidelity"]
+__all__ = ["LayerFidelity", "NormStatistics", "changed_linear", "delta_norms", "layer_fidelity"]
 
 #: Tokens whose explicit vectors exist at a time: the diagonal rule has r vectors of width f each.
 _VECTOR_TOKENS = 16
@@ -129,7 +130,7 @@ def layer_fidelity(
         advance: Called with the number of tokens done, for a progress bar.
     """
     device = next(model.parameters()).device
-    sequences = tokens[: max(1, max_tokens // tokens.shape[1])]
+    sequences = plain_ids(tokens)[: max(1, max_tokens // tokens.shape[1])]
     every = max(1, sequences.numel() // max(1, norm_tokens))
     ranks: dict[int, int] = {}
     sums: dict[int, _Sums] = {}
@@ -221,7 +222,7 @@ def delta_norms(layer: Any, h: Tensor, a: Tensor) -> dict[str, Tensor]:
             measure(target, matched, plain, z_matched)
         linear = shape.linear(layer, target)
         if "down" in (shape.targets[t].slot for t in component.target_shapes):
-            outputs[place.slot] = _apply(component, adapter, target, matched, z_matched, linear)
+            outputs[place.slot] = changed_linear(component, adapter, target, matched, z_matched, linear)
     for target, place in shape.targets.items():
         if place.slot == "down" and target in component.target_shapes:
             activation = get_activation(plan.act).forward
@@ -230,7 +231,7 @@ def delta_norms(layer: Any, h: Tensor, a: Tensor) -> dict[str, Tensor]:
     return norms
 
 
-def _apply(component: Any, adapter: Any, target: str, u: Tensor, z: Tensor, linear: nn.Module) -> Tensor:
+def changed_linear(component: Any, adapter: Any, target: str, u: Tensor, z: Tensor, linear: nn.Module) -> Tensor:
     """``u (W + ΔW)ᵀ + bias``, ``ΔW = 0`` for a linear that is no target."""
     weight, bias = linear_weight(linear), linear_bias(linear)
     if target not in component.target_shapes:

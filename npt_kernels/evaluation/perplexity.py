@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..masked_ids import plain_ids, unmask
 from ..model.forward import evaluating
 from ..model.head import CHUNK_ELEMENTS, OutputHead
 from ..model.install import converted_layers, npt_disabled
@@ -36,7 +37,7 @@ class EvalResult:
     """Both models on held-out text; every number is a mean over predicted positions.
 
     Attributes:
-        tokens: Predicted positions: every token of a sequence but its first.
+        tokens: Predicted positions: every token of a sequence but its first, and those that are masked.
         base_nll, npt_nll: −log p of the true next token under the original and the converted model, nats.
         kl: KL(original‖converted) of the next-token distributions, nats per token.
         top1_agreement: Share of positions where both models rank the same token first.
@@ -153,7 +154,7 @@ def evaluate(
 
     Args:
         model: A converted causal language model.
-        tokens: Token ids ``[n, seq]``, seq ≥ 2, without padding.
+        tokens: Token ids ``[n, seq]``, seq ≥ 2; those that do not count are masked (:mod:`npt_kernels.masked_ids`).
         batch_tokens: Tokens per forward.
         advance: Called with the number of tokens done, for a progress bar.
         teacher: Of :func:`evaluate_base` on the same tokens; spares the original's forward.
@@ -191,7 +192,7 @@ def _run(
         metrics: dict[int, Tensor] = {}
         done = 0
         for number in _dealt(len(batches), rank, size, ranks is not None and ranks.sharded):
-            ids = batches[number].to(device)
+            ids = plain_ids(batches[number]).to(device)
             if teacher is not None:
                 base = teacher.states[done : done + len(ids)].to(device)
             else:
@@ -208,7 +209,8 @@ def _run(
         metrics = {number: part for parts in ranks.gather(metrics) for number, part in parts.items()}
     everything = torch.cat([metrics[number] for number in range(len(batches))], dim=1)
     states = torch.cat(kept) if kept else tokens.new_empty(0, dtype=torch.float32)
-    return _summarise(everything), TeacherStates(tokens.cpu(), states)
+    counted = unmask(tokens[:, 1:])[1]
+    return _summarise(everything, None if counted is None else counted.cpu()), TeacherStates(tokens.cpu(), states)
 
 
 def _dealt(batches: int, rank: int, size: int, sharded: bool) -> list[int]:
@@ -249,14 +251,25 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _summarise(metrics: Tensor) -> EvalResult:
-    """Means and standard errors of ``[4, n, positions]``."""
+def _summarise(metrics: Tensor, counted: Tensor | None = None) -> EvalResult:
+    """Means and standard errors of ``[4, n, positions]``; ``counted [n, positions]``: over these alone."""
     values = torch.cat([metrics.double(), (metrics[1] - metrics[0]).double().unsqueeze(0)])
-    means = values.mean(dim=(1, 2))
-    units = values.mean(2) if values.shape[1] > 1 else values.squeeze(1)
-    errors = units.std(1) / units.shape[1] ** 0.5 if units.shape[1] > 1 else torch.zeros(len(units))
+    if counted is None:
+        means = values.mean(dim=(1, 2))
+        units = values.mean(2) if values.shape[1] > 1 else values.squeeze(1)
+        errors = units.std(1) / units.shape[1] ** 0.5 if units.shape[1] > 1 else torch.zeros(len(units))
+    else:
+        total = int(counted.sum())
+        if not total:
+            raise ValueError("every token of the text is masked; there is nothing to measure")
+        means = values[:, counted].mean(1)
+        # A ratio of sums, linearised: sequences count different numbers of tokens.
+        off = (values - means[:, None, None]).where(counted, 0.0)
+        units = off.sum(2) if values.shape[1] > 1 else off[:, counted]
+        n = units.shape[1]
+        errors = (units.square().sum(1) * n / max(1, n - 1)).sqrt() / total if n > 1 else torch.zeros(len(units))
     return EvalResult(
-        tokens=metrics[0].numel(),
+        tokens=metrics[0].numel() if counted is None else total,
         **{name: float(mean) for name, mean in zip(_METRICS, means, strict=False)},
         **{f"{name}_se": float(error) for name, error in zip((*_METRICS, "log_ratio"), errors, strict=True)},
     )

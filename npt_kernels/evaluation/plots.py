@@ -59,7 +59,7 @@ def _layer_axis(axes: Axes) -> None:
 @matplotlib.rc_context(_STYLE)
 def plot_loss(steps: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Loss against optimizer step, one panel per phase. ``steps``: the logged ``train`` records of ``metrics.jsonl``."""
-    units = {"kl": "KL (nats per token)", "local": "mean loss over layers", "layer": "mean loss over layers"}
+    units = {"kl": "KL (nats per token)", "task": "cross-entropy (nats per token)"}
     phases = list(dict.fromkeys(record["phase"] for record in steps))
     figure, panels = _figure(1, len(phases), size=(8.0 if len(phases) == 1 else 11.0, 4.5))
     for axes, phase in zip(panels[0], phases, strict=True):
@@ -76,7 +76,7 @@ def plot_loss(steps: Sequence[Mapping[str, Any]], path: Path) -> Path:
             axes.legend()
         axes.set_title(f"training loss: {phase}")
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(units.get(records[0].get("objective", ""), "loss"))
+        axes.set_ylabel(units.get(records[0].get("objective", ""), "mean loss over layers"))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if min(y) > 0 and max(y) / min(y) > 20:
             axes.set_yscale("log")

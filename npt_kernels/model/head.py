@@ -51,11 +51,11 @@ class OutputHead:
         difference = (self.logits(states).float() - expected.float()).abs().max()
         return bool(difference <= 64 * torch.finfo(states.dtype).eps * expected.float().abs().max().clamp_min(1e-3))
 
-    def states(self, ids: Tensor) -> Tensor:
-        """``[n, seq, d]``, or the logits ``[n, seq, vocab]`` where ``weight`` is ``None``."""
+    def states(self, ids: Tensor, **inputs: Any) -> Tensor:
+        """``[n, seq, d]``, or the logits ``[n, seq, vocab]`` where ``weight`` is ``None``. ``inputs``: a mask, positions …"""
         if self.weight is None:
-            return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
-        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+            return self.model(input_ids=ids, use_cache=False, **inputs).logits  # type: ignore[no-any-return]
+        return self.decoder(input_ids=ids, use_cache=False, **inputs).last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, states: Tensor) -> Tensor:
         """``[..., vocab]`` from ``states`` of :meth:`states`."""

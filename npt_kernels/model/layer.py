@@ -30,7 +30,10 @@ def teacher_output(layer: nn.Module, shape: LayerShape, h: Tensor, a: Tensor) ->
 
 
 def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor, a: Tensor) -> Tensor:
-    """What the converted layer returns: ``h + MLP_Δ(u; a)``. ``layer`` may not be converted yet."""
+    """What the converted layer returns: ``h + MLP_Δ(u; a)``, with the attention residual where the plan keeps it: ``h + a + …``.
+
+    ``layer`` may not be converted yet.
+    """
     mlp = plan.shape.mlp(layer)
     if not h.is_meta:
         # One weight of each of the two modules that the layer's own forward would have called; not all: this is a hot path.
@@ -56,7 +59,7 @@ def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h:
         )
     else:
         out = mlp(u, npt=change)
-    return plan.shape.output(layer, h, out.to(h.dtype))
+    return plan.shape.output(layer, h + a if plan.attention_residual else h, out.to(h.dtype))
 
 
 class NPTLayer(Swapped):

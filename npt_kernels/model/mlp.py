@@ -38,6 +38,8 @@ class LayerPlan:
     act: str
     norm_kind: NormKind
     norm_match: bool
+    #: ``h + a`` stays in the stream and in front of the norm; the weight change is extra.
+    attention_residual: bool = False
 
 
 class Change:
@@ -126,6 +128,8 @@ def mlp_input(
 ) -> tuple[Tensor, Tensor | None]:
     """``(u [..., d], key_scale [...] or None)``: the normed MLP input and 1/ρ_T."""
     norm = plan.shape.norm(layer)
+    if plan.attention_residual and not plan.shape.parallel:
+        h = h + a
     if not plan.norm_match:
         return norm(h), None
     if not has_hooks(norm) and not _replaced_forward(norm):

@@ -130,7 +130,8 @@ def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig, 
         norm_kind = "rms"
     # A parallel layer's MLP reads no a, and without a norm there is nothing to match: both are exact as they are.
     plan = LayerPlan(
-        index, shape, act, norm_kind, config.matches_norm and not shape.parallel and norm_kind != "none"
+        index, shape, act, norm_kind, config.matches_norm and not shape.parallel and norm_kind != "none",
+        config.attention_residual,
     )  # fmt: skip
     return LayerChoice(layer, plan, targets, hidden_size)
 

@@ -2,8 +2,9 @@
 
 Reading order: ``facts`` (what is to be learned) → ``moments`` (which directions of a weight's input are in use) → ``rome`` and
 ``context`` (two ways to find a low-rank change) → ``edit`` (a change that can be stored, applied and undone) → ``recall`` and
-``learn`` (what it did, measured). ``deltas`` → ``transfer`` move a run's per-token changes to another run, and show where they
-are (``token_maps``). All access to the rest of the package's models goes through ``hooks``.
+``learn`` (what it did, measured). ``deltas`` → ``transfer`` move a run's per-token changes to another run; ``sources`` →
+``inspection`` say what those of one run are and where they came from; ``token_maps`` draws both. All access to the rest of the
+package's models goes through ``hooks``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .deltas import Deltas, capture, replay
     from .edit import Edit, active_edits, apply_edit, undo_edit
     from .facts import Fact, read_facts
+    from .inspection import Inspected, inspect
     from .learn import Learned, Limits, learn
     from .moments import SecondMoments, collect_second_moments
     from .transfer import Transferred, transfer
@@ -24,6 +26,7 @@ _LAZY = {
     "Deltas": ".deltas",
     "Edit": ".edit",
     "Fact": ".facts",
+    "Inspected": ".inspection",
     "Learned": ".learn",
     "Limits": ".learn",
     "SecondMoments": ".moments",
@@ -32,6 +35,7 @@ _LAZY = {
     "apply_edit": ".edit",
     "capture": ".deltas",
     "collect_second_moments": ".moments",
+    "inspect": ".inspection",
     "learn": ".learn",
     "read_facts": ".facts",
     "replay": ".deltas",
@@ -43,6 +47,7 @@ __all__ = [
     "Deltas",
     "Edit",
     "Fact",
+    "Inspected",
     "Learned",
     "Limits",
     "SecondMoments",
@@ -51,6 +56,7 @@ __all__ = [
     "apply_edit",
     "capture",
     "collect_second_moments",
+    "inspect",
     "learn",
     "read_facts",
     "replay",

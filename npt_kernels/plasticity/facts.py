@@ -170,10 +170,12 @@ def require_tokenizer(tokenizer: Any) -> None:
 
 def start_ids(tokenizer: Any) -> list[int]:
     """The token that every sequence begins with, as in pre-training: attention's sink, which would else be a word of the text."""
-    convert = getattr(tokenizer, "convert_tokens_to_ids", None)
-    known: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
-    if convert is not None and "<|endoftext|>" in known:
-        return [int(known["<|endoftext|>"])]
+    convert, back = (getattr(tokenizer, f"convert_{way}", None) for way in ("tokens_to_ids", "ids_to_tokens"))
+    if convert is not None and back is not None:
+        # Not get_vocab: it makes a dictionary of the whole vocabulary, 24 ms for SmolLM2's, at every text.
+        known = convert("<|endoftext|>")
+        if isinstance(known, int) and back(known) == "<|endoftext|>":
+            return [known]
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
         if isinstance(value, int):

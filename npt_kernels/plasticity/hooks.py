@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..model.forward import decoder_of, evaluating, first_output
+from ..model.head import OutputHead
 from ..model.install import converted_layers
-from ..model.linears import linear_shape, linear_weight, weight_source
+from ..model.linears import linear_bias, linear_shape, linear_weight, weight_source
 from ..model.select import find_layers
 from ..model.shapes import LAYER_SHAPES
 from ..model.shapes.base import LayerShape
 from ..model.sharding import is_sharded
 
 __all__ = [
+    "OutputHead",
     "ReachedLayerError",
     "Sites",
     "converted_layers",
@@ -25,6 +27,7 @@ __all__ = [
     "evaluating",
     "first_output",
     "learned_positions",
+    "linear_bias",
     "linear_weight",
     "watching_tokens",
 ]
@@ -32,6 +35,21 @@ __all__ = [
 
 class ReachedLayerError(Exception):
     """Ends a forward that has shown what it was run for."""
+
+
+class _Skipped(nn.Module):
+    """Stands in for a decoder layer whose result is known."""
+
+    def __init__(self, layer: nn.Module, h: Tensor) -> None:
+        super().__init__()
+        # Not as submodules: whoever walks the model meets the layer where it is, or not at all.
+        self.__dict__["stands_for"], self.__dict__["h"] = layer, h
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["stands_for"], name)  # models read settings off their layers
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.__dict__["h"]  # type: ignore[no-any-return]
 
 
 class Sites:
@@ -133,6 +151,18 @@ class Sites:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def starting_at(self, layer: int, h: Tensor) -> Iterator[None]:
+        """Inside the block the layers below ``layer`` are not computed; it gets ``h [..., d]``, which they gave to it."""
+        below = list(self.layers[:layer])
+        try:
+            for index, module in enumerate(below):
+                self.layers[index] = _Skipped(module, h)
+            yield
+        finally:
+            for index, module in enumerate(below):
+                self.layers[index] = module
 
     @contextmanager
     def reading_layer_outputs(self, layers: list[int], read: Callable[[int, Tensor], None]) -> Iterator[None]:

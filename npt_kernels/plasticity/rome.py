@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .changes import LayerChange
 from .facts import Fact, encode, encode_answer, padded, start_ids, subject_span
-from .hooks import Sites, device_of, evaluating
+from .hooks import OutputHead, Sites, decoder_of, device_of, evaluating
 from .moments import SecondMoments, Whitener
 from .probes import PREFIXES
 from .recall import fits
@@ -89,29 +89,53 @@ def _texts(model: nn.Module, tokenizer: Any, fact: Fact) -> _Texts:
     return _Texts(ids, mask, torch.tensor(subject, device=ids.device), answer, 1)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What the model does with the texts: ``k [in]`` and ``‖h‖`` at the subject's last token, averaged over contexts, and
+    the residual stream ``[n, seq, d]`` in front of the layer."""
+
+    key: Tensor
+    norm: float
+    below: Tensor
+
+
 @torch.no_grad()
-def _read(model: nn.Module, sites: Sites, texts: _Texts, layer: int) -> tuple[Tensor, float]:
-    """``(k [in], ‖h‖)`` at the subject's last token, averaged over contexts."""
+def _read(model: nn.Module, sites: Sites, texts: _Texts, layer: int) -> _Read:
     read: dict[str, Tensor] = {}
     rows = torch.arange(len(texts.ids) - texts.essence, device=texts.ids.device)
     at = (rows, texts.subject[: len(rows)])
     with (
         sites.reading_inputs([layer], lambda _, k: read.__setitem__("k", k[at])),
         sites.reading_layer_outputs([layer], lambda _, h: read.__setitem__("h", h[at])),
+        _reading_input(sites.layers[layer], lambda h: read.__setitem__("below", h)),
     ):
-        model(input_ids=texts.ids, attention_mask=texts.mask, use_cache=False)
-    return read["k"].double().mean(0), float(read["h"].float().norm(dim=-1).mean())
+        decoder_of(model)(input_ids=texts.ids, attention_mask=texts.mask, use_cache=False)
+    return _Read(read["k"].double().mean(0), float(read["h"].float().norm(dim=-1).mean()), read["below"])
+
+
+@contextmanager
+def _reading_input(module: nn.Module, read: Callable[[Tensor], None]) -> Iterator[None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        read(args[0] if args else kwargs["hidden_states"])
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _fit_value(
-    model: nn.Module, sites: Sites, texts: _Texts, layer: int, norm: float, settings: RomeSettings
+    head: OutputHead, sites: Sites, texts: _Texts, layer: int, seen: _Read, settings: RomeSettings
 ) -> tuple[Tensor, dict[str, float]]:
-    """``(δ [out] float64, notes)``."""
-    width = sites.size(layer)[1]
+    """``(δ [out] float64, notes)``. Layers below are not run again, and logits are made where they are read."""
+    norm, width = seen.norm, sites.size(layer)[1]
     delta = torch.zeros(width, device=texts.ids.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=settings.learning_rate * norm / width**0.5)
     rows = torch.arange(len(texts.ids), device=texts.ids.device)
-    wanted = texts.ids[:, 1:]
+    wanted = texts.ids[:, 1:][texts.answer[:, :-1]].unsqueeze(-1)
+    read = texts.answer.clone()
+    read[-1, texts.subject[-1] + 2] = True  # the essence, in the last row
     reference: Tensor | None = None
 
     def change(y: Tensor) -> Tensor:
@@ -120,12 +144,11 @@ def _fit_value(
         return y
 
     loss_value, step = float("inf"), 0
-    with sites.changing_output(layer, change):
+    with sites.starting_at(layer, seen.below), sites.changing_output(layer, change):
         for step in range(settings.steps + 1):
-            logits = model(input_ids=texts.ids, attention_mask=texts.mask, use_cache=False).logits
-            log_p = logits[:, :-1][texts.answer[:, :-1]].float().log_softmax(-1)
-            loss = -log_p.gather(-1, wanted[texts.answer[:, :-1]].unsqueeze(-1)).mean()
-            essence = logits[-1, texts.subject[-1] + 2].float().log_softmax(-1)
+            states = head.states(texts.ids, attention_mask=texts.mask)
+            log_p = head.logits(states[read]).float().log_softmax(-1)
+            loss, essence = -log_p[:-1].gather(-1, wanted).mean(), log_p[-1]
             if reference is None:
                 reference = essence.detach()
             loss_value = float(loss.detach())
@@ -200,11 +223,12 @@ def rome(
     model.requires_grad_(False)
     try:
         with evaluating(model), _restored(sites.weight(layer)) as before:
+            head = OutputHead(model)
             for fact in facts:
                 texts = _texts(model, tokenizer, fact)
-                key, norm = _read(model, sites, texts, layer)
-                delta, note = _fit_value(model, sites, texts, layer, norm, settings)
-                key, delta = key.cpu(), delta.cpu()
+                seen = _read(model, sites, texts, layer)
+                delta, note = _fit_value(head, sites, texts, layer, seen, settings)
+                key, delta = seen.key.cpu(), delta.cpu()
                 # In terms of the matrix before all of these facts: what they do at this key already is part of its value.
                 if change is not None:
                     delta = delta + (change.v_a.double() @ key) @ change.v_b.double()

@@ -27,7 +27,8 @@ class GridMap:
         about: What it means, a sentence.
         rows: Names of the rows, lowest layer first.
         values: ``[rows][tokens]``; NaN: there is none.
-        signed: A share, coloured from −1 to 1, and not from 0 to the largest value.
+        signed: A share, coloured from −1 to 1, and not from 0 to ``top``.
+        top: Value from which on the colour is the same; default: the largest.
     """
 
     name: str
@@ -35,6 +36,7 @@ class GridMap:
     rows: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
     signed: bool = False
+    top: float | None = None
 
 
 def write_page(
@@ -47,6 +49,7 @@ def write_page(
     maps: Sequence[GridMap],
     details: Sequence[Sequence[str]] | None = None,
     footer: str = "",
+    links: Sequence[Sequence[Sequence[tuple[int, float]]]] | None = None,
 ) -> Path:
     """Write the page: paragraphs, a table, and a grid in which a cell is chosen by mouse or arrow keys.
 
@@ -57,11 +60,13 @@ def write_page(
         tokens: Columns of the grid.
         maps: What its colours can show.
         details: ``[rows][tokens]``: more text of a cell.
+        links: ``[rows][tokens]``: ``(token, share)``, tokens that are underlined when the cell is chosen.
     """
     data = {
         "tokens": list(tokens),
         "maps": [{**asdict(m), "values": [[_number(v) for v in row] for row in m.values]} for m in maps],
         "details": None if details is None else [list(row) for row in details],
+        "links": None if links is None else [[[[i, round(v, 3)] for i, v in cell] for cell in row] for row in links],
     }
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
@@ -109,7 +114,7 @@ def draw_maps(path: Path, title: str, tokens: Sequence[str], maps: Sequence[Grid
     every = -(-count // _LABELS)
     for axes, m in zip(panels, maps, strict=True):
         finite = [v for row in m.values for v in row if math.isfinite(v)]
-        low, high = (-1.0, 1.0) if m.signed else (0.0, max([*finite, 1e-12]))
+        low, high = (-1.0, 1.0) if m.signed else (0.0, max(m.top or max([*finite, 0.0]), 1e-12))
         image = axes.imshow(
             m.values, origin="lower", aspect="auto", interpolation="nearest", vmin=low, vmax=high,
             cmap="RdBu" if m.signed else "Blues",
@@ -127,9 +132,9 @@ def draw_maps(path: Path, title: str, tokens: Sequence[str], maps: Sequence[Grid
     return path
 
 
-def write_json(path: Path, report: dict[str, Any]) -> Path:
+def write_json(path: Path, report: dict[str, Any], indent: int | None = 2) -> Path:
     """Write a report whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(report, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path

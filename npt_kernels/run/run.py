@@ -385,7 +385,7 @@ class Run:
 
     def _objective(self, phase: Phase) -> Objective:
         variances: dict[int, Tensor] = {}
-        if phase.objective != "kl":
+        if phase.objective not in ("kl", "task"):
             text = self.blocks.calibration if len(self.blocks.calibration) else self.blocks.train
             rows = max(1, _VARIANCE_TOKENS // text.shape[1])
             variances = delta_variances(self.model, text[:rows].to(self.accelerator.device))

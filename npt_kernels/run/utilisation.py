@@ -40,7 +40,7 @@ def utilisation_of(
     Args:
         model: A converted model.
         length: Tokens of a sequence.
-        objective: ``local``, ``layer`` or ``kl``.
+        objective: ``local``, ``layer``, ``kl`` or ``task``.
         devices: GPUs that share the steps.
         gpu: Instead of this machine's.
     """
@@ -62,7 +62,7 @@ def utilisation_of(
         slots={target: first.npt_plan.shape.targets[target].slot for target in components[0].target_shapes},
         key=components[0].rule.key,
     )  # fmt: skip
-    flops = needed_flops(numbers, adapter, length, "local" if objective == "local" else "end_to_end")
+    flops = needed_flops(numbers, adapter, length, objective if objective in ("local", "task") else "end_to_end")
     if objective == "layer":  # no head, in either direction
         flops -= 3 * 2 * numbers.hidden_size * numbers.vocab_size
     return Utilisation(flops, gpu.tflops * 1e12 * devices)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ..configs.schema import ConfigError, RunConfig
+from ..masked_ids import plain_ids
 from .demo_text import demo_sources
 from .hub import check_hub_dataset, hub_sources
 from .packing import derived_seed, mixed_order, next_source, pack
+from .prompts import check_prompts, load_prompts
 from .readers import check_files
 from .sources import Source, TextEntry, find_files, local_sources, text_entries
 from .streaming import PackedStream, open_stream
@@ -35,7 +37,8 @@ class TokenBlocks:
     """Token ids, int64, on the CPU.
 
     Attributes:
-        train: ``[n, max_length]``, shuffled by ``training.seed``; with ``data.streaming`` a stream of ``[max_length]``.
+        train: ``[n, max_length]``, shuffled by ``training.seed``; with ``data.streaming`` a stream of ``[max_length]``; with
+            ``data.prompt_field`` prompts are masked (:mod:`npt_kernels.masked_ids`), here and in ``heldout``.
         calibration: ``[m, max_length]``, ``data.calibration_tokens`` in all, taken evenly from the training part, or from
             what comes before the stream.
         heldout: ``[k, max_length]``, ``evaluation.tokens`` predicted positions if there are that many.
@@ -64,6 +67,8 @@ def load_token_blocks(config: RunConfig, tokenizer: Any) -> TokenBlocks:
     """
     entries = text_entries(config)
     document_separator(config, tokenizer)
+    if config.data.prompt_field is not None:
+        return _prompt_blocks(config, tokenizer)
     if config.data.streaming:
         return _stream_blocks(config, entries, tokenizer)
     _check_unseen(config, entries)
@@ -92,6 +97,15 @@ def load_token_blocks(config: RunConfig, tokenizer: Any) -> TokenBlocks:
     )
     notes += _shortfalls(config, len(shuffled), calibration.numel(), len(heldout), heldout_wanted)
     return TokenBlocks(shuffled, calibration, heldout, notes)
+
+
+def _prompt_blocks(config: RunConfig, tokenizer: Any) -> TokenBlocks:
+    train, heldout, notes = load_prompts(config, tokenizer)
+    wanted = math.ceil(config.data.calibration_tokens / config.data.max_length)
+    calibration = plain_ids(train[_scattered(len(train), wanted)])
+    generator = torch.Generator().manual_seed(config.training.seed)
+    shuffled = train[torch.randperm(len(train), generator=generator)[: config.data.num_train_samples]]
+    return TokenBlocks(shuffled, calibration, heldout[: config.data.num_eval_samples], notes + _no_end(tokenizer))
 
 
 def _stream_blocks(config: RunConfig, entries: Sequence[TextEntry], tokenizer: Any) -> TokenBlocks:
@@ -366,6 +380,8 @@ def check_sources(config: RunConfig) -> None:
 
     Raises :class:`ConfigError`.
     """
+    if config.data.prompt_field is not None:
+        return check_prompts(config)
     entries = text_entries(config)
     if config.data.streaming and config.training.mode != "none":
         _check_steps(config)

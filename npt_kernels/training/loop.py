@@ -24,6 +24,7 @@ from .batching import StepBatch, step_batches, steps_per_epoch
 from .distributed import World
 from .objectives import KLObjective, LayerObjective, LocalObjective, Losses, Objective
 from .precision import autocast, unscale_gradients
+from .task import TaskObjective
 
 if TYPE_CHECKING:
     from ..text.streaming import PackedStream
@@ -113,11 +114,13 @@ def plan_phases(config: RunConfig, train: Tensor | PackedStream, world_size: int
 
 
 def make_objective(name: str, model: nn.Module, config: RunConfig, variances: dict[int, Tensor]) -> Objective:
-    """``local``, ``kl`` or ``layer`` with the weights of the configuration."""
+    """``local``, ``kl``, ``layer`` or ``task`` with the weights of the configuration."""
     t = config.training
     weights = {"equivalence_weight": t.equivalence_weight, "regularization_weight": t.regularization_weight}
     if name == "kl":
         return KLObjective(model, **weights)
+    if name == "task":
+        return TaskObjective(model, **weights)
     if name == "local":
         per_visit = config.optimization.micro_batches_per_layer
         return LocalObjective(model, kind=t.loss, variances=variances, micro_batches_per_layer=per_visit, **weights)
@@ -360,7 +363,7 @@ class PhaseLoop:
         """Losses of the global step: shares are of it, so the ranks' weighted sums add up to its mean."""
         names = ("loss", "equivalence", "penalty")
         # A rank without rows has no losses per layer, but must sum as many numbers as the others.
-        layers = [] if self.phase.objective == "kl" else list(self.objective.layers)
+        layers = [] if self.phase.objective in ("kl", "task") else list(self.objective.layers)
         values, report.layers = self.world.mean_losses({n: getattr(report, n) for n in names}, report.layers, layers)
         for name, value in values.items():
             setattr(report, name, value)

@@ -22,6 +22,8 @@ from ..model.visits import tapped_layers, walk_group, walk_layers
 from .losses import delta_variance, kl_divergence, layer_loss, vector_penalty
 
 __all__ = [
+    "Backward",
+    "EndToEnd",
     "KLObjective",
     "LayerObjective",
     "LocalObjective",
@@ -191,7 +193,7 @@ class _LocalRecord:
         )
 
 
-class _EndToEnd(Objective):
+class EndToEnd(Objective):
     """The converted model on its own stream, gradient through all converted layers."""
 
     def _student(
@@ -223,7 +225,7 @@ class _EndToEnd(Objective):
         return Losses(loss.detach(), equivalence.detach(), layers, 0.0 if penalty is None else penalty.detach())
 
 
-class KLObjective(_EndToEnd):
+class KLObjective(EndToEnd):
     """KL(original‖converted) of the next-token distributions, in nats, mean over all tokens.
 
     The original runs first without gradient; only its last hidden states are kept, and logits of both exist for a chunk of
@@ -244,7 +246,7 @@ class KLObjective(_EndToEnd):
         return self._finish(kl, penalties, share, backward, {})
 
 
-class LayerObjective(_EndToEnd):
+class LayerObjective(EndToEnd):
     """Output of every converted layer on the converted stream against the original's hidden state there; mean over layers.
 
     Args:

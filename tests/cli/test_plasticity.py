@@ -1,4 +1,4 @@
-"""``npt learn`` and ``npt transfer`` as users type them, on a tiny model."""
+"""``npt learn``, ``npt transfer`` and ``npt inspect`` as users type them, on a tiny model."""
 
 from __future__ import annotations
 
@@ -59,6 +59,21 @@ def test_transfer(model, tmp_path: Path) -> None:
     assert_unchanged(model, before)
 
 
+def test_inspect(model, tmp_path: Path) -> None:
+    before = snapshot(model)
+    text = tmp_path / "text.txt"
+    text.write_text("the capital [of] Zorvania is\nMarigold")
+    result = npt("inspect", "--file", str(text), "--layers", "1:", "--out", str(tmp_path / "i"))
+    assert result.exit_code == 0, result.output
+    assert "7 tokens" in result.output and "share: output" in result.output
+    rows = [line.split() for line in result.output.splitlines()]
+    assert [row[0] for row in rows if row and row[0] in {"1", "2", "3"}] == ["3", "2", "1"]
+    assert sorted(p.name for p in (tmp_path / "i").iterdir()) == ["inspect.html", "inspect.json", "inspect.png"]
+    report = json.loads(npt("inspect", "--text", "we say it is", "--json").stdout)
+    assert report["layers"] == [0, 1, 2, 3] and len(report["share"][0]) == 5
+    assert_unchanged(model, before)
+
+
 def test_learn_writes_an_edit_that_another_copy_takes(model, tmp_path: Path) -> None:
     moments = tmp_path / "moments.safetensors"
     from npt_kernels.plasticity import collect_second_moments
@@ -67,10 +82,15 @@ def test_learn_writes_an_edit_that_another_copy_takes(model, tmp_path: Path) -> 
     text = tmp_path / "text.txt"
     text.write_text("the capital of Zorvania is a city that we say it is " * 200)
     before = snapshot(model)
-    result = npt(*FACT, "Zorvania", "--layer", "1",
+    result = npt(*FACT, "Zorvania", "--layer", "1", "--lora",
                  "--moments", str(moments), "--text", str(text), "--out", str(tmp_path / "e"))  # fmt: skip
     assert result.exit_code in (0, 1), (result.output, result.exception)
-    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["edit.safetensors", "report.json", "report.png"]
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
+        "edit.safetensors",
+        "lora",
+        "report.json",
+        "report.png",
+    ]
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert set(report) >= {"before", "in_context", "after", "learned", "refusals"}
     for row in ("before", "in_context", "after"):
@@ -81,6 +101,9 @@ def test_learn_writes_an_edit_that_another_copy_takes(model, tmp_path: Path) -> 
     other = tiny_model("llama")
     apply_edit(other, Edit.load(tmp_path / "e"))
     assert torch.equal(other(ids).logits, edited)
+    peft = pytest.importorskip("peft")
+    lora = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "e" / "lora")).eval()
+    assert torch.allclose(lora(ids).logits, edited, atol=1e-5)
     undo_edit(model)
     assert not active_edits(model)
     assert_unchanged(model, before)
@@ -97,10 +120,15 @@ def test_learn_writes_an_edit_that_another_copy_takes(model, tmp_path: Path) -> 
         (("transfer", "--context", " ", "--prompt", "it is"), "the context is empty"),
         ((*FACT, "Kelmora"), "Kelmora"),
         ((*FACT, "Zorvania", "--layer", "7"), "layer=7 is out of range"),
+        ((*FACT, "Zorvania", "--method", "conditional", "--lora"), "no LoRA can"),
         ((*FACT, "Zorvania", "--method", "pray"), "--method 'pray' is not known"),
         (("learn", "--subject", "Zorvania"), "--fact"),
+        (("inspect",), "give either --text or --file"),
+        (("inspect", "--text", " "), "the text is empty"),
+        (("inspect", "--text", "a b", "--layers", "9:"), "selects no layer"),
+        (("inspect", "--file", "/nowhere.txt"), "--file /nowhere.txt cannot be read"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(model, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    out = () if arguments[0] == "transfer" else ("--out", str(tmp_path / "o"))
+    out = () if arguments[0] in ("transfer", "inspect") else ("--out", str(tmp_path / "o"))
     assert message in error_of(*arguments, *out)

@@ -28,7 +28,7 @@ H100, RTX4090 = GPUS["H100"], GPUS["RTX4090"]
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("mode", ["local", "end_to_end", "checkpointing"])
+@pytest.mark.parametrize("mode", ["local", "end_to_end", "checkpointing", "task"])
 def test_operations_are_those_that_run(family: str, keys: dict[str, Any], mode: str) -> None:
     """Matrix products of one real step; the attention's own are left out, one operator on a CPU."""
     recompute = mode == "checkpointing"
@@ -40,11 +40,12 @@ def test_operations_are_those_that_run(family: str, keys: dict[str, Any], mode: 
     model, adapter = sizes_of(numbers, config)
     real = build_model(numbers, torch.float32)
     apply_npt(real, config.npt_config())
-    with training_steps(real, config, "local" if phase == "local" else "kl") as step, GemmMeter() as meter:
+    kind = mode if mode in ("local", "task") else "kl"
+    with training_steps(real, config, kind) as step, GemmMeter() as meter:
         tokens = step()
     run = sum(2 * m * n * k for m, n, k in meter.products)
     # Without attention's scores: the same numbers with sequences of no length.
-    ours = needed_flops(model, adapter, 0, phase, recompute=recompute) * tokens
+    ours = needed_flops(model, adapter, 0, mode if mode == "task" else phase, recompute=recompute) * tokens
     assert ours == pytest.approx(run, rel=0.01)
 
 

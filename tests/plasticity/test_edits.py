@@ -121,14 +121,19 @@ def test_composition_warns_of_overlap_and_other_weights():
         apply_edit(tiny_model("llama", seed=9), edit)
 
 
-def test_peft_reads_the_export(tmp_path):
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_peft_reads_the_export(tmp_path, name):
     peft = pytest.importorskip("peft")
-    model, ids = tiny_model("llama"), token_ids()
-    edit = edit_of(model)
+    model, ids = tiny_model(name), token_ids()
+    plain, edit = model(ids).logits, edit_of(model)
     edit.export_lora(tmp_path, model)
-    lora = peft.PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)).eval()
+    lora = peft.PeftModel.from_pretrained(tiny_model(name), str(tmp_path)).eval()
     apply_edit(model, edit)
-    assert (lora(ids).logits - model(ids).logits).abs().max() < 1e-4
+    edited = model(ids).logits
+    assert (edited - plain).abs().max() > 1e-2
+    assert torch.allclose(lora(ids).logits, edited, atol=1e-5)
+    merged = lora.merge_and_unload()
+    assert torch.allclose(merged(ids).logits, edited, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import json
-import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -16,9 +12,9 @@ from npt_kernels.plasticity import capture, replay, transfer
 from npt_kernels.plasticity.token_maps import GridMap, draw_maps, write_page
 from npt_kernels.plasticity.transfer import write_transfer
 from tests.plasticity.test_edits import Words
+from tests.support.browser import CHROMIUM, used_in_chromium
 from tests.support.helpers import assert_unchanged, snapshot, tiny_model, token_ids
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 #: Of token ids whose greedy continuations with and without the context differ.
 SEED = {"llama": 4, "gpt2": 1}
 
@@ -202,31 +198,20 @@ def test_bad_calls_are_one_line():
 
 # ---- the page in a browser -------------------------------------------------------------------------------------------
 
-_PROBE = """
-<script>
-addEventListener("load", () => {
-  const grid = document.getElementById("grid"), detail = () => document.getElementById("detail").textContent;
-  const press = (key) => grid.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+_USE = """
   const colours = () => [...grid.querySelectorAll("td")].map((c) => c.style.background);
-  const seen = {width: document.documentElement.scrollWidth, viewport: innerWidth, cells: colours().length};
+  seen.cells = colours().length;
   press("ArrowRight"); seen.first = detail();
   press("ArrowUp"); press("End"); seen.end = detail();
-  grid.querySelectorAll("tbody tr")[0].querySelectorAll("td")[1].click(); seen.clicked = detail();
+  grid.querySelectorAll("tbody tr")[0].querySelectorAll("td")[5].click(); seen.clicked = detail();
+  seen.underlined = underlined();
   document.querySelectorAll("#text span")[0].click(); seen.token = detail();
   const before = colours();
   document.querySelectorAll("#maps input")[1].click();
   seen.recoloured = colours().some((c, i) => c !== before[i]); seen.second = detail();
   seen.chosen = grid.querySelectorAll("td.on").length;
   press("Escape"); seen.cleared = grid.querySelectorAll("td.on").length;
-  seen.errors = window.seenErrors;
-  const out = document.createElement("pre");
-  out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
-});
-</script>
 """
-_CATCHER = (
-    "<script>window.seenErrors = []; addEventListener('error', (e) => seenErrors.push(String(e.message)));</script>"
-)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page was not opened in a browser")
@@ -238,25 +223,18 @@ def test_the_page_by_mouse_and_keys(tmp_path, width):
     maps = [GridMap("share", "A share.", rows, tuple(tuple(-v for v in row) for row in values), signed=True),
             GridMap("size", "A size.", rows, ((float("nan"), *values[0][1:]), *values[1:]))]  # fmt: skip
     details = [[f"more of {i} {j}" for j in range(200)] for i in range(30)]
+    links = [[[(0, 0.7), (j // 2, -0.2)] if i == 29 else [] for j in range(200)] for i in range(30)]
     page = write_page(
-        tmp_path / "p.html", "A <title>", ["lead & text"], ["a", "b"], [["x", "1"]], tokens, maps, details
+        tmp_path / "p.html", "A <title>", ["lead & text"], ["a", "b"], [["x", "1"]], tokens, maps, details, links=links
     )
     assert draw_maps(tmp_path / "p.png", "A $title", tokens, maps).stat().st_size > 10_000
-    text = page.read_text().replace("<head>", "<head>" + _CATCHER, 1).replace("</body>", _PROBE + "</body>", 1)
-    page.write_text(text)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
-             f"--window-size={width},2000", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]  # fmt: skip
-    done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=120)
-    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, flags=re.DOTALL)
-    assert found, done.stderr[-2000:]
-    seen = json.loads(html.unescape(found.group(1)))
-    assert seen["errors"] == []
+    seen = used_in_chromium(page, _USE, width)
     assert seen["cells"] == 6000 and seen["width"] <= seen["viewport"]
     assert seen["first"].startswith('token 1 of 200 "tok0", layer 0') and "more of 0 0" in seen["first"]
     assert "size: –" in seen["first"]
     assert seen["end"].startswith('token 200 of 200 "</script>⏎", layer 1') and "more of 1 199" in seen["end"]
-    assert seen["clicked"].startswith('token 2 of 200 "tok1", layer 29')
+    assert seen["clicked"].startswith('token 6 of 200 "tok5", layer 29')
+    assert seen["underlined"] == [0, 2]
     assert seen["token"].startswith('token 1 of 200 "tok0", layer 29')
     assert seen["recoloured"] and "size: 0.9667" in seen["second"] and "share: -0.9667" in seen["second"]
     assert seen["chosen"] == 1 and seen["cleared"] == 0
