@@ -94,7 +94,7 @@ class Sizes:
     def adapter(self, config: RunConfig) -> Adapter:
         """The NP components of ``config``. Raises :class:`ConfigError` for settings that do not fit the model."""
         m = config.model
-        key = (str(m.npt_layers), str(m.rank), m.rule, m.num_ranks, tuple(m.targets), m.norm_match)
+        key = (str(m.npt_layers), str(m.rank), m.rule, m.num_ranks, tuple(m.targets), m.norm_match, m.fold)
         if key not in self._adapters:
             try:
                 self._adapters[key] = count_adapter(self.meta, config.npt_config())

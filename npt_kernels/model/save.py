@@ -122,7 +122,7 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
     converted = bool(converted_layers(model))
     choices, skipped, total = plan_layers(model, replace(config, layers=layers))
     check_base(base, model, [(choice.layer, choice.plan) for choice in choices], path)
-    check_forwards(model, choices)
+    choices = check_forwards(model, choices)
     if len(choices) != len(ranks):
         raise ValueError(f"{path} has {len(ranks)} ranks for {len(choices)} layers {layers}; one per layer is needed")
     components = [make_component(choice, config, rank) for choice, rank in zip(choices, ranks, strict=True)]
@@ -193,7 +193,8 @@ def _read_directory(path: Path) -> tuple[NPTConfig, list[int], list[int], dict[s
 def _contents(header: dict[str, Any]) -> tuple[NPTConfig, list[int], list[int]]:
     """Configuration, layers, ranks."""
     return (
-        NPTConfig.from_dict(header["config"]),
+        # Of before there was a fold: their norms are matched to h + a.
+        NPTConfig.from_dict({"fold": False, **header["config"]}),
         [int(i) for i in header["layers"]],
         [int(r) for r in header["ranks"]],
     )
