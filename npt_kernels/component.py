@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,22 @@ from .rules import Rule, get_rule
 
 __all__ = ["AdapterTensors", "NPComponent", "as_adapter_tensors"]
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class AdapterTensors:
     """The tensors of one NP component, as the ops take them. Targets are ``gate``/``up``/``down`` or ``c_fc``/``c_proj``.
 
     Attributes:
-        w_down: ``[d, R]``, the bottleneck shared by the targets: ``z = a @ w_down``.
+        w_down: ``[d, R]``, the bottleneck shared by the targets: ``z = a @ w_down``. ``None``: what the op is given as ``a`` is
+            ``z [..., R]`` itself.
         w_a_up: Target → ``[R, in]`` (``rank1``, ``diagonal``) or ``[in]`` (``anchored``); empty for ``self_key``.
         w_b_up: Target → ``[R, out]``. A target without an entry has no delta.
         rule, num_ranks, scale: As in :func:`npt_kernels.npt_factored_linear`.
     """
 
-    w_down: Tensor
+    w_down: Tensor | None
     w_a_up: Mapping[str, Tensor] = field(default_factory=dict)
     w_b_up: Mapping[str, Tensor] = field(default_factory=dict)
     rule: str = "rank1"
@@ -110,6 +113,7 @@ class NPComponent(nn.Module):
         self.rule_name, self.rank, self.num_ranks, self.scale = rule, rank, num_ranks, float(scale)
         self.hidden_size, self.target_shapes = hidden_size, dict(targets)
         self._kept: tuple[Any, AdapterTensors, Any] | None = None
+        self._derived: tuple[Any, ...] | None = None
         #: Tells this component from others, copies of it included.
         self.switch = next(_switches)
         self._enabled = True
@@ -182,17 +186,52 @@ class NPComponent(nn.Module):
             kept = self._kept = (state, self._tensors(dtype, keep=cast), parameters)
         return kept[1]
 
+    def derived(self, key: Any, watched: Sequence[Tensor | None], make: Callable[[Tensor], _T]) -> _T:
+        """``make(w_down)``, kept as :meth:`tensors` keeps casts, until ``key``, ``w_down`` or a ``watched`` tensor changes.
+
+        Others write to ``watched`` through ``.data`` (PEFT merges so), which no version counts: a sample of their values is
+        compared too. That takes a wait on a GPU, where nothing is kept.
+        """
+        parameter, tensors = self.w_down, [t for t in watched if t is not None]
+        if not self.keeps_derived():
+            if torch.is_grad_enabled():
+                self._derived = None
+            return make(parameter)
+        try:
+            state = (key, torch.is_inference_mode_enabled(), id(parameter), parameter._version, parameter.data_ptr(),
+                     *((id(t), t._version) for t in tensors))  # fmt: skip
+        except RuntimeError:  # inference tensors have no version
+            return make(parameter)
+        kept = self.__dict__.get("_derived")
+        if kept is None or kept[0] != state or not all(map(torch.equal, map(_sample, tensors), kept[3])):
+            samples = [_sample(t).clone() for t in tensors]
+            kept = self._derived = (state, make(parameter), (parameter, *tensors), samples)
+        return kept[1]  # type: ignore[no-any-return]
+
+    def keeps_derived(self) -> bool:
+        """Whether :meth:`derived` keeps anything in this call."""
+        return not (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or self.w_down.device.type != "cpu"
+            or torch._C._len_torch_dispatch_stack() > 0
+            or (torch.distributed.is_available() and torch.distributed.is_initialized())
+        )
+
+    def _forget(self) -> None:
+        self._kept = self._derived = None
+
     def train(self, mode: bool = True) -> NPComponent:
-        self._kept = None
+        self._forget()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # Moved away to free a device's memory: no casts stay behind.
-        self._kept = None
+        self._forget()
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}
+        return self.__dict__ | {"_kept": None, "_derived": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -220,7 +259,7 @@ class NPComponent(nn.Module):
         self._check_target(target)
         adapter = self.tensors(u.dtype)
         key, value = adapter.w_a_up.get(target), adapter.w_b_up[target]
-        return self.rule.vectors(a @ adapter.w_down, u, key, value, self.num_ranks, self.scale)
+        return self.rule.vectors(self(a.to(u.dtype)), u, key, value, self.num_ranks, self.scale)
 
     def vector_norms(self, z: Tensor, u: Tensor, target: str) -> tuple[Tensor, Tensor]:
         """``(|v_a|², |v_b|²)`` per token, each ``[T]``, for ``z [T, R]`` and ``u [T, in]``; no ``[T, in]`` tensor is made."""
@@ -236,6 +275,12 @@ class NPComponent(nn.Module):
     def extra_repr(self) -> str:
         targets = ", ".join(f"{t} {i}->{o}" for t, (i, o) in self.target_shapes.items())
         return f"rule={self.rule_name}, rank={self.rank}, num_ranks={self.num_ranks}, targets: {targets}"
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Some 250 of its values."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 251)]
 
 
 def _from_mapping(mapping: Mapping[str, Any]) -> AdapterTensors:

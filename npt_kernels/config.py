@@ -36,6 +36,10 @@ class NPTConfig:
         refit: Closed form: fit each layer on the converted model's own stream, so that it also mends the drift of the layers
             below.
         norm_match: Divide by the norm of h + a instead of that of h. ``None``: on for ``self_key``, off for other rules.
+        fold: Do without the attention's output projection: what reads its result a reads the bottleneck instead, whose encoder
+            the projection is folded into, and the norm match divides by the norm of h + m, m the change of the down projection's
+            output. Exact at full rank too. ``None``: wherever that can be: rules without a norm match, and ``self_key`` with
+            ``down`` among the targets.
         modulation_scale: Scale of the ``diagonal`` rule.
         attention_residual: Keep the layer as it is, residual included, and let ΔW be an extra change of it: for training a task.
             Starts at ΔW = 0, which is the original; there is nothing to match and no closed form.
@@ -54,6 +58,7 @@ class NPTConfig:
     basis: str = "fisher"
     refit: bool = True
     norm_match: bool | None = None
+    fold: bool | None = None
     modulation_scale: float = 1.0
     attention_residual: bool = False
     seed: int = 0
@@ -96,6 +101,13 @@ class NPTConfig:
             raise ValueError(f"refit={self.refit!r} must be True or False")
         if not isinstance(self.norm_match, bool | None):
             raise ValueError(f"norm_match={self.norm_match!r} must be True, False or None (on for self_key)")
+        if not isinstance(self.fold, bool | None):
+            raise ValueError(f"fold={self.fold!r} must be True, False or None (wherever it can be)")
+        if self.fold and self.matches_norm and RULES[self.rule].key != "none":
+            raise ValueError(
+                f"fold=True cannot match the norm under rule={self.rule!r}, whose change of the down projection's output is not "
+                "known before that; use norm_match=False or fold=False"
+            )
         if isinstance(self.modulation_scale, bool) or not isinstance(self.modulation_scale, int | float):
             raise ValueError(f"modulation_scale={self.modulation_scale!r} must be a number")
         if not abs(self.modulation_scale) <= sys.float_info.max:
@@ -115,6 +127,10 @@ class NPTConfig:
         if self.norm_match:
             raise ValueError(
                 "attention_residual=True keeps the norm of h + a, so there is nothing to match; leave norm_match out"
+            )
+        if self.fold:
+            raise ValueError(
+                "attention_residual=True adds the attention's own output, so fold=True cannot leave it out"
             )
         if self.init == "closed_form" or parse_rank(self.rank)[0] == "auto":
             key = f"rank={self.rank!r}" if self.init != "closed_form" else "init='closed_form'"

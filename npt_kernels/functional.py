@@ -158,6 +158,7 @@ def npt_gated_mlp(
     *,
     act: str = "silu",
     key_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -169,7 +170,7 @@ def npt_gated_mlp(
 
     Args:
         x: ``[..., d]``: the normed MLP input (with α folded in when norm matched).
-        a: ``[..., d_a]``: the attention output.
+        a: ``[..., d_a]``: the attention output; ``z [..., R]`` where the adapter has ``w_down=None``.
         gate_proj, up_proj: ``[f, d]``.
         down_proj: ``[d, f]``.
         adapter: An :class:`~npt_kernels.NPComponent`, or its tensors: :class:`~npt_kernels.component.AdapterTensors` or a mapping
@@ -177,6 +178,8 @@ def npt_gated_mlp(
             flat as in ``state_dict()``: ``w_b_up.gate``) and optionally ``rule``, ``num_ranks``, ``scale``.
         act: Name of the activation, as in transformers (``silu``, ``gelu``, ``gelu_new``, ``relu``, ...).
         key_scale: ``[...]``: 1/ρ_T per token, multiplies ``z`` for gate and up (norm matching); ``None`` is 1.
+        row_scale: ``[...]`` of ones, for their gradient: that of a factor on ``x`` and ``key_scale`` both. It takes no product,
+            where gradients of ``x`` take two; rules without a key only.
         gate_bias, up_bias, down_bias: ``[f]``, ``[f]``, ``[d]`` or ``None``.
         backend: Backend by name; ``None`` (or ``NPT_BACKEND``) chooses.
 
@@ -190,7 +193,7 @@ def npt_gated_mlp(
     """
     return _mlp(
         "npt_gated_mlp", ("gate_proj", "up_proj", "down_proj"), ("gate", "up", "down"), x, a, gate_proj, up_proj, down_proj,
-        gate_bias, up_bias, down_bias, adapter, act, key_scale, backend,
+        gate_bias, up_bias, down_bias, adapter, act, key_scale, row_scale, backend,
     )  # fmt: skip
 
 
@@ -203,6 +206,7 @@ def npt_mlp(
     *,
     act: str = "gelu_new",
     key_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
     c_fc_bias: Tensor | None = None,
     c_proj_bias: Tensor | None = None,
     backend: str | None = None,
@@ -215,7 +219,7 @@ def npt_mlp(
         x: ``[..., d]``. a: ``[..., d_a]``.
         c_fc: ``[f, d]``; pass ``conv1d.weight.t()`` for GPT-2's ``Conv1D``, which stores ``[in, out]`` (a view, no copy).
         c_proj: ``[d, f]``.
-        adapter, act, key_scale, backend: As in :func:`npt_gated_mlp`; the adapter's targets are ``c_fc`` and ``c_proj``.
+        adapter, act, key_scale, row_scale, backend: As in :func:`npt_gated_mlp`; the adapter's targets are ``c_fc``, ``c_proj``.
         c_fc_bias, c_proj_bias: ``[f]``, ``[d]`` or ``None``.
 
     Returns:
@@ -226,7 +230,7 @@ def npt_mlp(
     """
     return _mlp(
         "npt_mlp", ("", "c_fc", "c_proj"), ("", "c_fc", "c_proj"), x, a, None, c_fc, c_proj,
-        None, c_fc_bias, c_proj_bias, adapter, act, key_scale, backend,
+        None, c_fc_bias, c_proj_bias, adapter, act, key_scale, row_scale, backend,
     )  # fmt: skip
 
 
@@ -245,6 +249,7 @@ def _mlp(
     adapter: NPComponent | AdapterTensors | Mapping[str, Any],
     act: str,
     key_scale: Tensor | None,
+    row_scale: Tensor | None,
     backend: str | None,
 ) -> Tensor:
     """Both MLPs; the three slots are (gate, up, down), the first absent for a plain MLP."""
@@ -261,6 +266,7 @@ def _mlp(
     values = [adapter.w_b_up.get(t) for t in targets]
     w_down = adapter.w_down
     if autocast_dtype(x) is not None:
+        row_scale = None if row_scale is None else row_scale.to(autocast_dtype(x))
         cast: list[Any] = _cast(
             x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down, *keys, *values
         )
@@ -294,6 +300,15 @@ def _mlp(
         if differ(key_scale.shape, leading):
             raise ValueError(f"{op}: key_scale has shape {list(key_scale.shape)}, expected [...] = {list(leading)}")
         key_scale = key_scale.reshape(-1)
+    if row_scale is not None:
+        if get_rule(adapter.rule).key != "none":
+            raise ValueError(
+                f"{op}: row_scale has no gradient under rule={adapter.rule!r}, whose change is not linear in x"
+            )
+        check_tensors(op, (("row_scale", row_scale),), x)
+        if differ(row_scale.shape, leading):
+            raise ValueError(f"{op}: row_scale has shape {list(row_scale.shape)}, expected [...] = {list(leading)}")
+        row_scale = row_scale.reshape(-1)
     chosen = resolve_backend("mlp", backend, x.device, x.dtype, act=act, rule=adapter.rule)
     gate, up, down = map(
         Projection,
@@ -302,7 +317,7 @@ def _mlp(
         keys,
         values,
     )
-    operands = Operands(flat, a_flat, key_scale, w_down, gate, up, down)
+    operands = Operands(flat, a_flat, key_scale, w_down, gate, up, down, row_scale)
     spec = Spec(act, adapter.rule, adapter.num_ranks, adapter.scale)
     out = mlp(operands, spec, torch.is_grad_enabled(), chosen)
     return out if len(leading) == 1 else out.reshape(*leading, d_out)
@@ -342,9 +357,9 @@ def _check_mlp(
         check_shape(op, bias_names[2], down_bias, (d_out,), "[d_out]")
     rule = get_rule(adapter.rule)
     flatten_tokens(op, "a", a, x.shape[:-1], 1, "[..., d_a]")
-    if w_down.dim() != 2 or w_down.shape[0] != a.shape[-1]:
+    if w_down is not None and (w_down.dim() != 2 or w_down.shape[0] != a.shape[-1]):
         raise ValueError(f"{op}: w_down has shape {list(w_down.shape)}, expected [d_a, R] = [{a.shape[-1]}, R]")
-    total_rank = w_down.shape[1]
+    total_rank = a.shape[-1] if w_down is None else w_down.shape[1]
     _check_num_ranks(op, adapter.num_ranks, total_rank)
     for target, key, value, width, height in zip(targets, keys, values, (d, d, f), (f, f, d_out), strict=True):
         if value is not None:

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ops": ("kernels", "rules", "activations"),
     "functional": ("ops", "component", "rules", "activations", "argument_checks"),
     "quantised": ("ops", "progress"),
-    "model": ("quantised", "_version", *_LAYER),
+    "model": ("kernels", "quantised", "_version", *_LAYER),
     "conversion": ("model", "quantised", *_LAYER),
     "evaluation": ("masked_ids", "model", *_LAYER),
     "configs": ("config", "rules", "quantised", "messages"),

@@ -92,6 +92,9 @@ class ModelSection(_Section):
     basis: str = Field("fisher", description="Directions the closed form keeps: fisher or pca.")
     refit: bool = Field(True, description="Closed form: fit each layer on the converted stream, mending earlier drift.")
     norm_match: bool | None = Field(None, description="Divide by the norm of h + a; default: on for self_key.")
+    fold: bool | None = Field(
+        None, description="Leave out the attention's output projection; default: where the rule allows it."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the frozen base; auto: float32 on a CPU, bfloat16 on a GPU."
     )
@@ -373,6 +376,7 @@ class RunConfig(_Section):
             basis=m.basis,
             refit=m.refit,
             norm_match=m.norm_match,
+            fold=m.fold,
             modulation_scale=m.modulation_scale,
             attention_residual=m.attention_residual,
             seed=self.training.seed,

@@ -62,7 +62,7 @@ def apply_npt(
             "norm_match=False has no closed form, which divides by the norm of h + a; leave norm_match as it is, or use "
             "init='small' and train"
         )
-    check_forwards(model, choices)
+    choices = check_forwards(model, choices)
     notes: dict[str, Any] = {}
     if calibration is not None and not closed_form:
         notes = {"unused": f"the calibration was not used: a closed form needs rule='self_key' and init='auto' or 'closed_form' "

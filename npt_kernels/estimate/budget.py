@@ -102,6 +102,7 @@ class Sizes:
             tuple(m.targets),
             m.norm_match,
             m.attention_residual,
+            m.fold,
         )
         if key not in self._adapters:
             try:

@@ -143,7 +143,8 @@ def _contents(header: dict[str, Any], path: Path) -> tuple[NPTConfig, list[int],
     """Configuration, layers, ranks."""
     try:
         layers, ranks = (_whole_numbers(header, key, least) for key, least in (("layers", 0), ("ranks", 1)))
-        config = NPTConfig.from_dict(header["config"])
+        # Of before there was a fold: their norms are matched to h + a.
+        config = NPTConfig.from_dict({"fold": False, **header["config"]})
     except KeyError as error:
         raise ValueError(f"{path} is not a valid NPT configuration: {error} is missing") from error
     except (TypeError, ValueError, OverflowError) as error:

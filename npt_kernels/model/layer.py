@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..component import NPComponent
-from .mlp import Change, LayerPlan, NPTMlp, changed_mlp, mlp_input
+from .fold import (
+    NPTOutputProjection,
+    bottleneck_of_heads,
+    heads_output,
+    output_projection,
+    skippable_projection,
+)
+from .mlp import LayerPlan, NPTMlp, changed_mlp, make_change
 from .shapes.base import LayerShape
 from .swap import Swapped, own_forward, restore_class, swap_class
 
@@ -17,7 +24,6 @@ __all__ = [
     "NPTLayer",
     "convert_layer",
     "is_converted",
-    "mlp_input",
     "restore_layer",
     "student_output",
     "teacher_output",
@@ -29,8 +35,17 @@ def teacher_output(layer: nn.Module, shape: LayerShape, h: Tensor, a: Tensor) ->
     return shape.original(layer, h, a)
 
 
-def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor, a: Tensor) -> Tensor:
-    """What the converted layer returns: ``h + MLP_Δ(u; a)``, with the attention residual where the plan keeps it: ``h + a + …``.
+def student_output(
+    layer: nn.Module,
+    plan: LayerPlan,
+    component: NPComponent,
+    h: Tensor,
+    a: Tensor | None = None,
+    z: Tensor | None = None,
+) -> Tensor:
+    """What the converted layer returns: ``h + MLP_Δ(u; a)``, from ``a`` or from the bottleneck ``z = a @ w_down``.
+
+    With the attention residual where the plan keeps it: ``h + a + …``; it needs ``a``.
 
     ``layer`` may not be converted yet.
     """
@@ -43,8 +58,7 @@ def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h:
                 f"the weights of layer {plan.index} are offloaded, and accelerate brings back only those of modules that are "
                 f"called; dispatch the model with preload_module_classes=['{type(layer).__name__}']"
             )
-    u, key_scale = mlp_input(layer, plan, h, a)
-    change = Change(layer, plan, component, a, key_scale)
+    u, change = make_change(layer, plan, component, h, a, z)
     if not is_converted(layer):
         out = changed_mlp(change, u)
     elif not isinstance(mlp, NPTMlp):
@@ -59,7 +73,10 @@ def student_output(layer: nn.Module, plan: LayerPlan, component: NPComponent, h:
         )
     else:
         out = mlp(u, npt=change)
-    return plan.shape.output(layer, h + a if plan.attention_residual else h, out.to(h.dtype))
+    if plan.attention_residual:
+        assert a is not None
+        h = h + a
+    return plan.shape.output(layer, h, out.to(h.dtype))
 
 
 class NPTLayer(Swapped):
@@ -68,15 +85,32 @@ class NPTLayer(Swapped):
     npt_plan: LayerPlan
     np_component: NPComponent
 
-    def forward(self, hidden_states: Tensor, *args: Any, npt_enabled: bool | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        npt_enabled: bool | None = None,
+        npt_folded: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if not (self.np_component.enabled if npt_enabled is None else npt_enabled):
             return self.npt_original_class.forward(self, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
-        return self.npt_student(hidden_states, self.npt_attention(hidden_states, *args, **kwargs))
+        projection = output_projection(self, self.npt_plan) if npt_folded else None  # type: ignore[arg-type]
+        if npt_folded is None:
+            projection = skippable_projection(self, self.npt_plan, self.np_component, hidden_states)  # type: ignore[arg-type]
+        if projection is None:
+            return self.npt_student(hidden_states, self.npt_attention(hidden_states, *args, **kwargs))
+        o = heads_output(self, self.npt_plan, projection, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+        z = bottleneck_of_heads(self.np_component, projection, o)
+        return student_output(self, self.npt_plan, self.np_component, hidden_states, z=z)  # type: ignore[arg-type]
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "gradient_checkpointing", False) and self.training:  # type: ignore[attr-defined]
-            # The recomputation must do what the forward did, and npt_disabled may have ended, or begun, by then.
+            # The recomputation must do what the forward did, and npt_disabled may have ended, or begun, by then; hooks likewise.
             kwargs["npt_enabled"] = self.np_component.enabled
+            kwargs["npt_folded"] = (
+                skippable_projection(self, self.npt_plan, self.np_component, hidden_states) is not None  # type: ignore[arg-type]
+            )
             # Reentrant checkpointing gives no gradient to a block none of whose *inputs* needs one, and says so only in a
             # warning: below a frozen embedding the adapters of the first layer would silently stay untrained.
             if (
@@ -99,7 +133,8 @@ class NPTLayer(Swapped):
 
     def npt_mlp_input(self, hidden_states: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(u [..., d], key_scale [...] or None)``: the normed MLP input and 1/ρ_T."""
-        return mlp_input(self, self.npt_plan, hidden_states, a)  # type: ignore[arg-type]
+        u, change = make_change(self, self.npt_plan, self.np_component, hidden_states, a)  # type: ignore[arg-type]
+        return u, change.key_scale
 
     def npt_student(self, hidden_states: Tensor, a: Tensor) -> Tensor:
         """What the converted layer returns: ``h + MLP_Δ(u; a)``."""
@@ -116,6 +151,8 @@ def convert_layer(layer: nn.Module, plan: LayerPlan, component: NPComponent) -> 
     layer.npt_plan = plan  # type: ignore[assignment]
     swap_class(layer, NPTLayer)
     swap_class(plan.shape.mlp(layer), NPTMlp)
+    if plan.projection is not None:
+        swap_class(getattr(plan.shape.attention_module(layer), plan.projection), NPTOutputProjection)
 
 
 def restore_layer(layer: nn.Module) -> None:
@@ -124,5 +161,8 @@ def restore_layer(layer: nn.Module) -> None:
     mlp = plan.shape.mlp(layer)
     if isinstance(mlp, NPTMlp):
         restore_class(mlp)  # type: ignore[arg-type]
+    for module in plan.shape.attention_module(layer).modules():
+        if isinstance(module, NPTOutputProjection):
+            restore_class(module)
     restore_class(layer)
     del layer.np_component, layer.npt_plan

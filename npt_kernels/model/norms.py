@@ -11,7 +11,7 @@ so the returned input is ``u = γ ⊙ h/ρ_T`` (that is α·norm(h), α = ρ(h)/
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..argument_checks import differ
 from ..ops.matched_norm import matched_norm as matched_norm_op
 from ..ops.registry import resolve_backend
 
-__all__ = ["NormKind", "identify_norm", "matched_norm", "norm_eps", "norm_weight"]
+__all__ = ["NormKind", "identify_norm", "matched_norm", "matched_scale", "norm_eps", "norm_weight"]
 
 #: ``rms1`` and ``layer1`` multiply with ``1 + weight`` (Gemma, Nemotron); ``none`` is no norm.
 NormKind = Literal["rms", "layer", "rms1", "layer1", "none"]
@@ -66,6 +66,31 @@ def matched_norm(
     flat_h, flat_a = h.reshape(-1, width), a.reshape(-1, width)
     u, key_scale = matched_norm_op(flat_h, flat_a, weight, bias, kind.removesuffix("1"), norm_eps(norm), chosen)
     return u.reshape(h.shape), key_scale.reshape(h.shape[:-1])
+
+
+def matched_scale(kind: NormKind, h: Tensor, a: Tensor, scale: Tensor) -> Tensor:
+    """Ones ``[...]`` whose gradient with respect to ``a`` is that of ``log 1/ρ_T``, for ``scale [...] = 1/ρ_T`` of ``h + a``."""
+    return _MatchedScale.apply(kind, h, a, scale)  # type: ignore[no-any-return]
+
+
+class _MatchedScale(torch.autograd.Function):
+    """``∂ log s / ∂a = −s² τ / d`` with ``τ = h + a``, of a LayerNorm minus its mean."""
+
+    @staticmethod
+    def forward(ctx: Any, kind: str, h: Tensor, a: Tensor, scale: Tensor) -> Tensor:
+        ctx.kind = kind
+        ctx.save_for_backward(h, a, scale)
+        return torch.ones_like(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, None]:
+        h, a, scale = ctx.saved_tensors
+        wide = torch.promote_types(h.dtype, torch.float32)
+        total = (h + a).to(wide)
+        if ctx.kind.startswith("layer"):
+            total = total - total.mean(-1, keepdim=True)
+        factor = grads[0].to(wide) * scale.to(wide).square() / -total.shape[-1]
+        return None, None, total.mul_(factor.unsqueeze(-1)).to(a.dtype), None
 
 
 def identify_norm(norm: nn.Module, width: int) -> NormKind | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from ..component import NPComponent
 from ..quantised.foreign import made_by_library
+from .fold import NPTOutputProjection, heads_output
 from .forward import decoder_of, evaluating
-from .layer import is_converted, teacher_output
-from .mlp import Change, changed_mlp, mlp_input
+from .layer import LayerPlan, is_converted, teacher_output
+from .mlp import Change, changed_mlp, mlp_input, plain_forward
 from .select import LayerChoice, find_layers
+from .swap import restore_class, swap_class
 from .visits import LayerCall, record_calls, tapped_outputs
 from .weight_location import compute_device, resident
 
@@ -32,28 +35,77 @@ _SMALL = 2**20
 
 
 @torch.no_grad()
-def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> None:
+def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> list[LayerChoice]:
     """Raise ``ValueError`` for the first layer whose own forward is not what its shape describes. The model is left as it was.
+
+    Returns the choices with what was found out of their output projections: one that is not the last thing that the attention
+    computes, or was not tried, is not left out.
 
     Layers of one class with equal settings are tried once. Not tried: models whose layers get no token ids (a decoder that is
     called with embeddings alone), and layers that are converted already. Vectors are perturbed for the time of the probe, so that
     a fresh weight of 1 or bias of 0 hides nothing; so is the mode (evaluation; training with equal random numbers, where there is
     dropout). Random numbers outside go on as if nothing had been drawn.
     """
-    tried: set[Any] = set()
-    todo = [c for c in choices if not is_converted(c.layer) and not (_kind(c) in tried or tried.add(_kind(c)))]  # type: ignore[func-returns-value]
-    if not todo:
-        return
-    device = compute_device(choices[0].layer)
-    with _random_numbers_restored(device), evaluating(model):
-        calls = _calls(model)
-        if calls is None:
-            return
-        for choice in todo:
+    first_of: dict[Any, LayerChoice] = {}
+    for choice in choices:
+        if not is_converted(choice.layer):
+            first_of.setdefault(_kind(choice), choice)
+    # Kind → (the projection that can be left out, whether in training too).
+    folds: dict[Any, tuple[str | None, bool]] = {}
+    with _random_numbers_restored(compute_device(choices[0].layer)), evaluating(model):
+        calls = (_calls(model) if first_of else None) or {}
+        for kind, choice in first_of.items() if calls else ():
             h, call = calls[choice.plan.index]
             reason = _mismatch(choice, h, call)
             if reason is not None:
                 raise ValueError(f"layer {choice.plan.index} cannot be converted: {reason}")
+            folds[kind] = _folding(choice, h, call)
+    return [_with_folding(choice, folds) for choice in choices]
+
+
+def _with_folding(choice: LayerChoice, folds: dict[Any, tuple[str | None, bool]]) -> LayerChoice:
+    plan = choice.plan
+    if is_converted(choice.layer):
+        known: LayerPlan = choice.layer.npt_plan  # type: ignore[assignment]
+        found = (known.projection, known.folds_in_training)
+    else:
+        found = folds.get(_kind(choice), (None, False))
+    projection, in_training = found if plan.fold else (None, False)
+    return replace(choice, plan=replace(plan, projection=projection, folds_in_training=in_training))
+
+
+def _folding(choice: LayerChoice, h: Tensor, call: LayerCall) -> tuple[str | None, bool]:
+    """The output projection, if the attention's output is its result and nothing else, and whether it is so in training."""
+    layer, plan = choice.layer, choice.plan
+    projection = None if plan.projection is None else getattr(plan.shape.attention_module(layer), plan.projection)
+    if projection is None or made_by_library(projection) or not plain_forward(projection):
+        return None, False
+    h = h.to(compute_device(layer))
+
+    def last(training: bool) -> bool:
+        layer.train(training)
+        torch.manual_seed(1)
+        a = plan.shape.attention(layer, h, *call.args, **dict(call.kwargs))
+        torch.manual_seed(1)
+        try:
+            o = heads_output(layer, plan, projection, h, *call.args, **dict(call.kwargs))
+            again = projection(o)
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+        ):  # heads of another width than the code behind expects
+            return False
+        return a.shape == again.shape and bool(torch.allclose(a, again, rtol=0, atol=16 * torch.finfo(a.dtype).eps))
+
+    with resident(layer), _perturbed(layer):
+        swap_class(projection, NPTOutputProjection)
+        try:
+            return (plan.projection, last(True)) if last(False) else (None, False)
+        finally:
+            restore_class(projection)
+            layer.train(False)
 
 
 def _kind(choice: LayerChoice) -> tuple[Any, ...]:

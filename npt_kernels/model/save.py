@@ -126,7 +126,7 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
     except ValueError as error:
         raise ValueError(shortened(f"{path} does not fit this model: {error}")) from error
     check_base(found.base, model, [(choice.layer, choice.plan) for choice in choices], path)
-    check_forwards(model, choices)
+    choices = check_forwards(model, choices)
     _check_sizes(path, choices, found)
     components = [make_component(choice, config, rank) for choice, rank in zip(choices, found.ranks, strict=True)]
     _fill(path, choices, components, found.tensors)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..activations import identify_activation
 from ..config import NPTConfig, parse_rank, resolve_layers
+from ..rules import get_rule
 from .layer import LayerPlan, is_converted
 from .linears import linear_bias, linear_shape, linear_weight
 from .mlp import has_hooks, plain_forward
@@ -129,9 +130,18 @@ def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig, 
             return f"its norm {type(shape.norm(layer)).__name__} is neither RMSNorm nor LayerNorm; set norm_match=False"
         norm_kind = "rms"
     # A parallel layer's MLP reads no a, and without a norm there is nothing to match: both are exact as they are.
+    norm_match = config.matches_norm and not shape.parallel and norm_kind != "none"
+    known_before = get_rule(config.rule).key == "none" and any(shape.targets[t].slot == "down" for t in targets)
+    if config.fold and norm_match and not known_before:
+        raise ValueError(
+            f"fold=True matches the norm to the change of the down projection's output, and targets={list(config.targets)} "
+            "leave that one alone; add it, or use fold=False"
+        )
+    # The attention residual needs a itself.
+    fold = config.fold is not False and not config.attention_residual and (known_before or not norm_match)
     plan = LayerPlan(
-        index, shape, act, norm_kind, config.matches_norm and not shape.parallel and norm_kind != "none",
-        config.attention_residual,
+        index, shape, act, norm_kind, norm_match, config.attention_residual, fold,
+        shape.output_projection(layer, hidden_size) if fold else None,
     )  # fmt: skip
     return LayerChoice(layer, plan, targets, hidden_size)
 

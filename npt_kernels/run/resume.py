@@ -85,7 +85,8 @@ def _checkpoint_folders(path: Path) -> list[Path]:
 #: The shape and meaning of what is in the checkpoint; it cannot become another on the way.
 _FIXED = {
     "model.base_model_name", "model.npt_layers", "model.rank", "model.modulation_scale", "model.rule", "model.num_ranks",
-    "model.targets", "model.norm_match", "model.attention_residual", "training.seed", "data.streaming",
+    "model.targets", "model.norm_match", "model.attention_residual", "model.fold",
+    "training.seed", "data.streaming",
 }  # fmt: skip
 #: How a run looks and where it writes, and what only a conversion reads.
 _FREE = {

@@ -12,7 +12,16 @@ from torch.library import opcheck
 
 from npt_kernels import AdapterTensors, NPComponent, npt_gated_mlp, npt_mlp
 from npt_kernels.ops.mlp.op import OP as op
-from tests.support.helpers import ALL_RULES, MLP_TENSORS, check_twice, integers, mlp_problem, randn, subsets
+from tests.support.helpers import (
+    ALL_RULES,
+    MLP_TENSORS,
+    assert_within_twice,
+    check_twice,
+    integers,
+    mlp_problem,
+    randn,
+    subsets,
+)
 from tests.support.mlp_calls import mlp_operands
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -450,3 +459,103 @@ def test_a_call_that_was_right_does_not_hide_a_wrong_one(rule):
     for ranks in (True, [1], 0, 1.0):
         with pytest.raises((ValueError, TypeError), match="num_ranks"):
             npt_gated_mlp(*arguments, adapter | {"num_ranks": ranks})
+
+
+# ---- the bottleneck given, and a factor on the normed input -------------------------------------------------------------
+
+
+@rules
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_given_bottleneck(rule, gated, tokens):
+    """``w_down=None``: ``a`` is z. Values and gradients are those of the same op with z computed before it."""
+    problem = problem_of(
+        rule, ("gate", "up", "down") if gated else ("up", "down"), gated, tokens=tokens, d_a=4, r=2, k=2
+    )
+    problem.tensors["w_down"] = None
+    (y, grads), (truth, wanted) = problem.run("op"), problem.run("naive")
+    torch.testing.assert_close(y, truth, rtol=1e-10, atol=1e-10)
+    for name in problem.present():
+        torch.testing.assert_close(
+            grads[name], wanted[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"d {n}: {m}"
+        )
+    torch.testing.assert_close(problem.run("op", needs=["a"])[1]["a"], wanted["a"], rtol=1e-10, atol=1e-10)
+    names = problem.present()
+    present = dict(zip(names, (problem.tensors[n] for n in names), strict=True))
+    flat = mlp_operands([present.get(n) for n in MLP_TENSORS]).flat()
+    leaves = [t if t is None else t.detach().clone().requires_grad_() for t in flat]
+    opcheck(
+        op.library_op, (*leaves, "silu", rule, 2, 0.7, True, "eager"), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_given_bottleneck_of_another_width_is_named():
+    problem = problem_of("self_key", ("gate",), tokens=3, d_a=5, r=2, k=1)
+    problem.tensors["w_down"] = None
+    with pytest.raises(ValueError, match=r"w_b_up\[gate\] has shape \[2, 6\], expected \[R, out\] = \[5, 6\]"):
+        problem.run("op")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_row_scale(dtype, gated, bias):
+    """Its gradient is that of a factor on x and key_scale, taken without a product of the input's width."""
+    targets = ("gate", "up", "down") if gated else ("up", "down")
+    problem = problem_of(
+        "self_key", targets, gated, tokens=9, d=16, f=24, d_a=16, r=4, dtype=dtype, bias=bias, normalise=True
+    )
+    truth = dict.fromkeys(MLP_TENSORS) | {n: problem.tensors[n].double() for n in problem.present()}
+    ones = torch.ones(9, dtype=torch.float64, requires_grad=True)
+    wanted_y = problem.naive(**truth, row_scale=ones)
+    upstream = randn(*wanted_y.shape, dtype=dtype)
+    (wanted,) = torch.autograd.grad(wanted_y, ones, upstream.double())
+
+    def run(call):
+        rows = torch.ones(9, dtype=dtype, requires_grad=True)
+        y = call(rows)
+        return y.detach(), torch.autograd.grad(y, rows, upstream)[0]
+
+    t = problem.tensors
+    names = {"gate": "gate", "up": "up", "down": "down"} if gated else {"up": "c_fc", "down": "c_proj"}
+    adapter = AdapterTensors(
+        t["w_down"], {}, {name: t[f"{slot}_value"] for slot, name in names.items()}, "self_key", 1, 0.7
+    )
+    if gated:
+        y, got = run(lambda rows: npt_gated_mlp(
+            t["x"], t["a"], t["gate_weight"], t["up_weight"], t["down_weight"], adapter, key_scale=t["key_scale"],
+            row_scale=rows, gate_bias=t["gate_bias"], up_bias=t["up_bias"], down_bias=t["down_bias"],
+        ))  # fmt: skip
+    else:
+        y, got = run(lambda rows: npt_mlp(
+            t["x"], t["a"], t["up_weight"], t["down_weight"], adapter, act="silu", key_scale=t["key_scale"],
+            row_scale=rows, c_fc_bias=t["up_bias"], c_proj_bias=t["down_bias"],
+        ))  # fmt: skip
+
+    def plain(rows):
+        scaled = dict(t) | {"x": t["x"] * rows.unsqueeze(1), "key_scale": t["key_scale"] * rows}
+        return problem.reference(**scaled)
+
+    reference_y, reference = run(plain)
+    if dtype == torch.float64:
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(y, wanted_y.detach(), rtol=1e-10, atol=1e-10)
+        return
+    assert_within_twice(y, reference_y, wanted_y.detach())
+    assert_within_twice(got, reference, wanted)
+
+
+def test_row_scale_is_refused_for_a_change_that_is_not_linear_in_x():
+    problem = problem_of("rank1", ("gate",), tokens=3)
+    t = problem.tensors
+    adapter = AdapterTensors(t["w_down"], {"gate": t["gate_key"]}, {"gate": t["gate_value"]}, "rank1", 1, 0.7)
+    with pytest.raises(ValueError, match="row_scale has no gradient under rule='rank1'"):
+        npt_gated_mlp(
+            t["x"],
+            t["a"],
+            t["gate_weight"],
+            t["up_weight"],
+            t["down_weight"],
+            adapter,
+            row_scale=torch.ones(3).double(),
+        )

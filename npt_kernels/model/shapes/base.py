@@ -13,7 +13,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..linears import linear_shape, unsupported_linear
+
 __all__ = ["LayerShape", "Slot", "Target"]
+
+#: Names in use for the product behind the heads.
+_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")
 
 #: Place of a target in the MLP op: ``inter = act(gate) ⊙ up`` (or ``act(up)``), ``out = down(inter)``.
 Slot = str
@@ -69,6 +74,22 @@ class LayerShape(ABC):
     def after_down(self, mlp: nn.Module, out: Tensor) -> Tensor:
         """What the MLP module itself does behind its last linear."""
         return out
+
+    def output_projection(self, layer: nn.Module, width: int) -> str | None:
+        """Attribute of the attention module that may be its output projection, the last thing that it computes; ``None``: none.
+
+        By name and size only: whether it is the last is tried before it is relied on (``model/probe.py``).
+        """
+        attention = self.attention_module(layer)
+        for name in _OUTPUT_PROJECTIONS:
+            linear = getattr(attention, name, None)
+            if (
+                isinstance(linear, nn.Module)
+                and unsupported_linear(linear) is None
+                and linear_shape(linear)[1] == width
+            ):
+                return name
+        return None
 
     def output(self, layer: nn.Module, residual: Tensor, mlp_output: Tensor) -> Tensor:
         """How the layer joins its MLP's output to the residual stream."""

@@ -36,13 +36,14 @@ def mlp(
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
-    w_down: Tensor,
+    w_down: Tensor | None,
     gate_key: Tensor | None,
     gate_value: Tensor | None,
     up_key: Tensor | None,
     up_value: Tensor | None,
     down_key: Tensor | None,
     down_value: Tensor | None,
+    row_scale: Tensor | None = None,
     act: str = "silu",
     rule: str = "rank1",
     num_ranks: int = 1,
@@ -50,8 +51,10 @@ def mlp(
 ) -> Tensor:
     """``out [T, d]``; arguments in the order of the op, shapes as in README.md (``*_key`` is w_a_up, ``*_value`` w_b_up)."""
     activation = get_activation(act).forward
-    z = a @ w_down
+    z = a if w_down is None else a @ w_down
     z_in = z if key_scale is None else z * key_scale.unsqueeze(1)
+    if row_scale is not None:
+        x, z_in = x * row_scale.unsqueeze(1), z_in * row_scale.unsqueeze(1)
     up = _target(x, z_in, up_weight, up_bias, up_key, up_value, rule, num_ranks, scale)
     if gate_weight is None:
         inter = activation(up)

@@ -32,8 +32,8 @@ def _dense(o: Operands) -> dense:
 def _with_weights(o: Operands, weights: tuple[Any, ...]) -> Operands:
     if weights[1] is o.up.weight and weights[2] is o.down.weight and weights[0] is o.gate.weight:
         return o
-    targets = (t._replace(weight=weight) for t, weight in zip((o.gate, o.up, o.down), weights, strict=True))
-    return Operands(*o[:4], *targets)
+    gate, up, down = (t._replace(weight=weight) for t, weight in zip((o.gate, o.up, o.down), weights, strict=True))
+    return o._replace(gate=gate, up=up, down=down)
 
 
 def _run(o: Operands, spec: Spec, save: bool, backend: str) -> tuple[Tensor, Saved]:
@@ -60,7 +60,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     return (
         empty(tokens, o.down.weight.shape[0]),
         *Saved(
-            empty(tokens, o.w_down.shape[1]),
+            empty(0) if o.w_down is None else empty(tokens, o.w_down.shape[1]),
             product(o.gate.value if gated else None),
             product(o.up.value),
             product(o.down.value),
@@ -100,7 +100,7 @@ def _fake_backward(dout: Tensor, *args: Any) -> list[Tensor]:
         return (out, width), (out,), (total_rank, width) if matrix_key else (width,), (total_rank, out)
 
     shapes = (
-        (tokens, d), (tokens, d_a), (tokens,), (d_a, total_rank), *target(f, d), *target(f, d), *target(d_out, f),
+        (tokens, d), (tokens, d_a), (tokens,), (d_a, total_rank), *target(f, d), *target(f, d), *target(d_out, f), (tokens,),
     )  # fmt: skip
     return [dout.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
 

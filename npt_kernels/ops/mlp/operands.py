@@ -17,7 +17,11 @@ _WIDTH = len(Projection._fields)
 
 
 class Operands(NamedTuple):
-    """``x [T, d]``, ``a [T, d_a]``, ``key_scale [T]`` or ``None``, ``w_down [d_a, R]``; a plain MLP has an empty ``gate``."""
+    """``x [T, d]``, ``a [T, d_a]``, ``key_scale [T]`` or ``None``, ``w_down [d_a, R]``; a plain MLP has an empty ``gate``.
+
+    Without a ``w_down`` the ``a`` is the bottleneck itself, ``z [T, R]``. ``row_scale [T]`` is a factor 1 on ``x`` and on
+    ``key_scale``, of which only the gradient counts.
+    """
 
     x: Any
     a: Any
@@ -26,21 +30,23 @@ class Operands(NamedTuple):
     gate: Projection
     up: Projection
     down: Projection
+    row_scale: Any = None
 
     @classmethod
     def of(cls, flat: Iterable[Any]) -> Operands:
         """From the flat order of the schema."""
-        flat = tuple(flat)
-        first, *targets = flat[:4], *(flat[i : i + _WIDTH] for i in range(4, len(flat), _WIDTH))
-        return cls(*first, *map(Projection._make, targets))
+        *flat, row_scale = flat
+        gate, up, down = (Projection._make(flat[i : i + _WIDTH]) for i in range(4, len(flat), _WIDTH))
+        x, a, key_scale, w_down = flat[:4]
+        return cls(x, a, key_scale, w_down, gate, up, down, row_scale)
 
     def flat(self) -> tuple[Any, ...]:
         """In the order of the schema."""
-        return (*self[:4], *self.gate, *self.up, *self.down)
+        return (*self[:4], *self.gate, *self.up, *self.down, self.row_scale)
 
 
 class Saved(NamedTuple):
-    """What the forward makes for the backward: ``z [T, R]``, the key products, the pre-activations ``[T, f]``."""
+    """What the forward makes for the backward: ``z [T, R]`` (if not given), the key products, the pre-activations ``[T, f]``."""
 
     z: Any
     p_gate: Any
@@ -50,9 +56,11 @@ class Saved(NamedTuple):
     up: Any
 
 
-_TARGETS = (Projection(*(f"{target}_{part}" for part in Projection._fields)) for target in ("gate", "up", "down"))
-_NAMES = Operands("x", "a", "key_scale", "w_down", *_TARGETS).flat()
-_ALWAYS = {"x", "a", "w_down", "up_weight", "down_weight"}
+_GATE, _UP, _DOWN = (
+    Projection(*(f"{target}_{part}" for part in Projection._fields)) for target in ("gate", "up", "down")
+)
+_NAMES = Operands("x", "a", "key_scale", "w_down", _GATE, _UP, _DOWN, "row_scale").flat()
+_ALWAYS = {"x", "a", "up_weight", "down_weight"}
 _SPEC = "str act, str rule, int num_ranks, float scale"
 
 #: Tensors among the arguments of ``npt_kernels::mlp``, and of its backward's saved ones.

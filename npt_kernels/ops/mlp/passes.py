@@ -7,8 +7,10 @@ A plain MLP has no gate: ``inter = act(up)``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...kernels.steps import Bottleneck, Low, Steps
@@ -21,7 +23,8 @@ __all__ = ["Wants", "backward", "forward", "keep"]
 def forward(steps: Steps, o: Operands, spec: Spec, save: bool) -> tuple[Tensor, Saved]:
     """``out [T, d_out]`` and what was made on the way; ``None`` for what there is not: the pre-activations unless ``save``."""
     x = steps.readable(o.x)
-    source = Bottleneck(key_scale=o.key_scale, a=o.a, w_down=o.w_down)
+    given = o.w_down is None
+    source = Bottleneck(o.a if given else None, o.key_scale, a=o.a, w_down=o.w_down)
     gate = o.gate if o.gate.weight is not None else Projection()
     low_gate = steps.low(x, gate, source, spec) if gate.value is not None else None
     low_up: Low | None = None
@@ -34,7 +37,7 @@ def forward(steps: Steps, o: Operands, spec: Spec, save: bool) -> tuple[Tensor, 
     low_down = steps.low(inter, o.down, Bottleneck(z), spec) if o.down.value is not None else None
     out = steps.project(inter, o.down, low_down, spec, chained=True)
     p_gate, p_up, p_down = (None if low is None else low.p for low in (low_gate, low_up, low_down))
-    return out, Saved(z, p_gate, p_up, p_down, pre_gate, pre_up)
+    return out, Saved(None if given else z, p_gate, p_up, p_down, pre_gate, pre_up)
 
 
 class Wants(NamedTuple):
@@ -52,6 +55,8 @@ class Wants(NamedTuple):
     """d of up's output"""
     inter_again: bool
     """the intermediate, for d of the down projection's own weights"""
+    row_scale: bool
+    """d of a factor on gate's and up's outputs, biases apart"""
 
     @property
     def inter(self) -> bool:
@@ -64,11 +69,13 @@ class Wants(NamedTuple):
         z = need.a or need.w_down
         scaled_z = z or need.key_scale
         gate, up = (
-            bool(need.x or any(n) or (scaled_z and has)) for n, has in zip((need.gate, need.up), changes, strict=True)
+            bool(need.x or need.row_scale or any(n) or (scaled_z and has))
+            for n, has in zip((need.gate, need.up), changes, strict=True)
         )
         return cls(
-            get_rule(spec.rule).key != "none", z, scaled_z, gated and gate, up, need.down.weight or need.down.key
-        )
+            get_rule(spec.rule).key != "none", z, scaled_z, gated and gate, up, need.down.weight or need.down.key,
+            bool(need.row_scale),
+        )  # fmt: skip
 
 
 def keep(need: Operands, o: Operands, made: Saved, spec: Spec) -> tuple[Operands, Saved]:
@@ -76,8 +83,9 @@ def keep(need: Operands, o: Operands, made: Saved, spec: Spec) -> tuple[Operands
     want = Wants.of(need, o.gate.weight is not None, (o.gate.value is not None, o.up.value is not None), spec)
 
     def kept(target: Projection, reads_weight: bool) -> Projection:
+        bias = target.bias if want.row_scale and target is not o.down else None
         return target._replace(
-            weight=target.weight if reads_weight else None, bias=None, key=target.key if reads_weight else None
+            weight=target.weight if reads_weight else None, bias=bias, key=target.key if reads_weight else None
         )
 
     reads_x = need.gate.weight or need.up.weight or need.gate.key or need.up.key
@@ -86,6 +94,8 @@ def keep(need: Operands, o: Operands, made: Saved, spec: Spec) -> tuple[Operands
         kept(o.gate, need.x), kept(o.up, need.x), kept(o.down, want.inter),
     )  # fmt: skip
     wide = want.inter or want.inter_again
+    if o.w_down is None:
+        made = made._replace(z=o.a)
     return operands, made._replace(gate=made.gate if wide else None, up=made.up if wide else None)
 
 
@@ -128,8 +138,11 @@ def backward(
     dgate = dup = None
     if want.inter:
         dgate, dup = steps.activate_backward(
-            dout, o.down, dp_down, pre_gate, made.up, spec, want.gate, want.up, overwrite
+            dout, o.down, dp_down, pre_gate, made.up, spec, want.gate, want.up, overwrite and not want.row_scale
         )  # fmt: skip
+    d_row_scale = None
+    if want.row_scale:
+        d_row_scale = row_scale_grad(((dgate, pre_gate, o.gate.bias), (dup, made.up, o.up.bias)))
     dz_gate, dp_gate, d_gate = through(o.gate, need.gate, dgate, o.x, made.p_gate, source, want.scaled_z, need.x)
     dz_up, dp_up, d_up = through(o.up, need.up, dup, o.x, made.p_up, source, want.scaled_z, need.x)
     dx = None
@@ -140,6 +153,21 @@ def backward(
     if want.scaled_z:
         shares = [share for share in (dz_gate, dz_up) if share is not None]
         dz, d_key_scale = steps.merge(shares, dz_down, source, need.key_scale)
-        da = dz @ o.w_down.t() if need.a else None
+        if need.a:
+            da = dz if o.w_down is None else dz @ o.w_down.t()
         d_w_down = steps.bottleneck_grad(dz, o.a) if need.w_down else None
-    return Operands(dx, da, d_key_scale, d_w_down, d_gate, d_up, d_down)
+    return Operands(dx, da, d_key_scale, d_w_down, d_gate, d_up, d_down, d_row_scale)
+
+
+def row_scale_grad(terms: Iterable[tuple[Tensor | None, Tensor | None, Tensor | None]]) -> Tensor:
+    """``d row_scale [T] = Σ ⟨dy, y − bias⟩`` over ``(dy, y, bias)`` of gate and up: ``y − bias`` is linear in the factor."""
+    total: Tensor | None = None
+    for dy, y, bias in terms:
+        if dy is None or y is None:
+            continue
+        part = torch.linalg.vecdot(dy, y)
+        if bias is not None:
+            part = part - dy @ bias
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
