@@ -114,6 +114,8 @@ class NPComponent(nn.Module):
         self.hidden_size, self.target_shapes = hidden_size, dict(targets)
         self._kept: tuple[Any, AdapterTensors, Any] | None = None
         self._derived: tuple[Any, ...] | None = None
+        #: What a layer found out about itself (``model/ready.py``)
+        self.ready: Any = None
         #: Tells this component from others, copies of it included.
         self.switch = next(_switches)
         self._enabled = True
@@ -167,7 +169,7 @@ class NPComponent(nn.Module):
         try:
             # A cast has a graph of its own where gradients are wanted, and a tied key is a view with one.
             if (cast or self.rule.ties_key_to_w_down) and torch.is_grad_enabled():
-                self._kept = None  # training has no room for what decoding kept
+                self._forget()  # training has no room for what decoding kept
                 return self._tensors(dtype)
             # FSDP2 fills a parameter anew without a new version.
             if cast and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -195,7 +197,7 @@ class NPComponent(nn.Module):
         parameter, tensors = self.w_down, [t for t in watched if t is not None]
         if not self.keeps_derived():
             if torch.is_grad_enabled():
-                self._derived = None
+                self._forget()
             return make(parameter)
         try:
             state = (key, torch.is_inference_mode_enabled(), id(parameter), parameter._version, parameter.data_ptr(),
@@ -203,8 +205,8 @@ class NPComponent(nn.Module):
         except RuntimeError:  # inference tensors have no version
             return make(parameter)
         kept = self.__dict__.get("_derived")
-        if kept is None or kept[0] != state or not all(map(torch.equal, map(_sample, tensors), kept[3])):
-            samples = [_sample(t).clone() for t in tensors]
+        if kept is None or kept[0] != state or not all(map(torch.equal, map(sample_of, tensors), kept[3])):
+            samples = [sample_of(t).clone() for t in tensors]
             kept = self._derived = (state, make(parameter), (parameter, *tensors), samples)
         return kept[1]  # type: ignore[no-any-return]
 
@@ -219,7 +221,7 @@ class NPComponent(nn.Module):
         )
 
     def _forget(self) -> None:
-        self._kept = self._derived = None
+        self._kept = self._derived = self.ready = None
 
     def train(self, mode: bool = True) -> NPComponent:
         self._forget()
@@ -231,7 +233,7 @@ class NPComponent(nn.Module):
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None, "_derived": None}
+        return self.__dict__ | {"_kept": None, "_derived": None, "ready": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -277,7 +279,7 @@ class NPComponent(nn.Module):
         return f"rule={self.rule_name}, rank={self.rank}, num_ranks={self.num_ranks}, targets: {targets}"
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def sample_of(tensor: Tensor) -> Tensor:
     """Some 250 of its values."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // 251)]

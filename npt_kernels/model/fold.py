@@ -29,6 +29,8 @@ from .swap import Swapped
 __all__ = [
     "NPTOutputProjection",
     "bottleneck_of_heads",
+    "foldable",
+    "folded_weight",
     "heads_output",
     "output_projection",
     "skippable_projection",
@@ -58,19 +60,22 @@ def skippable_projection(layer: nn.Module, plan: LayerPlan, component: NPCompone
     """The output projection of a converted layer, if the layer can do without its result in this call, and had better."""
     if plan.projection is None or (layer.training and not plan.folds_in_training):
         return None
-    attention, projection = plan.shape.attention_module(layer), output_projection(layer, plan)
-    if (
-        projection is None
-        or has_hooks(attention)
+    projection = output_projection(layer, plan)
+    if projection is None or not foldable(layer, plan, projection):
+        return None
+    return projection if component.keeps_derived() or _pays(h.shape[:-1].numel(), component.total_rank) else None
+
+
+def foldable(layer: nn.Module, plan: LayerPlan, projection: nn.Module) -> bool:
+    """Whether the projection is ``o Wᵀ + b`` and nobody else has business with it or with its output."""
+    return not (
+        has_hooks(plan.shape.attention_module(layer))
         or has_hooks(projection)
         or not plain_forward(projection)
         or made_by_library(projection)
         or projection._modules  # a parametrized weight
-    ):
-        return None
-    if linear_weight(projection).is_meta:
-        return None
-    return projection if component.keeps_derived() or _pays(h.shape[:-1].numel(), component.total_rank) else None
+        or linear_weight(projection).is_meta
+    )
 
 
 def _pays(tokens: int | torch.SymInt, rank: int) -> bool:
@@ -103,12 +108,13 @@ def heads_output(
 
 def bottleneck_of_heads(component: NPComponent, projection: nn.Module, o: Tensor) -> Tensor:
     """``z [..., R] = a @ w_down`` of ``a = projection(o)``."""
-    weight, bias = linear_weight(projection), linear_bias(projection)
     tensors = (*projection._parameters.values(), *projection._buffers.values())
-    folded, shift = component.derived(autocast_dtype(o), tensors, lambda w_down: _fold(w_down, weight, bias))
+    folded, shift = component.derived(autocast_dtype(o), tensors, lambda w_down: folded_weight(w_down, projection))
     return F.linear(o.to(folded.dtype) if autocast_dtype(o) is None else o, folded, shift)
 
 
-def _fold(w_down: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def folded_weight(w_down: Tensor, projection: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """``w_downᵀ W_o [R, d_o]`` and ``w_downᵀ b_o [R]``."""
+    weight, bias = linear_weight(projection), linear_bias(projection)
     rows = w_down.t().to(weight.dtype)
     return rows @ weight, None if bias is None else F.linear(bias, rows)

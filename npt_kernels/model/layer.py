@@ -16,6 +16,7 @@ from .fold import (
     skippable_projection,
 )
 from .mlp import LayerPlan, NPTMlp, changed_mlp, make_change
+from .ready import ready_half
 from .shapes.base import LayerShape
 from .swap import Swapped, own_forward, restore_class, swap_class
 
@@ -95,8 +96,15 @@ class NPTLayer(Swapped):
     ) -> Any:
         if not (self.np_component.enabled if npt_enabled is None else npt_enabled):
             return self.npt_original_class.forward(self, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+        own = (
+            "npt_student" in self.__dict__ or "npt_attention" in self.__dict__
+        )  # replaced on the instance: nothing is left out
+        if npt_folded is None and not own:
+            ready = ready_half(self, self.npt_plan, self.np_component, hidden_states)  # type: ignore[arg-type]
+            if ready is not None:
+                return ready(self, self.np_component, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
         projection = output_projection(self, self.npt_plan) if npt_folded else None  # type: ignore[arg-type]
-        if npt_folded is None:
+        if npt_folded is None and not own:
             projection = skippable_projection(self, self.npt_plan, self.np_component, hidden_states)  # type: ignore[arg-type]
         if projection is None:
             return self.npt_student(hidden_states, self.npt_attention(hidden_states, *args, **kwargs))

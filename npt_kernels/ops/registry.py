@@ -36,6 +36,7 @@ __all__ = [
     "Call",
     "Explanation",
     "available_backends",
+    "default_backend",
     "explain",
     "get_backend",
     "get_steps",
@@ -56,6 +57,11 @@ _DEFAULT_BACKEND: str | None = os.environ.get("NPT_BACKEND") or None
 def available_backends() -> tuple[str, ...]:
     """Names of the backends of this build, in order of preference."""
     return tuple(BACKENDS)
+
+
+def default_backend() -> str | None:
+    """``NPT_BACKEND``, or ``None``."""
+    return _DEFAULT_BACKEND
 
 
 def get_backend(name: str) -> Backend:

@@ -9,6 +9,8 @@ import threading
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_disabled, npt_parameters, remove_npt, save_npt
@@ -246,11 +248,16 @@ def test_kept_while_nothing_changes_and_not_in_training():
     component = converted_layers(model)[0].np_component
     with torch.no_grad():
         model(input_ids=IDS)
-        kept = component._derived[1]
+        kept = component.ready.folded
+        assert kept is not None
         model(input_ids=IDS)
-        assert component._derived[1] is kept
+        assert component.ready.folded is kept
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)  # the long way keeps it too
+        model(input_ids=IDS)
+        assert component.ready is None and component._derived is not None
+        handle.remove()
     model(input_ids=IDS)
-    assert component._derived is None
+    assert component.ready is None and component._derived is None
 
 
 def test_original_is_the_original_beside_it():
@@ -340,9 +347,12 @@ def test_saved_says_it_and_older_ones_are_not(tmp_path):
     load_npt(fresh, tmp_path)
     with torch.no_grad():
         assert torch.equal(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    file = tmp_path / "npt_config.json"
-    header = json.loads(file.read_text())
-    del header["config"]["fold"]  # as written before there was one
+    # As written before there was one.
+    file, weights = tmp_path / "npt_config.json", tmp_path / "npt_model.safetensors"
+    with safe_open(weights, framework="pt") as opened:
+        header = json.loads(opened.metadata()["npt_config"])
+    del header["config"]["fold"]
+    save_file(load_file(weights), weights, metadata={"npt_config": json.dumps(header)})
     file.write_text(json.dumps(header))
     load_npt(fresh, tmp_path)
     plans = [layer.npt_plan for layer in converted_layers(fresh).values()]

@@ -1,0 +1,290 @@
+"""The second half of a converted layer with its questions answered once, for calls without gradients.
+
+Before a layer reads its linears in place of calling them it asks some forty things (a hook? another module there now? a forward
+of its own? quantised? which backend?). When text is written token by token the questions cost more than the arithmetic. Their
+answers hold until something moves, and whether something moved is a short list of comparisons: the same modules in the same
+places, none with hooks, the same parameters. Anything else, training included, goes the long way (``layer.py``), and so does
+a module that is more than a plain ``Linear`` or ``Conv1D``. Both ways run the same operations and give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..component import NPComponent, sample_of
+from ..kernels.cpu_layout import k_contiguous
+from ..kernels.steps import Projection, Steps
+from ..ops.mlp import mlp
+from ..ops.mlp.operands import Operands, Spec
+from ..ops.registry import BackendUnavailableError, default_backend, get_steps, resolve_backend
+from .fold import foldable, folded_weight, heads_output, output_projection
+from .linears import is_conv1d
+from .mlp import LayerPlan, plain_forward
+from .norms import norm_eps, norm_weight
+
+__all__ = ["ReadyHalf", "ready_half"]
+
+
+def ready_half(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) -> ReadyHalf | None:
+    """The kept answers if they hold for this call, new ones if they can be had, else ``None``."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    kept = component.ready
+    if kept is not None and kept.holds(layer, component, h):
+        return kept  # type: ignore[no-any-return]
+    component.ready = made = _make(layer, plan, component, h)
+    return made
+
+
+def _unmoved(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def _global_hooks() -> bool:
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def _settings(component: NPComponent) -> tuple[Any, ...]:
+    return (
+        component.rule_name, component.num_ranks, component.scale, default_backend(), torch.is_inference_mode_enabled(),
+    )  # fmt: skip
+
+
+def _elsewhere(h: Tensor, casts: bool) -> bool:
+    """Whether this is a call for the long way: casts of autocast, in a capture, of a sharded adapter; tensors that are traced."""
+    return bool(
+        torch.is_autocast_enabled(h.device.type)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _global_hooks()
+        or (casts and torch.distributed.is_available() and torch.distributed.is_initialized())
+        or (casts and h.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+class ReadyHalf:
+    """What :func:`ready_half` keeps; calling it gives the layer's output."""
+
+    def __init__(self, plan: LayerPlan, component: NPComponent, h: Tensor) -> None:
+        self.plan, self.dtype, self.device = plan, h.dtype, h.device
+        self.settings = _settings(component)
+        #: (``_modules`` of the parent, name, module there)
+        self.places: list[tuple[dict[str, Any], str, Any]] = []
+        #: (module, its class)
+        self.modules: list[tuple[nn.Module, type[nn.Module]]] = []
+        #: (``_parameters`` of a module, name, parameter there)
+        self.parameters: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        #: (parameter of the component, version, address): what casts and the folded weight were made of.
+        self.versions: list[tuple[Tensor, int, int]] = []
+        #: Likewise of the projection, with some values as a view and as they were; written to through ``.data`` by PEFT's merge.
+        self.samples: list[tuple[Tensor, int, int, Tensor, Tensor]] = []
+        self.casts = False
+        self.projection: nn.Module | None = None
+        self.folded: tuple[Tensor, Tensor | None] | None = None
+
+    # Set by _make.
+    mlp: nn.Module
+    norm: nn.Module
+    eps: float
+    steps: Steps
+    backend: str
+    spec: Spec
+    w_down: Tensor
+    value_down: Tensor | None
+    linears: dict[str, tuple[nn.Module, Tensor | None, Tensor | None]]
+
+    # ---- what must not have moved ---------------------------------------------------------------------------------------
+
+    def watch_module(self, layer: nn.Module, module: nn.Module) -> bool:
+        """``False`` if the module is not below the layer."""
+        path = next((name for name, other in layer.named_modules() if other is module), None)
+        if path is None:
+            return False
+        parent = layer
+        for name in path.split("."):
+            self.places.append((parent._modules, name, parent._modules[name]))
+            parent = parent._modules[name]  # type: ignore[assignment]
+        self.modules.append((module, type(module)))
+        return True
+
+    def watch_parameters(self, module: nn.Module, versions: bool = False) -> bool:
+        """``False`` if one of them is not a plain tensor of this call's kind."""
+        for name, parameter in module._parameters.items():
+            self.parameters.append((module._parameters, name, parameter))
+            if parameter is None:
+                continue
+            plain = (
+                type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.device == self.device
+            )
+            if not plain or not (versions or parameter.dtype is self.dtype):
+                return False
+            if versions:
+                self.versions.append((parameter, parameter._version, parameter.data_ptr()))
+                self.casts |= parameter.dtype is not self.dtype
+        return True
+
+    def holds(self, layer: nn.Module, component: NPComponent, h: Tensor) -> bool:
+        """Whether the answers are those of this call. Loops, not ``all(...)``: half the time, at every token in every layer."""
+        if h.dtype is not self.dtype or h.device != self.device or type(h) is not Tensor:
+            return False
+        for parent, name, module in self.places:
+            if parent.get(name) is not module:
+                return False
+        for own, name, tensor in self.parameters:
+            if own.get(name) is not tensor:
+                return False
+        for module, kind in self.modules:
+            if not _unmoved(module, kind):
+                return False
+        if _settings(component) != self.settings or norm_eps(self.norm) != self.eps or _elsewhere(h, self.casts):
+            return False
+        try:
+            for tensor, version, at in self.versions:
+                if tensor._version != version or tensor.data_ptr() != at:
+                    return False
+            for tensor, version, at, now, before in self.samples:
+                if tensor._version != version or tensor.data_ptr() != at or not torch.equal(now, before):
+                    return False
+        except RuntimeError:  # inference tensors have no version
+            return False
+        return True
+
+    # ---- the call -------------------------------------------------------------------------------------------------------
+
+    def __call__(self, layer: nn.Module, component: NPComponent, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan, flat = self.plan, h.reshape(-1, h.shape[-1])
+        a = z = moved = None
+        if self._folds(layer, component, flat.shape[0]):
+            assert self.projection is not None
+            o = heads_output(layer, plan, self.projection, h, *args, **kwargs)
+            folded, shift = self.folded or folded_weight(component.w_down, self.projection)
+            z = F.linear(o.to(folded.dtype), folded, shift)
+            z = z.reshape(-1, z.shape[-1])
+        else:
+            a = plan.shape.attention(layer, h, *args, **kwargs).to(self.dtype)
+            a = a.reshape(-1, a.shape[-1])
+        w_down = None if z is not None else self.w_down
+        if plan.matches_change:
+            z = a @ k_contiguous(self.w_down) if z is None else z.to(self.dtype)  # type: ignore[operator]
+            w_down, moved = None, z @ k_contiguous(self.value_down)  # type: ignore[arg-type]
+        scale = None
+        if plan.norm_match:
+            weight, bias = norm_weight(self.norm, plan.norm_kind), getattr(self.norm, "bias", None)
+            kind = plan.norm_kind.removesuffix("1")
+            u, scale = self.steps.matched_norm(flat, a if moved is None else moved, weight, bias, kind, self.eps)  # type: ignore[arg-type]
+        else:
+            u = self.norm(h).to(self.dtype).reshape(flat.shape)
+        gate, up, down = (self._projection(slot, moved) for slot in ("gate", "up", "down"))
+        out = mlp(Operands(u, a if z is None else z, scale, w_down, gate, up, down), self.spec, False, self.backend)
+        if moved is not None:
+            out = out + moved
+        out = plan.shape.after_down(self.mlp, out.reshape(*h.shape[:-1], out.shape[-1]))
+        return plan.shape.output(layer, h, out.to(h.dtype))
+
+    def _folds(self, layer: nn.Module, component: NPComponent, tokens: int) -> bool:
+        return (
+            self.projection is not None
+            and (self.folded is not None or tokens >= component.total_rank)
+            and (self.plan.folds_in_training or not layer.training)
+        )
+
+    def _projection(self, slot: str, moved: Tensor | None) -> Projection:
+        if slot not in self.linears:
+            return _NONE
+        module, key, value = self.linears[slot]
+        weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+        return Projection(
+            weight.t() if is_conv1d(module) else weight, module._parameters.get("bias"), key,
+            None if slot == "down" and moved is not None else value,
+        )  # fmt: skip
+
+
+_NONE = Projection()
+
+
+def _make(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) -> ReadyHalf | None:
+    if plan.attention_residual or type(h) is not Tensor or h.is_meta or _elsewhere(h, casts=False):
+        return None
+    try:
+        return _made(layer, plan, component, h)
+    except (
+        RuntimeError,
+        BackendUnavailableError,
+    ):  # inference tensors have no version; the long way says what is wrong
+        return None
+
+
+def _made(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) -> ReadyHalf | None:
+    ready = ReadyHalf(plan, component, h)
+    shape = plan.shape
+    ready.mlp, ready.norm, act = shape.mlp(layer), shape.norm(layer), shape.activation(layer)
+    linears = {place.slot: (target, shape.linear(layer, target)) for target, place in shape.targets.items()}
+    read = [module for _, module in linears.values()]
+    if plan.norm_match:
+        read.append(ready.norm)
+    for module in (ready.mlp, *read, *([act] if isinstance(act, nn.Module) else [])):
+        if not _unmoved(module, type(module)) or not ready.watch_module(layer, module):
+            return None
+    if not all(plain_forward(module) and "weight" in module._parameters and not module._buffers
+               for _, module in linears.values()):  # fmt: skip
+        return None
+    if not all(ready.watch_parameters(module) for module in read):
+        return None
+    if not all(ready.watch_parameters(m, versions=True) for m in (component, component.w_a_up, component.w_b_up)):
+        return None
+    if _elsewhere(h, ready.casts):
+        return None
+    ready.eps = norm_eps(ready.norm)
+    ready.backend = resolve_backend("mlp", None, h.device, h.dtype, act=plan.act, rule=component.rule_name)
+    ready.steps = get_steps(resolve_backend("matched_norm", None, h.device, h.dtype))
+    tensors = component.tensors(h.dtype)
+    assert tensors.w_down is not None
+    ready.w_down = tensors.w_down
+    ready.spec = Spec(plan.act, tensors.rule, tensors.num_ranks, tensors.scale)
+    ready.linears = {
+        slot: (module, tensors.w_a_up.get(target), tensors.w_b_up.get(target))
+        for slot, (target, module) in linears.items()
+    }
+    ready.value_down = tensors.w_b_up.get(plan.down)
+    return ready if plan.projection is None or _with_projection(ready, layer, component) else None
+
+
+def _with_projection(ready: ReadyHalf, layer: nn.Module, component: NPComponent) -> bool:
+    plan = ready.plan
+    projection, attention = output_projection(layer, plan), plan.shape.attention_module(layer)
+    if (
+        projection is None
+        or not foldable(layer, plan, projection)
+        or not isinstance(projection._parameters.get("weight"), Tensor)
+    ):
+        return False
+    for module in (attention, projection):
+        if not _unmoved(module, type(module)) or not ready.watch_module(layer, module):
+            return False
+    if projection._buffers or not ready.watch_parameters(projection):
+        return False
+    ready.projection = projection
+    if component.keeps_derived():
+        ready.folded = folded_weight(component.w_down, projection)
+        for tensor in projection._parameters.values():
+            if tensor is not None:
+                view = sample_of(tensor)
+                ready.samples.append((tensor, tensor._version, tensor.data_ptr(), view, view.clone()))
+    return True
