@@ -28,11 +28,35 @@ class LayerWork:
     Attributes:
         model, adapter: Sizes.
         length: Tokens of a sequence; causal attention looks at half of them on average.
+        micro: Tokens of a micro-batch, for all of which ``w_downᵀ W_o`` is made once; ``None``: so many that it does not count.
     """
 
     model: ModelNumbers
     adapter: Adapter
     length: int
+    micro: int | None = None
+
+    @property
+    def folds(self) -> bool:
+        """Whether the output projection is left out (``model/fold.py``)."""
+        return self.adapter.no_projection and (self.micro is None or self.micro >= self.adapter.rank)
+
+    @property
+    def folded_weight(self) -> int:
+        """``w_downᵀ W_o``, a token's share; the gradient of ``w_down`` behind it takes as many."""
+        heads, width = self.model.attention_linears[-1]
+        return 2 * heads * width * self.adapter.rank // self.micro if self.micro is not None and self.folds else 0
+
+    @property
+    def wider(self) -> int:
+        """What a product of the bottleneck with the heads' output takes more than one with the attention's."""
+        return 2 * self.adapter.rank * (self.model.attention_linears[-1][0] - self.model.hidden_size) if self.folds else 0
+
+    @property
+    def projection(self) -> int:
+        """The output projection, where it is left out."""
+        heads, width = self.model.attention_linears[-1]
+        return 2 * heads * width if self.folds else 0
 
     @property
     def attention_linears(self) -> int:
@@ -67,8 +91,8 @@ class LayerWork:
 
     @property
     def local(self) -> int:
-        """Attention once, original and converted MLP, ``dout @ W_down`` alone of the input gradients."""
-        return self.original + self.mlp + self.delta + self.backward_first
+        """Attention once, its output projection too, original and converted MLP, ``dout @ W_down`` alone of the input gradients."""
+        return self.original + self.mlp + self.delta + self._first
 
     @property
     def original(self) -> int:
@@ -78,20 +102,29 @@ class LayerWork:
     @property
     def converted(self) -> int:
         """A forward pass of the converted layer."""
-        return self.original + self.delta
+        return self.original + self.delta - self.projection + self.wider + self.folded_weight
 
     @property
     def backward(self) -> int:
         """Input gradients of all products (flash attention: five products for the forward's two) and NP gradients."""
         into = 2 * self.adapter.rank * self.model.hidden_size + self._keys(self.adapter.targets)
-        return self.attention_linears + self.attention_scores * 5 // 2 + self.mlp + self.delta_gradients + into
+        products = self.attention_linears + self.attention_scores * 5 // 2 + self.mlp + self.delta_gradients + into
+        return products - self.projection + 2 * self.wider + self.folded_weight
 
     @property
     def backward_first(self) -> int:
-        """Where nothing below trains: NP gradients, and ``dout @ W_down`` if gate or up are targets."""
+        """Where nothing below trains, in a layer that runs as the model runs it."""
+        return self._first + self.wider + self.folded_weight
+
+    @property
+    def _first(self) -> int:
+        """NP gradients, and ``dout @ W_down`` if gate or up are targets. The norm's takes no products, unless it has a bias
+        (``row_scale`` in ``model/mlp.py``)."""
         into = {"gate", "up"} & set(self.adapter.slots.values())
+        by_change = self.adapter.fold and self.adapter.norm_match
         down = [target for target, slot in self.adapter.slots.items() if slot == "down"]
-        return self.delta_gradients + (self.down + self._keys(down) if into else 0)
+        products = self.down + self._keys(down) if into or (by_change and self.model.layer_norm) else 0
+        return self.delta_gradients + products + (self.mlp - self.down if by_change and self.model.layer_norm else 0)
 
     @property
     def down(self) -> int:
@@ -109,13 +142,17 @@ class LayerWork:
         return self.attention_linears + self.attention_scores * 5 // 2 + self.mlp
 
 
-def needed_flops(model: ModelNumbers, adapter: Adapter, length: int, phase: str, *, recompute: bool = False) -> int:
+def needed_flops(
+    model: ModelNumbers, adapter: Adapter, length: int, phase: str, *, recompute: bool = False, micro: int | None = None
+) -> int:
     """Operations per trained token of ``phase``, with what checkpointing recomputes if asked for.
+
+    ``micro``: tokens of a micro-batch; ``None``: so many that products of weights with each other do not count.
 
     local: layers up to the last converted one; no head. end_to_end: both models' forward and head, backward down to the first
     converted layer. task: the same without the original.
     """
-    work = LayerWork(model, adapter, length)
+    work = LayerWork(model, adapter, length, micro)
     count, first, last = len(adapter.layers), adapter.layers[0], adapter.layers[-1]
     if phase == "local":
         return count * work.local + (last + 1 - count) * work.original
@@ -181,7 +218,7 @@ def _step(
     recompute = phase == "end_to_end" and optimization.gradient_checkpointing
     micro = training.batch_size * length
     batches = training.gradient_accumulation_steps
-    flops_micro = needed_flops(model, adapter, length, phase, recompute=recompute) * micro
+    flops_micro = needed_flops(model, adapter, length, phase, recompute=recompute, micro=micro) * micro
     peak = gpu.tflops * 1e12 * COMPUTE_EFFICIENCY * (1.0 if precision.width == 2 else 0.5)
     memory = gpu.memory_gbs * 1e9 * TRANSFER_EFFICIENCY
     # Passes over the layers of one micro-batch: local meets each once; end to end twice forward and once or twice backward.
@@ -206,7 +243,7 @@ def _step(
         optimizer += ring * 4 * parameters / gpu.link(parallel.data)
     seconds = compute + exposed + optimizer
     tokens = micro * batches * parallel.data
-    needed = needed_flops(model, adapter, length, phase) * tokens
+    needed = needed_flops(model, adapter, length, phase, micro=micro) * tokens
     mfu = needed / (seconds * gpu.tflops * 1e12 * parallel.devices)
     hidden = 1.0 - exposed / transfer if transfer else 1.0
     return StepTime(phase, seconds, compute, transfer, hidden, optimizer, tokens, needed, mfu)

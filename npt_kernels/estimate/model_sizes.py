@@ -111,6 +111,8 @@ class Adapter:
         key: Of the rule: ``matrix``, ``vector`` or ``none``.
         tied: Whether gate's and up's key is ``w_down`` itself.
         norm_match: Whether the MLP's norm divides by the norm of h + a.
+        fold: Whether the norm is matched to the change of the MLP's output.
+        no_projection: Whether the attention's output projection is left out too (``model/fold.py``).
     """
 
     layers: list[int]
@@ -121,6 +123,8 @@ class Adapter:
     key: str
     tied: bool = False
     norm_match: bool = True
+    fold: bool = False
+    no_projection: bool = False
     skipped: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -240,6 +244,8 @@ def count_adapter(model: nn.Module, config: NPTConfig) -> Adapter:
         key=components[0].rule.key,
         tied=components[0].rule.ties_key_to_w_down,
         norm_match=config.matches_norm,
+        fold=first.plan.fold,
+        no_projection=first.plan.projection is not None,
         skipped=skipped,
     )
 

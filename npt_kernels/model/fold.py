@@ -58,7 +58,8 @@ class NPTOutputProjection(Swapped):
 
 def skippable_projection(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) -> nn.Module | None:
     """The output projection of a converted layer, if the layer can do without its result in this call, and had better."""
-    if plan.projection is None or (layer.training and not plan.folds_in_training):
+    # The attention's own mode: checkpointing puts nothing but the layer into training.
+    if plan.projection is None or (plan.shape.attention_module(layer).training and not plan.folds_in_training):
         return None
     projection = output_projection(layer, plan)
     if projection is None or not foldable(layer, plan, projection):

@@ -202,7 +202,7 @@ class ReadyHalf:
         return (
             self.projection is not None
             and (self.folded is not None or tokens >= component.total_rank)
-            and (self.plan.folds_in_training or not layer.training)
+            and (self.plan.folds_in_training or not self.plan.shape.attention_module(layer).training)
         )
 
     def _projection(self, slot: str, moved: Tensor | None) -> Projection:

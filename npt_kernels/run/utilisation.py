@@ -60,7 +60,8 @@ def utilisation_of(
     adapter = Adapter(
         layers=sorted(layers), ranks=[mean] * len(layers), parameters=[], targets=components[0].target_shapes,
         slots={target: first.npt_plan.shape.targets[target].slot for target in components[0].target_shapes},
-        key=components[0].rule.key,
+        key=components[0].rule.key, norm_match=first.npt_plan.norm_match, fold=first.npt_plan.fold,
+        no_projection=first.npt_plan.projection is not None,
     )  # fmt: skip
     flops = needed_flops(numbers, adapter, length, objective if objective in ("local", "task") else "end_to_end")
     if objective == "layer":  # no head, in either direction
