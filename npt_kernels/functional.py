@@ -178,8 +178,8 @@ def npt_gated_mlp(
             flat as in ``state_dict()``: ``w_b_up.gate``) and optionally ``rule``, ``num_ranks``, ``scale``.
         act: Name of the activation, as in transformers (``silu``, ``gelu``, ``gelu_new``, ``relu``, ...).
         key_scale: ``[...]``: 1/ρ_T per token, multiplies ``z`` for gate and up (norm matching); ``None`` is 1.
-        row_scale: ``[...]`` of ones, for their gradient: that of a factor on ``x`` and ``key_scale`` both. It takes no product,
-            where gradients of ``x`` take two; rules without a key only.
+        row_scale: ``[...]`` of ones in float32 (float64 for float64), for their gradient: that of a factor on ``x`` and
+            ``key_scale`` both. It takes no product, where gradients of ``x`` take two; rules without a key only.
         gate_bias, up_bias, down_bias: ``[f]``, ``[f]``, ``[d]`` or ``None``.
         backend: Backend by name; ``None`` (or ``NPT_BACKEND``) chooses.
 
@@ -266,7 +266,6 @@ def _mlp(
     values = [adapter.w_b_up.get(t) for t in targets]
     w_down = adapter.w_down
     if autocast_dtype(x) is not None:
-        row_scale = None if row_scale is None else row_scale.to(autocast_dtype(x))
         cast: list[Any] = _cast(
             x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down, *keys, *values
         )
@@ -305,7 +304,14 @@ def _mlp(
             raise ValueError(
                 f"{op}: row_scale has no gradient under rule={adapter.rule!r}, whose change is not linear in x"
             )
-        check_tensors(op, (("row_scale", row_scale),), x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if not isinstance(row_scale, Tensor) or row_scale.dtype != wide or row_scale.device != x.device:
+            got = (
+                f"{row_scale.dtype} on {row_scale.device}"
+                if isinstance(row_scale, Tensor)
+                else type(row_scale).__name__
+            )
+            raise TypeError(f"{op}: row_scale must be {wide} on {x.device} (its gradient is a long sum), got {got}")
         if differ(row_scale.shape, leading):
             raise ValueError(f"{op}: row_scale has shape {list(row_scale.shape)}, expected [...] = {list(leading)}")
         row_scale = row_scale.reshape(-1)

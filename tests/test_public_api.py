@@ -44,8 +44,9 @@ def test_unknown_name():
         ("npt_linear", ["x", "weight", "v_a", "v_b", "bias", "*backend"]),
         ("npt_factored_linear", ["x", "z", "weight", "w_a_up", "w_b_up", "bias", "*rule", "*num_ranks", "*scale", "*backend"]),
         ("npt_gated_mlp", ["x", "a", "gate_proj", "up_proj", "down_proj", "adapter", "*act", "*key_scale",
-          "*gate_bias", "*up_bias", "*down_bias", "*backend"]),
-        ("npt_mlp", ["x", "a", "c_fc", "c_proj", "adapter", "*act", "*key_scale", "*c_fc_bias", "*c_proj_bias", "*backend"]),
+          "*row_scale", "*gate_bias", "*up_bias", "*down_bias", "*backend"]),
+        ("npt_mlp", ["x", "a", "c_fc", "c_proj", "adapter", "*act", "*key_scale", "*row_scale", "*c_fc_bias",
+          "*c_proj_bias", "*backend"]),
     ],
 )  # fmt: skip
 def test_signatures_are_the_contract(name, expected):

@@ -50,7 +50,9 @@ class LayerWork:
     @property
     def wider(self) -> int:
         """What a product of the bottleneck with the heads' output takes more than one with the attention's."""
-        return 2 * self.adapter.rank * (self.model.attention_linears[-1][0] - self.model.hidden_size) if self.folds else 0
+        return (
+            2 * self.adapter.rank * (self.model.attention_linears[-1][0] - self.model.hidden_size) if self.folds else 0
+        )
 
     @property
     def projection(self) -> int:
@@ -91,7 +93,7 @@ class LayerWork:
 
     @property
     def local(self) -> int:
-        """Attention once, its output projection too, original and converted MLP, ``dout @ W_down`` alone of the input gradients."""
+        """Attention once, whole; original and converted MLP; ``dout @ W_down`` alone of the input gradients."""
         return self.original + self.mlp + self.delta + self._first
 
     @property

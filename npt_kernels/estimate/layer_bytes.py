@@ -69,6 +69,16 @@ class LayerBytes:
         return self.adapter.largest * self.precision.width if self.precision.casts_adapter else 0
 
     @property
+    def moved(self) -> int:
+        """m, the change of the MLP's output to which the norm is matched (``NPTConfig.fold``)."""
+        return self.narrow if self.adapter.fold and self.adapter.norm_match else 0
+
+    @property
+    def folded_weight(self) -> int:
+        """``w_downᵀ W_o``, in whose place the product with W_o is not computed."""
+        return self.adapter.rank * self.model.heads_width * self.precision.width if self.adapter.no_projection else 0
+
+    @property
     def _gated(self) -> int:
         return 1 if self.model.gated else 0
 
@@ -112,7 +122,7 @@ class LayerBytes:
         """What the vector penalty keeps of a layer: z, two ``[T, R]`` per target, Gram matrices, NP casts once per target."""
         targets = len(self.adapter.targets)
         gram = 2 * self.adapter.rank**2 * self.precision.width
-        return (2 + 2 * targets) * self.bottleneck + targets * (gram + self.adapter_casts)
+        return (2 + 2 * targets) * self.bottleneck + targets * (gram + self.adapter_casts) + self.moved
 
     @property
     def _scores(self) -> int:
@@ -145,12 +155,14 @@ class LayerBytes:
         """By a converted layer; ``first``: below it nothing trains, so only its NP component gets a gradient."""
         down = self.casts(self.model.mlp_linears[-1:])
         if first:
-            return self.mlp_kept(False) + down
+            return self.mlp_kept(False) + self.moved + self.folded_weight + down
         # Autocast's second copy of the attention output: the norm keeps the one, the MLP the other.
         twice = self.narrow if self.precision.casts and self.adapter.norm_match else 0
         # The matched norm keeps h itself; a plain one the float32 copy it makes, if it makes one.
         h = self.norm_copy if self.norm_copy and not self.adapter.norm_match else self.stream
-        return h + self.attention_kept + self.mlp_kept() + twice + self.casts(self.model.linears)
+        # Where the projection is left out, m is kept in the place of the attention's output.
+        changed = self.folded_weight if self.adapter.no_projection else self.moved
+        return h + self.attention_kept + self.mlp_kept() + changed + twice + self.casts(self.model.linears)
 
     @property
     def kept_unconverted(self) -> int:

@@ -103,7 +103,7 @@ class NPTLayer(Swapped):
             ready = ready_half(self, self.npt_plan, self.np_component, hidden_states)  # type: ignore[arg-type]
             if ready is not None:
                 return ready(self, self.np_component, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
-        projection = output_projection(self, self.npt_plan) if npt_folded else None  # type: ignore[arg-type]
+        projection = output_projection(self, self.npt_plan) if npt_folded and not own else None  # type: ignore[arg-type]
         if npt_folded is None and not own:
             projection = skippable_projection(self, self.npt_plan, self.np_component, hidden_states)  # type: ignore[arg-type]
         if projection is None:

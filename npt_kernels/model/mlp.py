@@ -252,7 +252,7 @@ def _changed(change: Change, mlp: nn.Module, u: Tensor, linears: dict[str, nn.Mo
         a, adapter = change.z, _given_bottleneck(change, autocast_dtype(u) or dtype)
     assert a is not None
     a = a.to(dtype)
-    row_scale = None if change.row_scale is None else change.row_scale.to(dtype)
+    row_scale = None if change.row_scale is None else change.row_scale.to(torch.promote_types(dtype, torch.float32))
     if "gate" in weights:
         out = npt_gated_mlp(
             u, a, weights["gate"], weights["up"], weights["down"], adapter, act=plan.act, key_scale=key_scale,
@@ -289,8 +289,8 @@ def _called(change: Change, mlp: nn.Module, u: Tensor) -> Tensor:
         z = change.a.to(dtype) @ adapter.w_down
     scaled = z if change.key_scale is None else z * change.key_scale.to(z.dtype).unsqueeze(-1)
     if change.row_scale is not None:
-        rows = change.row_scale.to(z.dtype).unsqueeze(-1)
-        u, scaled = u * rows, scaled * rows
+        rows = change.row_scale.unsqueeze(-1)
+        u, scaled = (u * rows).to(u.dtype), (scaled * rows).to(scaled.dtype)
     places = {place.slot: (target, place.attribute) for target, place in plan.shape.targets.items()}
 
     def linear(slot: str, x: Tensor, z: Tensor) -> Tensor:

@@ -69,7 +69,10 @@ def matched_norm(
 
 
 def matched_scale(kind: NormKind, h: Tensor, a: Tensor, scale: Tensor) -> Tensor:
-    """Ones ``[...]`` whose gradient with respect to ``a`` is that of ``log 1/ρ_T``, for ``scale [...] = 1/ρ_T`` of ``h + a``."""
+    """Ones ``[...]`` whose gradient with respect to ``a`` is that of ``log 1/ρ_T``, for ``scale [...] = 1/ρ_T`` of ``h + a``.
+
+    In float32 at least, in which their gradient is summed.
+    """
     return _MatchedScale.apply(kind, h, a, scale)  # type: ignore[no-any-return]
 
 
@@ -80,7 +83,7 @@ class _MatchedScale(torch.autograd.Function):
     def forward(ctx: Any, kind: str, h: Tensor, a: Tensor, scale: Tensor) -> Tensor:
         ctx.kind = kind
         ctx.save_for_backward(h, a, scale)
-        return torch.ones_like(scale)
+        return torch.ones_like(scale, dtype=torch.promote_types(scale.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, None]:

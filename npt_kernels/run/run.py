@@ -360,8 +360,9 @@ class Run:
         config, state = self.config, self.state
         objective = self._objective(phase)
         utilisation = utilisation_of(
-            self.model, self.blocks.heldout.shape[1], phase.objective, devices=self.accelerator.num_processes
-        )
+            self.model, self.blocks.heldout.shape[1], phase.objective, batch=config.training.batch_size,
+            devices=self.accelerator.num_processes,
+        )  # fmt: skip
         display = TrainingDisplay(self.console, utilisation)
 
         def note(text: str) -> None:

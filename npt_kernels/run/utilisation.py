@@ -33,7 +33,7 @@ class Utilisation:
 
 
 def utilisation_of(
-    model: nn.Module, length: int, objective: str, *, devices: int = 1, gpu: Gpu | None = None
+    model: nn.Module, length: int, objective: str, *, batch: int | None = None, devices: int = 1, gpu: Gpu | None = None
 ) -> Utilisation | None:
     """For training a converted model on this machine's GPU; ``None`` on a CPU and on GPUs whose peak is not known.
 
@@ -41,6 +41,7 @@ def utilisation_of(
         model: A converted model.
         length: Tokens of a sequence.
         objective: ``local``, ``layer``, ``kl`` or ``task``.
+        batch: Sequences of a micro-batch, for products that are made once for all of it; ``None``: many.
         devices: GPUs that share the steps.
         gpu: Instead of this machine's.
     """
@@ -63,7 +64,8 @@ def utilisation_of(
         key=components[0].rule.key, norm_match=first.npt_plan.norm_match, fold=first.npt_plan.fold,
         no_projection=first.npt_plan.projection is not None,
     )  # fmt: skip
-    flops = needed_flops(numbers, adapter, length, objective if objective in ("local", "task") else "end_to_end")
+    phase = objective if objective in ("local", "task") else "end_to_end"
+    flops = needed_flops(numbers, adapter, length, phase, micro=None if batch is None else batch * length)
     if objective == "layer":  # no head, in either direction
         flops -= 3 * 2 * numbers.hidden_size * numbers.vocab_size
     return Utilisation(flops, gpu.tflops * 1e12 * devices)

@@ -19,6 +19,7 @@ import npt_kernels
 from npt_kernels.cli import main as cli
 from npt_kernels.configs import load_run_config, named_configs
 from npt_kernels.configs.schema import SECTIONS
+from tests.support.helpers import randomise
 
 LEGACY = Path(__file__).parents[1] / "configs" / "test_config.py"
 
@@ -325,6 +326,7 @@ def adapter(tiny: Path) -> Path:
 
     model = AutoModelForCausalLM.from_pretrained(tiny / "tiny")
     apply_npt(model, NPTConfig(layers="all", rank=4, init="small"))
+    randomise(model)  # a start changes nothing
     save_npt(model, tiny / "out" / "adapter")
     (tiny / "out" / "config.yaml").write_text((tiny / "tiny.yaml").read_text())
     return tiny / "out" / "adapter"

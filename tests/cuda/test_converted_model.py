@@ -42,7 +42,8 @@ def test_named_for_all_it_runs_what_it_has(monkeypatch: pytest.MonkeyPatch, name
     notes = [str(w.message) for w in seen if "runs on" in str(w.message)]
     assert len(notes) == int(plans[0].norm_match), "one note for all layers, if the op that cuda lacks is used"
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    assert LAUNCHES.count("launch") >= 2 and "coefficients" in LAUNCHES
+    # Where the bottleneck is made of the heads' output, the rule alone is left of the coefficients' kernel.
+    assert LAUNCHES.count("launch") >= 2 and ("rule" if rule == "self_key" else "coefficients") in LAUNCHES
     assert "low" in OVERLAPS, "24 tokens: the fused kernel may start under the coefficients' one"
     logits.square().mean().backward()
     for grad, want in zip((p.grad for p in model.parameters() if p.grad is not None), grads, strict=True):

@@ -220,7 +220,7 @@ def test_gradients_under_autocast():
 def test_dense_copies_do_not_add_up_over_layers(format, objective):
     """Peak bytes of a step with 2 and with 8 layers: the difference has activations, and no dense weight, in it."""
     wide = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    ids = token_ids(1, 4)
+    ids = token_ids(1, 2)
     peaks = []
     for layers in (2, 8):
         model = convert(quantised("llama", format, layers=layers, **wide), rank=2)

@@ -119,7 +119,7 @@ def test_needed_operations_are_those_that_run(family, layers, name) -> None:
     apply_npt(model, NPTConfig(rank=8, layers=layers, init="small"))
     ids = torch.randint(0, 90, (8, 8), generator=torch.Generator().manual_seed(0))
     objective = {"local": LocalObjective, "kl": KLObjective}[name](model)
-    found = utilisation_of(model, 8, name, gpu=find_gpu("H100"))
+    found = utilisation_of(model, 8, name, batch=8, gpu=find_gpu("H100"))
     assert found is not None and found.peak == 989e12
     with GemmMeter() as meter:
         objective.accumulate(ids, 1.0, lambda loss: loss.backward())

@@ -11,6 +11,8 @@ from torch import nn
 
 from npt_kernels import NPTConfig, apply_npt, npt_parameters
 from npt_kernels.conversion.quantise import quantise_base
+from npt_kernels.model.fold import NPTOutputProjection
+from npt_kernels.model.swap import swap_class
 from npt_kernels.ops.dense_on_use import scratch_buffers
 from npt_kernels.quantised.linear import QuantisedLinear
 from npt_kernels.quantised.names import FORMATS
@@ -59,6 +61,8 @@ def dense_copy(model, dtype=None):
                 if child.bias is not None:
                     plain.bias.copy_(child.bias)
                 setattr(parent, name, plain.requires_grad_(False))
+                if isinstance(child, NPTOutputProjection):  # left out in the one, left out in the other
+                    swap_class(plain, NPTOutputProjection)
     return model if dtype is None else model.to(dtype)
 
 

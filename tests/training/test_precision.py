@@ -26,7 +26,7 @@ FACTOR = 4
 def converted(family, rule, targets, dtype):
     model = tiny_model(family, layers=2).to(dtype)
     apply_npt(model, NPTConfig(layers="all", rule=rule, rank=4, num_ranks=2, init="small", targets=targets))
-    randomise(model, 0.15)
+    randomise(model, 0.12)
     return model
 
 

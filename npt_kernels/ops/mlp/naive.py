@@ -54,7 +54,8 @@ def mlp(
     z = a if w_down is None else a @ w_down
     z_in = z if key_scale is None else z * key_scale.unsqueeze(1)
     if row_scale is not None:
-        x, z_in = x * row_scale.unsqueeze(1), z_in * row_scale.unsqueeze(1)
+        rows = row_scale.to(x.dtype).unsqueeze(1)
+        x, z_in = x * rows, z_in * rows
     up = _target(x, z_in, up_weight, up_bias, up_key, up_value, rule, num_ranks, scale)
     if gate_weight is None:
         inter = activation(up)

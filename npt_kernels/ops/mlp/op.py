@@ -102,7 +102,9 @@ def _fake_backward(dout: Tensor, *args: Any) -> list[Tensor]:
     shapes = (
         (tokens, d), (tokens, d_a), (tokens,), (d_a, total_rank), *target(f, d), *target(f, d), *target(d_out, f), (tokens,),
     )  # fmt: skip
-    return [dout.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
+    empty = [dout.new_empty(shape) for shape in shapes[:-1]]
+    empty.append(dout.new_empty(shapes[-1], dtype=torch.promote_types(dout.dtype, torch.float32)))
+    return [grad for grad, need in zip(empty, needs, strict=True) if need]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
