@@ -27,6 +27,7 @@ from npt_kernels.bench.training_shapes import find_model
 from npt_kernels.configs.schema import default_cache_dir
 from npt_kernels.measure.random_model_step import build_model
 from npt_kernels.measure.timing import Call, compare, compare_graphs
+from npt_kernels.ops.registry import default_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -102,7 +103,8 @@ def main() -> None:
     dtype = DTYPES[name]
     shape = None if args.model == "demo" else find_model(args.model)
     model = demo_model(dtype).to(device) if shape is None else build_model(dict(shape.numbers), dtype, device)
-    facts, rows = environment(device), []
+    facts = environment(device) | {"NPT_BACKEND": default_backend() or "automatic"}
+    rows: list[dict[str, Any]] = []
     for rank in args.rank:
         models = contenders(model, rank, args.compile)
         generator = torch.Generator().manual_seed(0)
