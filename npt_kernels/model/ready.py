@@ -19,8 +19,8 @@ from torch.nn.modules import module as torch_module
 from ..component import NPComponent, sample_of
 from ..kernels.cpu_layout import k_contiguous
 from ..kernels.steps import Projection, Steps
-from ..ops.mlp import mlp
 from ..ops.mlp.operands import Operands, Spec
+from ..ops.mlp.passes import forward
 from ..ops.registry import BackendUnavailableError, default_backend, get_steps, resolve_backend
 from .fold import foldable, folded_weight, heads_output, output_projection
 from .linears import is_conv1d
@@ -96,6 +96,8 @@ class ReadyHalf:
         #: Likewise of the projection, with some values as a view and as they were; written to through ``.data`` by PEFT's merge.
         self.samples: list[tuple[Tensor, int, int, Tensor, Tensor]] = []
         self.casts = False
+        #: Gate, up, down; ``None`` where a weight is a view, which another ``.data`` would leave behind.
+        self.projections: list[Projection] | None = None
         self.projection: nn.Module | None = None
         self.folded: tuple[Tensor, Tensor | None] | None = None
 
@@ -104,7 +106,7 @@ class ReadyHalf:
     norm: nn.Module
     eps: float
     steps: Steps
-    backend: str
+    norm_steps: Steps
     spec: Spec
     w_down: Tensor
     value_down: Tensor | None
@@ -188,11 +190,16 @@ class ReadyHalf:
         if plan.norm_match:
             weight, bias = norm_weight(self.norm, plan.norm_kind), getattr(self.norm, "bias", None)
             kind = plan.norm_kind.removesuffix("1")
-            u, scale = self.steps.matched_norm(flat, a if moved is None else moved, weight, bias, kind, self.eps)  # type: ignore[arg-type]
+            u, scale = self.norm_steps.matched_norm(flat, a if moved is None else moved, weight, bias, kind, self.eps)  # type: ignore[arg-type]
         else:
             u = self.norm(h).to(self.dtype).reshape(flat.shape)
-        gate, up, down = (self._projection(slot, moved) for slot in ("gate", "up", "down"))
-        out = mlp(Operands(u, a if z is None else z, scale, w_down, gate, up, down), self.spec, False, self.backend)
+        gate, up, down = self.projections or self._projections()
+        if moved is not None:
+            down = down._replace(value=None)
+        # Without a weight that has to be made dense first, and without gradients, the op is its passes.
+        out = forward(self.steps, Operands(u, a if z is None else z, scale, w_down, gate, up, down), self.spec, False)[
+            0
+        ]
         if moved is not None:
             out = out + moved
         out = plan.shape.after_down(self.mlp, out.reshape(*h.shape[:-1], out.shape[-1]))
@@ -205,15 +212,15 @@ class ReadyHalf:
             and (self.plan.folds_in_training or not self.plan.shape.attention_module(layer).training)
         )
 
-    def _projection(self, slot: str, moved: Tensor | None) -> Projection:
+    def _projections(self) -> list[Projection]:
+        return [self._projection(slot) for slot in ("gate", "up", "down")]
+
+    def _projection(self, slot: str) -> Projection:
         if slot not in self.linears:
             return _NONE
         module, key, value = self.linears[slot]
         weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
-        return Projection(
-            weight.t() if is_conv1d(module) else weight, module._parameters.get("bias"), key,
-            None if slot == "down" and moved is not None else value,
-        )  # fmt: skip
+        return Projection(weight.t() if is_conv1d(module) else weight, module._parameters.get("bias"), key, value)
 
 
 _NONE = Projection()
@@ -252,8 +259,8 @@ def _made(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) 
     if _elsewhere(h, ready.casts):
         return None
     ready.eps = norm_eps(ready.norm)
-    ready.backend = resolve_backend("mlp", None, h.device, h.dtype, act=plan.act, rule=component.rule_name)
-    ready.steps = get_steps(resolve_backend("matched_norm", None, h.device, h.dtype))
+    ready.steps = get_steps(resolve_backend("mlp", None, h.device, h.dtype, act=plan.act, rule=component.rule_name))
+    ready.norm_steps = get_steps(resolve_backend("matched_norm", None, h.device, h.dtype))
     tensors = component.tensors(h.dtype)
     assert tensors.w_down is not None
     ready.w_down = tensors.w_down
@@ -263,6 +270,8 @@ def _made(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) 
         for slot, (target, module) in linears.items()
     }
     ready.value_down = tensors.w_b_up.get(plan.down)
+    if not any(is_conv1d(module) for _, module in linears.values()):
+        ready.projections = ready._projections()
     return ready if plan.projection is None or _with_projection(ready, layer, component) else None
 
 
