@@ -21,6 +21,10 @@ class LayerReport:
     rank: int
     targets: tuple[str, ...]
     parameters: int
+    fold: bool = False
+    """The norm is matched to the change of the MLP's output (``NPTConfig.fold``)."""
+    output_projection: str | None = None
+    """The product of the attention that is left out"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,12 @@ class ApplyReport:
             f"  {self.parameters:,} trainable parameters beside {self.base_parameters:,} frozen "
             f"({self.parameters / max(self.base_parameters, 1):.1%})",
         ]
+        left_out = [layer for layer in self.converted if layer.output_projection is not None]
+        if left_out:
+            count = (
+                "" if len(left_out) == len(self.converted) else f" in {len(left_out)} of {len(self.converted)} layers"
+            )
+            lines.append(f"  {left_out[0].output_projection} of the attention is not computed{count} (fold)")
         lines += [f"  skipped layer {index}: {reason}" for index, reason in self.skipped.items()]
         if "unused" in self.calibration:
             lines.append(f"  {self.calibration['unused']}")
@@ -97,6 +107,8 @@ def make_report(
             component.rank,
             tuple(component.target_shapes),
             sum(parameter.numel() for parameter in component.parameters()),
+            choice.plan.fold,
+            choice.plan.projection,
         )
         for choice, component in zip(choices, components, strict=True)
     )

@@ -42,13 +42,14 @@ def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> list[Lay
     computes, or was not tried, is not left out.
 
     Layers of one class with equal settings are tried once. Not tried: models whose layers get no token ids (a decoder that is
-    called with embeddings alone), and layers that are converted already. Vectors are perturbed for the time of the probe, so that
+    called with embeddings alone), and layers that are converted already (their projections only, where they are to be left out and
+    were not). Vectors are perturbed for the time of the probe, so that
     a fresh weight of 1 or bias of 0 hides nothing; so is the mode (evaluation; training with equal random numbers, where there is
     dropout). Random numbers outside go on as if nothing had been drawn.
     """
     first_of: dict[Any, LayerChoice] = {}
     for choice in choices:
-        if not is_converted(choice.layer):
+        if not is_converted(choice.layer) or _to_be_folded(choice):
             first_of.setdefault(_kind(choice), choice)
     # Kind → (the projection that can be left out, whether in training too).
     folds: dict[Any, tuple[str | None, bool]] = {}
@@ -56,16 +57,21 @@ def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> list[Lay
         calls = (_calls(model) if first_of else None) or {}
         for kind, choice in first_of.items() if calls else ():
             h, call = calls[choice.plan.index]
-            reason = _mismatch(choice, h, call)
+            reason = None if is_converted(choice.layer) else _mismatch(choice, h, call)
             if reason is not None:
                 raise ValueError(f"layer {choice.plan.index} cannot be converted: {reason}")
             folds[kind] = _folding(choice, h, call)
     return [_with_folding(choice, folds) for choice in choices]
 
 
+def _to_be_folded(choice: LayerChoice) -> bool:
+    """Whether a converted layer whose projection is called is to be converted anew without it."""
+    return is_converted(choice.layer) and choice.plan.fold and not choice.layer.npt_plan.fold  # type: ignore[union-attr]
+
+
 def _with_folding(choice: LayerChoice, folds: dict[Any, tuple[str | None, bool]]) -> LayerChoice:
     plan = choice.plan
-    if is_converted(choice.layer):
+    if is_converted(choice.layer) and not _to_be_folded(choice):
         known: LayerPlan = choice.layer.npt_plan  # type: ignore[assignment]
         found = (known.projection, known.folds_in_training)
     else:

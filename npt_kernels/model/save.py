@@ -98,7 +98,7 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     return path
 
 
-def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
+def load_npt(model: nn.Module, source: str | os.PathLike[str], *, fold: bool | None = None) -> ApplyReport:
     """Convert ``model`` with the components saved in ``source``; a model that is already converted is converted anew.
 
     Args:
@@ -107,19 +107,22 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str]) -> ApplyReport:
             ``weights_only=True``): ``{"state_dict": {"layer_{i}_A", "layer_{i}_B"}, "config": ...}`` or
             ``{"layer_{i}_np.W_down", "layer_{i}_np.W_a_up", "layer_{i}_np.W_b_up", ...}``. Rule, rank, number of terms
             and layers are read from names and shapes.
+        fold: ``NPTConfig.fold`` in the place of the saved one; ``None``: as saved (adapters of before there was a fold: not
+            folded). The components are the same numbers; what they give differs by what the rank leaves out of ``a``.
 
     Returns:
         :class:`ApplyReport`.
 
     Raises:
         FileNotFoundError: Nothing is there; the message says what was looked for.
-        ValueError: Unreadable, of another model, or with missing or extra tensors (named). The model is then unchanged.
+        ValueError: Unreadable, of another model, with missing or extra tensors (named), or of a rule that cannot be folded. The
+            model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     path = Path(source)
     found = read_adapter(path)
-    config = found.config
+    config = found.config if fold is None else replace(found.config, fold=fold)
     converted = bool(converted_layers(model))
     try:
         choices, skipped, total = plan_layers(model, replace(config, layers=found.layers))

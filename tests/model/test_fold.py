@@ -362,6 +362,33 @@ def test_saved_says_it_and_older_ones_are_not(tmp_path):
         assert torch.equal(fresh(input_ids=IDS).logits, old(input_ids=IDS).logits)
 
 
+def test_folded_and_back(tmp_path):
+    """The same components; at full rank the change of the output is the attention's output, so both ways agree."""
+    calibration = token_ids(4, 32)
+    model = base(dtype=torch.float64)
+    with torch.no_grad():
+        original = model(input_ids=IDS).logits
+    report = apply_npt(model, NPTConfig(layers="all", rank=1.0, fold=False), calibration=calibration)
+    assert "not computed" not in str(report) and not report.converted[0].fold
+    save_npt(model, tmp_path)
+    for fold in (True, False, None):
+        report = load_npt(model, tmp_path, fold=fold)
+        assert ("o_proj of the attention is not computed (fold)" in str(report)) == bool(fold)
+        assert all(layer.npt_plan.fold == bool(fold) for layer in converted_layers(model).values())
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=IDS).logits, original, rtol=1e-5, atol=1e-6)
+    save_npt(model, tmp_path / "again")
+    for name in ("npt_model.safetensors",):
+        first, again = load_file(tmp_path / name), load_file(tmp_path / "again" / name)
+        assert all(torch.equal(first[key], again[key]) for key in first) and first.keys() == again.keys()
+    one = converted(rule="self_key", targets=("gate",), fold=False)
+    save_npt(one, tmp_path / "gate")
+    before = [p.clone() for p in npt_parameters(model)]
+    with pytest.raises(ValueError, match="fold=True"):
+        load_npt(model, tmp_path / "gate", fold=True)
+    assert all(torch.equal(a, b) for a, b in zip(npt_parameters(model), before, strict=True))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
