@@ -38,7 +38,8 @@ def norm_eps(norm: nn.Module) -> float:
         value = getattr(norm, name, None)
         if isinstance(value, float | int):
             return float(value)
-    return 0.0
+    # F.layer_norm with nothing but a shape (OLMo 1) has the default of its own; identify_norm tries it.
+    return 1e-5 if isinstance(getattr(norm, "normalized_shape", None), tuple | list) else 0.0
 
 
 def matched_norm(
@@ -101,18 +102,28 @@ def identify_norm(norm: nn.Module, width: int) -> NormKind | None:
     if isinstance(norm, nn.Identity):
         return "none"
     weight = getattr(norm, "weight", None)
+    if weight is None and next(norm.parameters(), None) is None:
+        weight = torch.empty(width)  # a norm without weights (OLMo 1, nanochat); only its device and dtype are read
     if not isinstance(weight, Tensor) or weight.is_meta or weight.shape != (width,):
         return None
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(3, width, generator=generator).to(weight.device, weight.dtype) * 2 + 0.5
+    noise = torch.randn(3, width, generator=generator).to(weight.device, weight.dtype)
+    # The small one is of the size of the epsilon.
+    probes = [noise * 2 + 0.5, noise * 3e-3]
+    kinds: tuple[NormKind, ...] = ("rms", "layer", "rms1", "layer1")
+    if getattr(norm, "weight", None) is None:
+        kinds = ("rms", "layer")
     with torch.no_grad():
-        expected = norm(probe).float()
-        kinds: tuple[NormKind, ...] = ("rms", "layer", "rms1", "layer1")
         for kind in kinds:
-            ours = matched_norm(norm, kind, probe, torch.zeros_like(probe), backend="eager")[0].float()
-            # float32 at best: RMSNorm modules compute in it whatever they are given.
-            eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
-            tolerance = 8 * eps * expected.abs().max().clamp_min(1e-3)
-            if torch.allclose(ours, expected, rtol=0, atol=float(tolerance)):
+            if all(_same_norm(norm, kind, probe) for probe in probes):
                 return kind
     return None
+
+
+def _same_norm(norm: nn.Module, kind: NormKind, probe: Tensor) -> bool:
+    expected = norm(probe).float()
+    ours = matched_norm(norm, kind, probe, torch.zeros_like(probe), backend="eager")[0].float()
+    # float32 at best: RMSNorm modules compute in it whatever they are given.
+    eps = max(torch.finfo(probe.dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = 8 * eps * expected.abs().max().clamp_min(1e-3)
+    return bool(torch.allclose(ours, expected, rtol=0, atol=float(tolerance)))

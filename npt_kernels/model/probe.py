@@ -42,10 +42,10 @@ def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> list[Lay
     computes, or was not tried, is not left out.
 
     Layers of one class with equal settings are tried once. Not tried: models whose layers get no token ids (a decoder that is
-    called with embeddings alone), and layers that are converted already (their projections alone, where they are to be left out now
-    and were not). Vectors are perturbed for the time of the probe, so that
-    a fresh weight of 1 or bias of 0 hides nothing; so is the mode (evaluation; training with equal random numbers, where there is
-    dropout). Random numbers outside go on as if nothing had been drawn.
+    called with embeddings alone), and layers that are converted already, but for a projection that is to be left out now and was
+    not. Vectors are perturbed for the time of the probe, so that a fresh weight of 1 or bias of 0 hides nothing; so is the mode
+    (evaluation; training with equal random numbers, where there is dropout). Random numbers outside go on as if nothing had been
+    drawn.
     """
     first_of: dict[Any, LayerChoice] = {}
     for choice in choices:

@@ -63,7 +63,7 @@ def test_defaults_to_the_demo() -> None:
     config = load_run_config()
     assert config.model.base_model_name == "demo"
     assert config == load_run_config("demo")
-    assert config.npt_config().rank == "auto:128"
+    assert config.npt_config().rank == "auto:184"
     assert config.npt_config().layers == "all"
 
 

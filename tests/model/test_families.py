@@ -8,7 +8,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+
+from npt_kernels import NPTConfig, apply_npt, npt_parameters, remove_npt
+from tests.support.helpers import assert_unchanged, snapshot
+from tests.support.tiny_families import build
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = json.loads((Path(__file__).with_name("families.json")).read_text())
@@ -37,6 +42,32 @@ def test_as_recorded(model_type):
 def test_the_record_has_no_wrong_conversion_and_the_page_shows_it():
     outcomes = [entry["outcome"] for entry in RECORD["types"].values()]
     assert set(outcomes) <= {"exact", "refused", "not built"}
-    assert outcomes.count("exact") >= 39
+    assert outcomes.count("exact") >= 56
     assert (ROOT / "docs" / "families.md").read_text() == list_families.page(RECORD)
     assert all("\n" not in entry["about"] for entry in RECORD["types"].values())
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama4_text", "jamba", "qwen3_5_text", "lfm2", "olmo", "nanochat", "vaultgemma"]
+)
+def test_shapes_write_the_originals_text_train_and_come_back(model_type):
+    """One model a shape: with its cache the same tokens, gradients for every component, the original again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build(model_type)
+        ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+        calibration = torch.randint(3, 90, (8, 32), generator=torch.Generator().manual_seed(2))
+        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        before = snapshot(model)
+        written = model.generate(ids, **settings)
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+        apply_npt(model, NPTConfig(layers="all", rank=1.0), calibration=calibration)
+        assert torch.equal(model.generate(ids, **settings), written)
+        assert torch.equal(model.generate(ids, use_cache=False, **settings), written)
+        model(input_ids=ids, use_cache=False).logits.float().square().mean().backward()
+        assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in npt_parameters(model))
+        remove_npt(model)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
+        assert_unchanged(model, before)

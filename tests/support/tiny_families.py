@@ -27,6 +27,22 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+_FOUR = {"num_hidden_layers": 4}
+
+#: Layers of the kinds that two layers of the generic sizes do not have: dense ones beside experts, attention beside others.
+TYPE_SIZES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"first_k_dense_replace": 1}, "deepseek_v3": {"first_k_dense_replace": 1, "head_dim": 4},
+    "axk1": {"head_dim": 4}, "youtu": {"head_dim": 4}, "glm4_moe_lite": {"head_dim": 4}, "longcat_flash": {"head_dim": 4},
+    "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4_text": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 48},
+    "qwen2_moe": {"mlp_only_layers": [0]}, "qwen3_moe": {"mlp_only_layers": [0]}, "qwen3_next": _FOUR | {"mlp_only_layers": [3]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]}, "qwen3_5_text": _FOUR, "qwen3_5_moe_text": _FOUR, "olmo_hybrid": _FOUR,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0,
+              "use_mamba_kernels": False},
+}  # fmt: skip
+
+
 def causal_types() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -47,7 +63,7 @@ def build(model_type: str, **overrides: Any) -> nn.Module:
             if value is not None and hasattr(default, name):
                 with contextlib.suppress(Exception):
                     sizes[name] = value
-        config = config_class(**(sizes | overrides))
+        config = config_class(**(sizes | TYPE_SIZES.get(model_type, {}) | overrides))
         with torch.device("meta"):
             parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
         if parameters > 3_000_000:

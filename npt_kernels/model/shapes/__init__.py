@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .base import LayerShape
 from .gpt2 import GPT2Like
-from .llama import LLAMA
+from .llama import LLAMA, LLAMA_OTHER_NAMES
+from .mixers import MIXERS
 from .parallel_layers import PARALLEL
 from .plain_mlp import PLAIN_MLP
 from .post_norms import POST_NORMS
@@ -12,4 +13,12 @@ from .post_norms import POST_NORMS
 __all__ = ["LAYER_SHAPES", "LayerShape"]
 
 #: Tried in order; a new family is one file and one entry here.
-LAYER_SHAPES: tuple[LayerShape, ...] = (LLAMA, GPT2Like(), *POST_NORMS, *PLAIN_MLP, *PARALLEL)
+LAYER_SHAPES: tuple[LayerShape, ...] = (
+    LLAMA,
+    *LLAMA_OTHER_NAMES,
+    *MIXERS,
+    GPT2Like(),
+    *POST_NORMS,
+    *PLAIN_MLP,
+    *PARALLEL,
+)

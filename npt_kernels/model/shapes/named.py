@@ -10,7 +10,7 @@ Any norm may be absent. What a description says is tried on the model's own forw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,8 @@ class NamedLayer(LayerShape):
         input_norm, mlp_norm: Norms in front of them; ``None``: none. A parallel layer may name one norm for both.
         post_attention: Norm of the attention's output.
         post_mlp: Norm of the MLP's output: a layer that has one is refused (``post_norms.py``).
-        act: Attribute of the MLP that holds the activation.
+        act: Attribute of the MLP that holds the activation; a function where the MLP has none.
+        renamed: Arguments of the layer → names under which its attention takes them; ``None``: it does not take them.
         dropouts: Children that may stand anywhere; what they do is for the probe to find out.
         parallel: Whether the MLP reads ``h`` and not ``h + a``.
         order: Names of positional arguments behind the hidden states.
@@ -55,7 +56,8 @@ class NamedLayer(LayerShape):
     mlp_norm: str | None = "post_attention_layernorm"
     post_attention: str | None = None
     post_mlp: str | None = None
-    act: str = "act_fn"
+    act: str | Callable[[Tensor], Tensor] = "act_fn"
+    renamed: Mapping[str, str | None] = field(default_factory=dict)
     dropouts: tuple[str, ...] = ()
     parallel: bool = False  # type: ignore[misc]
     order: tuple[str, ...] = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
@@ -74,14 +76,15 @@ class NamedLayer(LayerShape):
             )
         mlp = self.mlp(layer)
         inside = {name for name, child in mlp.named_children() if not isinstance(child, nn.Dropout)}
-        extra = inside - {self.act, *(target.attribute for target in self.targets.values())}
+        act = {self.act} if isinstance(self.act, str) else set()
+        extra = inside - {*act, *(target.attribute for target in self.targets.values())}
         if extra:
             return f"not {self.name} (its MLP has {sorted(extra)} too)"
         for target in self.targets.values():
             reason = unsupported_linear(getattr(mlp, target.attribute, None))
             if reason is not None:
                 return f"mlp.{target.attribute} {reason}"
-        if not callable(getattr(mlp, self.act, None)):
+        if isinstance(self.act, str) and not callable(getattr(mlp, self.act, None)):
             return f"not {self.name} (its MLP has no {self.act})"
         return None
 
@@ -90,6 +93,8 @@ class NamedLayer(LayerShape):
 
     def attention(self, layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.update(zip(self.order, args, strict=False))
+        if self.renamed:
+            kwargs = {new: value for name, value in kwargs.items() if (new := self.renamed.get(name, name)) is not None}
         normed = hidden_states if self.input_norm is None else getattr(layer, self.input_norm)(hidden_states)
         a = first_output(getattr(layer, self.attention_child)(normed, **kwargs))
         return a if self.post_attention is None else getattr(layer, self.post_attention)(a)  # type: ignore[no-any-return]
@@ -101,7 +106,7 @@ class NamedLayer(LayerShape):
         return layer.get_submodule(self.mlp_child)
 
     def activation(self, layer: nn.Module) -> Any:
-        return getattr(self.mlp(layer), self.act)
+        return getattr(self.mlp(layer), self.act) if isinstance(self.act, str) else self.act
 
 
 _NO_NORM = nn.Identity()
