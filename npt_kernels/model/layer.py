@@ -60,7 +60,7 @@ def student_output(
                 f"called; dispatch the model with preload_module_classes=['{type(layer).__name__}']"
             )
     u, change = make_change(layer, plan, component, h, a, z)
-    if not is_converted(layer):
+    if not is_converted(layer) or mlp is layer:
         out = changed_mlp(change, u)
     elif not isinstance(mlp, NPTMlp):
         raise RuntimeError(
@@ -158,7 +158,8 @@ def convert_layer(layer: nn.Module, plan: LayerPlan, component: NPComponent) -> 
     layer.np_component = component
     layer.npt_plan = plan  # type: ignore[assignment]
     swap_class(layer, NPTLayer)
-    swap_class(plan.shape.mlp(layer), NPTMlp)
+    if plan.shape.mlp(layer) is not layer:
+        swap_class(plan.shape.mlp(layer), NPTMlp)
     if plan.projection is not None:
         swap_class(getattr(plan.shape.attention_module(layer), plan.projection), NPTOutputProjection)
 

@@ -232,7 +232,7 @@ def _mlp_mismatch(choice: LayerChoice, h: Tensor) -> str | None:
         (
             f"{type(mlp).__name__}",
             changed_mlp(Change(layer, plan, nothing, torch.zeros_like(h), None, "eager"), own),
-            mlp(own),
+            plan.shape.mlp_output(layer, own),
         )
     )
     for name, ours, theirs in pairs:

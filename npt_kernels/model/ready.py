@@ -246,7 +246,7 @@ def _made(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) 
     read = [module for _, module in linears.values()]
     if plan.norm_match:
         read.append(ready.norm)
-    for module in (ready.mlp, *read, *([act] if isinstance(act, nn.Module) else [])):
+    for module in (*([] if ready.mlp is layer else [ready.mlp]), *read, *([act] if isinstance(act, nn.Module) else [])):
         if not _unmoved(module, type(module)) or not ready.watch_module(layer, module):
             return None
     if not all(plain_forward(module) and "weight" in module._parameters and not module._buffers

@@ -296,6 +296,13 @@ def enable_checkpointing(model: nn.Module, enabled: bool = True) -> None:
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             model.gradient_checkpointing_disable()  # type: ignore[operator]
         return
+    for layer in converted_layers(model).values():
+        rate = getattr(layer, "dropout", 0)
+        if isinstance(rate, float) and rate > 0:
+            raise ValueError(
+                f"gradient_checkpointing=True needs layers in training mode, in which a {type(layer).__name__} drops out "
+                f"(dropout={rate}), for student and teacher each in its own way; set dropout=0 in the model's configuration"
+            )
     try:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     except (AttributeError, ValueError) as error:

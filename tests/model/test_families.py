@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from npt_kernels import NPTConfig, apply_npt, npt_parameters, remove_npt
+from npt_kernels.training.objectives import enable_checkpointing
 from tests.support.helpers import assert_unchanged, snapshot
 from tests.support.tiny_families import build
 
@@ -42,13 +43,13 @@ def test_as_recorded(model_type):
 def test_the_record_has_no_wrong_conversion_and_the_page_shows_it():
     outcomes = [entry["outcome"] for entry in RECORD["types"].values()]
     assert set(outcomes) <= {"exact", "refused", "not built"}
-    assert outcomes.count("exact") >= 56
+    assert outcomes.count("exact") >= 60
     assert (ROOT / "docs" / "families.md").read_text() == list_families.page(RECORD)
     assert all("\n" not in entry["about"] for entry in RECORD["types"].values())
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llama4_text", "jamba", "qwen3_5_text", "lfm2", "olmo", "nanochat", "vaultgemma"]
+    "model_type", ["llama4_text", "jamba", "qwen3_5_text", "lfm2", "olmo", "nanochat", "vaultgemma", "opt", "xglm"]
 )
 def test_shapes_write_the_originals_text_train_and_come_back(model_type):
     """One model a shape: with its cache the same tokens, gradients for every component, the original again."""
@@ -71,3 +72,13 @@ def test_shapes_write_the_originals_text_train_and_come_back(model_type):
         with torch.no_grad():
             assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
         assert_unchanged(model, before)
+
+
+def test_an_mlp_of_the_layers_own_refuses_what_would_not_be_exact():
+    with pytest.raises(ValueError, match=r"activation_dropout=0\.1.*set activation_dropout=0"):
+        apply_npt(build("xglm", activation_dropout=0.1), NPTConfig(layers="all", rank=4, init="small"))
+    model = build("opt", dropout=0.1)
+    apply_npt(model, NPTConfig(layers="all", rank=4, init="small"))
+    with pytest.raises(ValueError, match=r"OPTDecoderLayer drops out \(dropout=0\.1\).*set dropout=0"):
+        enable_checkpointing(model)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -33,7 +33,7 @@ _FOUR = {"num_hidden_layers": 4}
 TYPE_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"first_k_dense_replace": 1}, "deepseek_v3": {"first_k_dense_replace": 1, "head_dim": 4},
     "axk1": {"head_dim": 4}, "youtu": {"head_dim": 4}, "glm4_moe_lite": {"head_dim": 4}, "longcat_flash": {"head_dim": 4},
-    "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1},
+    "xglm": {"activation_dropout": 0.0}, "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama4_text": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 48},
     "qwen2_moe": {"mlp_only_layers": [0]}, "qwen3_moe": {"mlp_only_layers": [0]}, "qwen3_next": _FOUR | {"mlp_only_layers": [3]},

@@ -6,6 +6,7 @@ from .base import LayerShape
 from .gpt2 import GPT2Like
 from .llama import LLAMA, LLAMA_OTHER_NAMES
 from .mixers import MIXERS
+from .open_mlp import OPEN_MLP
 from .parallel_layers import PARALLEL
 from .plain_mlp import PLAIN_MLP
 from .post_norms import POST_NORMS
@@ -20,5 +21,6 @@ LAYER_SHAPES: tuple[LayerShape, ...] = (
     GPT2Like(),
     *POST_NORMS,
     *PLAIN_MLP,
+    *OPEN_MLP,
     *PARALLEL,
 )

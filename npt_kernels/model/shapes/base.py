@@ -64,8 +64,13 @@ class LayerShape(ABC):
         """The activation callable of the MLP."""
 
     def mlp(self, layer: nn.Module) -> nn.Module:
-        """The MLP module."""
+        """The MLP module; the layer itself if it has none of its own."""
         return layer.get_submodule("mlp")
+
+    def mlp_output(self, layer: nn.Module, u: Tensor) -> Tensor:
+        """What the original MLP makes of its input."""
+        out: Tensor = self.mlp(layer)(u)
+        return out
 
     def linear(self, layer: nn.Module, target: str) -> nn.Module:
         """The frozen linear of a canonical target."""
@@ -98,7 +103,7 @@ class LayerShape(ABC):
     def original(self, layer: nn.Module, h: Tensor, a: Tensor) -> Tensor:
         """What the original layer returns for its input ``h`` and attention output ``a``."""
         total = h + a
-        return self.output(layer, total, self.mlp(layer)(self.norm(layer)(h if self.parallel else total)))
+        return self.output(layer, total, self.mlp_output(layer, self.norm(layer)(h if self.parallel else total)))
 
     def canonical_targets(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Canonical names, in op order, of the targets a user named. Raises ``ValueError`` for one that does not exist."""
