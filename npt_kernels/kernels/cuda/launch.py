@@ -108,9 +108,9 @@ def refusal(widths: Sequence[tuple[str, int]], weights: Sequence[tuple[str, Tens
 
 
 @lru_cache(maxsize=256)
-def say_fallback(op: str, reason: str) -> None:
-    """Warn once for each step and reason that it ran on the vendor's GEMM: right numbers, not the speed that was asked for."""
-    warnings.warn(f"npt_kernels {op}: not fused on backend 'cuda': {reason}; ran on the vendor's GEMM", stacklevel=3)
+def say_fallback(op: str, reason: str, where: str = "on the vendor's GEMM") -> None:
+    """Warn once for each step and reason that it ran elsewhere: right numbers, not the speed that was asked for."""
+    warnings.warn(f"npt_kernels {op}: not fused on backend 'cuda': {reason}; ran {where}", stacklevel=3)
 
 
 def low_rank(c: Tensor, value: Tensor, kind: int = LOW, second: Tensor | None = None) -> Segment:
