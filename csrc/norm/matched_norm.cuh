@@ -56,7 +56,7 @@ NPT_DEVICE void block_sums(float& x, float& y, float* held) {
     held[2 * warp] = x;
     held[2 * warp + 1] = y;
   }
-  __syncthreads();
+  __syncthreads();  // every warp's sums
   x = y = 0.0f;
   for (int i = 0; i < warps; ++i) {
     x += held[2 * i];
