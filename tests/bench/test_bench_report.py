@@ -95,10 +95,11 @@ def test_records_of_training_runs_count(tmp_path):
     quality = {"perplexity_ratio": 1.004, "kl": 0.04, "top1_agreement": 0.9}
     record = {"command": "make train", "device": "CPU, no GPU", "date": "2026", "commit": "", "versions": {},
               "result": {"base": quality, "converted": quality, "trained": quality}}  # fmt: skip
-    (tmp_path / "demo.json").write_text(json.dumps(record))
+    for name in ("demo", "demo-rank-128"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
     collected = collect(tmp_path)
-    verdict = verdicts(collected)[-1]
-    assert verdict.met is True and "ratio 1.0040, KL 0.0400" in verdict.measured
+    for verdict, rank in zip(verdicts(collected)[-2:], ("128", "184"), strict=True):
+        assert verdict.met is True and f"ratio 1.0040, KL 0.0400 (SmolLM2-135M, mean rank {rank}" in verdict.measured
     assert "make train" in render(collected)
 
 
