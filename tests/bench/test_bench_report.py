@@ -108,12 +108,12 @@ def test_the_table_for_documents(full, tmp_path):
     table = markdown_table(full)
     assert table.count("\n") == len(GOALS) + 1 and "| *unverified* |" in table and "**not met**" in table
     file.write_text(
-        "before\n<!-- goals: made by `npt bench report --table`, do not edit -->\nold\n<!-- end of goals -->\nafter\n"
+        "before\n<!-- goals: made by `npt bench report --table`, do not edit -->\nrows of before\n<!-- end of goals -->\nafter\n"
     )
     replace_table(file, full)
     replace_table(file, full)
     text = file.read_text()
-    assert table in text and "old" not in text and text.startswith("before") and text.endswith("after\n")
+    assert table in text and "rows of before" not in text and text.startswith("before") and text.endswith("after\n")
     file.write_text("no markers")
     with pytest.raises(BenchError, match="it has no lines"):
         replace_table(file, full)
