@@ -95,10 +95,11 @@ def test_records_of_training_runs_count(tmp_path):
     quality = {"perplexity_ratio": 1.004, "kl": 0.04, "top1_agreement": 0.9}
     record = {"command": "make train", "device": "CPU, no GPU", "date": "2026", "commit": "", "versions": {},
               "result": {"base": quality, "converted": quality, "trained": quality}}  # fmt: skip
-    (tmp_path / "demo.json").write_text(json.dumps(record))
+    for name in ("demo", "demo-rank-128"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
     collected = collect(tmp_path)
-    verdict = verdicts(collected)[-1]
-    assert verdict.met is True and "ratio 1.0040, KL 0.0400" in verdict.measured
+    for verdict, rank in zip(verdicts(collected)[-2:], ("128", "184"), strict=True):
+        assert verdict.met is True and f"ratio 1.0040, KL 0.0400 (SmolLM2-135M, mean rank {rank}" in verdict.measured
     assert "make train" in render(collected)
 
 
@@ -107,12 +108,12 @@ def test_the_table_for_documents(full, tmp_path):
     table = markdown_table(full)
     assert table.count("\n") == len(GOALS) + 1 and "| *unverified* |" in table and "**not met**" in table
     file.write_text(
-        "before\n<!-- goals: made by `npt bench report --table`, do not edit -->\nold\n<!-- end of goals -->\nafter\n"
+        "before\n<!-- goals: made by `npt bench report --table`, do not edit -->\nrows of before\n<!-- end of goals -->\nafter\n"
     )
     replace_table(file, full)
     replace_table(file, full)
     text = file.read_text()
-    assert table in text and "old" not in text and text.startswith("before") and text.endswith("after\n")
+    assert table in text and "rows of before" not in text and text.startswith("before") and text.endswith("after\n")
     file.write_text("no markers")
     with pytest.raises(BenchError, match="it has no lines"):
         replace_table(file, full)
