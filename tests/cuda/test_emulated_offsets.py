@@ -1,4 +1,4 @@
-"""Offsets beyond 32 bits in the emulated kernels (``NPT_EMULATE=1``): rows that lie 2^31 elements apart in a sparse address space.
+"""Offsets beyond 32 bits in the emulated kernels (``NPT_EMULATE=1``): rows 2^31 elements apart in a sparse address space.
 
 Only the pages that are touched exist, so 17 GB of addresses cost some hundred KB. An offset held in a signed or unsigned 32-bit
 number ends outside the memory or in another row: row 1 begins at 2^31 + 64 elements, row 2 at 2^32 + 128.

@@ -147,7 +147,7 @@ def norm_case(
     dtype: torch.dtype, backward: bool, shape: tuple[int, int], layer: bool, affine: bool, extra: int,
     want: tuple[bool, bool] = (True, True), given: tuple[bool, bool] = (True, True),
 ) -> Case:  # fmt: skip
-    """u and key_scale, or dh and da from the gradients of those ``given``; a pitch that is no multiple of 8 reads element by element."""
+    """u and key_scale, or dh and da from the gradients of those ``given``; a pitch of no multiple of 8 is read by elements."""
     rows, width = shape
     kind, eps = "layer" if layer else "rms", 1e-5
     h, a = pitched(normal, rows, width, dtype, extra) + 0.25, pitched(normal, rows, width, dtype, extra)
