@@ -38,7 +38,7 @@ emulator: $(VENV)/.dev ## Build the CUDA kernels for this CPU; then NPT_EMULATE=
 check-emulated: emulator ## Run every CUDA kernel on this CPU under adversarial schedules (no nvcc, driver or GPU)
 	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) $(ARGS)
 	$(BIN)/python tools/emulator/overlap.py
-	NPT_EMULATE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/cuda/test_gpu.py tests/cuda/test_emulated_model.py
+	NPT_EMULATE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/cuda/test_gpu.py tests/cuda/test_emulated_model.py tests/cuda/test_emulated_offsets.py
 
 fuzz: $(VENV)/.dev ## 100,000 drawn cases of ops, configurations, text, adapters, checkpoints; a table (ARGS="--seed 1")
 	$(BIN)/python -m tests.fuzz --jobs $(JOBS) $(ARGS)

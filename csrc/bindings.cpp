@@ -127,6 +127,20 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("dtype"), py::arg("source"), py::arg("out"), py::arg("size"), py::arg("parts"), py::arg("device"),
       py::arg("stream"), "Sum of fp32 shares, from the first to the last.");
+  m.def(
+      "norm",
+      [](bool backward, int dtype, bool layer, float eps, const Matrix& h, const Matrix& a, const Matrix& du, const Matrix& u,
+         const Matrix& dh, const Matrix& da, uint64_t weight, uint64_t bias, uint64_t key_scale, uint64_t d_key_scale, int64_t rows,
+         int64_t width, int device, uint64_t stream) {
+        const npt::NormParams params{matrix(h), matrix(a), matrix(du), matrix(u), matrix(dh), matrix(da), pointer(weight),
+                                     pointer(bias), pointer(key_scale), pointer(d_key_scale), int(rows), int(width), layer, 0,
+                                     eps};
+        return described(npt::launch_norm({backward, static_cast<npt::Dtype>(dtype), params, device, pointer(stream)}));
+      },
+      py::arg("backward"), py::arg("dtype"), py::arg("layer"), py::arg("eps"), py::arg("h"), py::arg("a"), py::arg("du"),
+      py::arg("u"), py::arg("dh"), py::arg("da"), py::arg("weight"), py::arg("bias"), py::arg("key_scale"),
+      py::arg("d_key_scale"), py::arg("rows"), py::arg("width"), py::arg("device"), py::arg("stream"),
+      "u and key_scale of matched_norm, or dh and da.");
   m.def("tensor_map_count", &npt::tensor_map_count, "Tensor maps in the cache.");
   m.def(
       "kernels",

@@ -37,6 +37,8 @@ const std::vector<LowRankKernel>& low_rank_kernels() {
     add_coefficients_f16(list);
     add_low_rank_bf16(list);
     add_low_rank_f16(list);
+    add_norm_bf16(list);
+    add_norm_f16(list);
     return list;
   }();
   return all;
@@ -158,6 +160,31 @@ LaunchPlan launch_reduce(const ReduceSpec& s) {
   use_device(s.device);
   ReduceParams copy = s.params;
   return launch_kernel(kernel.function, {int(blocks), 1, 1, kernel.threads, 1, kernel.smem, false}, &copy, s.device, s.stream);
+}
+
+LaunchPlan launch_norm(const NormSpec& s) {
+  NormParams p = s.params;
+  check_size("T", p.rows, 1);
+  check_size("d", p.width, 1);
+  constexpr int kWidest = 4 * kNormThreads * kNormElements;
+  if (p.width > kWidest) fail("d = " + text(p.width) + " is more than the " + text(kWidest) + " that a block holds");
+  if (p.h.ptr == nullptr || p.a.ptr == nullptr) fail("h and a are needed");
+  if (s.backward ? p.dh.ptr == nullptr && p.da.ptr == nullptr : p.u.ptr == nullptr || p.key_scale == nullptr) {
+    fail(s.backward ? "dh or da is needed" : "u and key_scale are needed");
+  }
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  p.vector = aligned(p.weight) && aligned(p.bias);
+  for (const MatrixArg& m : {p.h, p.a, p.du, p.u, p.dh, p.da}) {
+    if (m.ptr == nullptr) continue;
+    if (p.rows > 1 && m.ld < p.width) fail("a row pitch of " + text(m.ld) + " is below d = " + text(p.width));
+    if (!aligned(m.ptr) || (p.rows > 1 && m.ld % kNormElements != 0)) p.vector = 0;
+  }
+  const int accesses = div_up(p.width, kNormElements);
+  const LowRankFamily family = s.backward ? LowRankFamily::kNormBackward : LowRankFamily::kNormForward;
+  const LowRankKernel& kernel = find(family, s.dtype, 0, accesses <= kNormThreads ? 1 : 4);
+  const int threads = std::min(kernel.threads, div_up(accesses, 32) * 32);
+  use_device(s.device);
+  return launch_kernel(kernel.function, {p.rows, 1, 1, threads, 1, kernel.smem, false}, &p, s.device, s.stream);
 }
 
 }  // namespace npt

@@ -6,13 +6,16 @@
 
 #include "host.h"
 #include "low_rank/low_rank_params.h"
+#include "norm/norm_params.h"
 
 namespace npt {
 
-enum class LowRankFamily : int { kCoefficients = 0, kValueGrads = 1, kRuleForward = 2, kRuleBackward = 3, kReduce = 4 };
+enum class LowRankFamily : int {
+  kCoefficients = 0, kValueGrads = 1, kRuleForward = 2, kRuleBackward = 3, kReduce = 4, kNormForward = 5, kNormBackward = 6
+};
 
 // One compiled kernel. `variant`: coefficients 10·KeyKind + computes z; rules the vector width; backward 10·shares + vector
-// width.
+// width; norms the 16-byte accesses a thread.
 struct LowRankKernel {
   const void* function;
   LowRankFamily family;
@@ -60,16 +63,27 @@ struct ReduceSpec {
   void* stream;
 };
 
+struct NormSpec {
+  bool backward;
+  Dtype dtype;
+  NormParams params;  // `vector` is the launcher's
+  int device;
+  void* stream;
+};
+
 const std::vector<LowRankKernel>& low_rank_kernels();
 // Each checks first and raises std::invalid_argument with the bad value; kDryRun stops before the launch.
 LaunchPlan launch_coefficients(const CoefficientsSpec& spec);
 LaunchPlan launch_value_grads(const ValueGradsSpec& spec);
 LaunchPlan launch_rule(const RuleSpec& spec);
 LaunchPlan launch_reduce(const ReduceSpec& spec);
+LaunchPlan launch_norm(const NormSpec& spec);
 
 void add_coefficients_bf16(std::vector<LowRankKernel>&);
 void add_coefficients_f16(std::vector<LowRankKernel>&);
 void add_low_rank_bf16(std::vector<LowRankKernel>&);
 void add_low_rank_f16(std::vector<LowRankKernel>&);
+void add_norm_bf16(std::vector<LowRankKernel>&);
+void add_norm_f16(std::vector<LowRankKernel>&);
 
 }  // namespace npt

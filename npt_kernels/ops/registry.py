@@ -6,9 +6,10 @@ something else in silence:
 
 * **For one call** (``backend="..."`` of a public op): that backend, or ``BackendUnavailableError`` with the reason.
 * **For everything** (``NPT_BACKEND``; a converted layer is several ops): "this one wherever it exists". An
-  op that the backend does not implement at all (``cuda`` has no norm kernel) runs on the automatic choice instead; a warning
-  says so once, and :func:`explain` always. An op that it does implement but refuses here (a dtype, a device, a missing build)
-  still raises: that is what the user wanted to know.
+  op that the backend does not implement at all (``cuda`` has no explicit ``linear``) runs on the automatic choice instead; a
+  warning says so once, and :func:`explain` always. An op that it does implement but refuses here (a dtype, a device, a missing
+  build) still raises: that is what the user wanted to know. Sizes are no reason of an op: a *step* of it that the kernels cannot
+  read (``cuda``: a width or rank that is no multiple of 8) runs on the vendor's GEMM, with one warning that names the size.
 * **Nobody**: the first that can run the call, and only ever one that was verified on such hardware.
 """
 

@@ -20,7 +20,7 @@ def _has_hopper() -> bool:
 
 collect_ignore = [] if _has_hopper() or EMULATED else ["test_gpu.py"]
 collect_ignore += [] if _has_hopper() else ["test_instances.py"]
-collect_ignore += [] if EMULATED else ["test_emulated_model.py"]
+collect_ignore += [] if EMULATED else ["test_emulated_model.py", "test_emulated_offsets.py"]
 
 
 @pytest.fixture(scope="session")

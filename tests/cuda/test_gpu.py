@@ -22,8 +22,9 @@ from torch import Tensor
 from npt_kernels.kernels.cuda import coefficients, launch, value_grads
 from npt_kernels.kernels.cuda.choose import Epilogue, choose
 from npt_kernels.kernels.cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Segment
-from npt_kernels.kernels.cuda.steps import fused_sum
+from npt_kernels.kernels.cuda.steps import CudaSteps, fused_sum
 from npt_kernels.kernels.cuda.support import EMULATED
+from npt_kernels.kernels.eager import EagerSteps
 from npt_kernels.rules import RULES, get_rule
 from tests.support.mlp_calls import FactoredCalls, MlpCalls
 
@@ -271,6 +272,70 @@ def test_value_grads(rule: str, rank: int, terms: int) -> None:
         for g, pl, t in zip(got, plain, truth, strict=True):
             if g is not None:
                 twice(g, pl, t)
+
+
+# ------------------------------------------------------------------------------------- the norm before the MLP
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(0, 64), (1, 1), (1, 8), (5, 100), (33, 776), *sizes([(8192, 4096), (515, 8192), (64, 16384), (3, 5001)], [(3, 5001)])],
+)  # fmt: skip
+@pytest.mark.parametrize("affine", [True, False])
+def test_matched_norm(dtype: torch.dtype, kind: str, rows: int, width: int, affine: bool) -> None:
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE)
+
+    inputs = [tensor(rows, width) * 2 + 0.5, tensor(rows, width), None, None]
+    if affine:
+        inputs[2:] = [tensor(width), tensor(width) if kind == "layer" else None]
+    inputs = [None if t is None else t.to(dtype) for t in inputs]
+    # The gradient of the key scale is small beside the sum that it joins; a norm that is trained asks for the eager step.
+    upstream, needs = (tensor(rows, width).to(dtype), tensor(rows).to(dtype)), [True, True, False, False]
+
+    def run(steps: EagerSteps, *tensors: Tensor | None, high: bool = False) -> list[Tensor]:
+        given = [t.double() for t in upstream] if high else upstream
+        out = steps.matched_norm(*tensors, kind, 1e-5)  # type: ignore[arg-type]
+        return [*out, *steps.matched_norm_backward(*given, *tensors, kind, 1e-5, needs)]  # type: ignore[arg-type]
+
+    got, again, plain = (run(steps, *inputs) for steps in (CudaSteps(), CudaSteps(), EagerSteps()))
+    truth = run(EagerSteps(), *(None if t is None else t.double() for t in inputs), high=True)
+    for g, same, p, t in zip(got, again, plain, truth, strict=True):
+        assert torch.equal(g, same) and g.shape == t.shape and g.dtype == dtype
+        if rows:
+            twice(g, p, t)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_matched_norm_of_other_strides_and_wishes(kind: str) -> None:
+    """Rows at odd places, gradients left out, a trained norm: as on eager within the rule."""
+    make = torch.randn(6, 2 * 72 + 1, device=DEVICE).bfloat16()
+    h, a, weight = make[:, 1:73], make[:, 73:145], make[0, 3:75]
+    bias = make[1, 3:75] if kind == "layer" else None
+    du, d_key_scale = randn(6, 72, dtype=torch.bfloat16), randn(6, dtype=torch.bfloat16)
+    high = [None if t is None else t.double() for t in (h, a, weight, bias)]
+    for needs in itertools.product([True, False], [True, False], [True, False], [bias is not None]):
+        for grads in ((du, d_key_scale), (du, None), (None, d_key_scale)):
+            got, plain = (
+                steps.matched_norm_backward(*grads, h, a, weight, bias, kind, 1e-5, list(needs))
+                for steps in (CudaSteps(), EagerSteps())
+            )
+            exact = [None if g is None else g.double() for g in grads]
+            truth = EagerSteps().matched_norm_backward(*exact, *high, kind, 1e-5, list(needs))
+            assert len(got) == sum(needs)
+            for g, p, t in zip(got, plain, truth, strict=True):
+                twice(g, p, t)
+
+
+def test_matched_norm_that_the_kernel_does_not_take_is_said() -> None:
+    h, a = randn(2, 16, dtype=torch.bfloat16), randn(2, 16, dtype=torch.bfloat16)
+    launch.say_fallback.cache_clear()
+    with pytest.warns(UserWarning, match=r"matched_norm: not fused.*torch.float32.*ran as on 'eager'"):
+        u, _ = CudaSteps().matched_norm(h, a, torch.ones(16, device=DEVICE), None, "rms", 1e-5)
+    assert torch.equal(u, EagerSteps().matched_norm(h, a, torch.ones(16, device=DEVICE), None, "rms", 1e-5)[0])
+    wide = randn(1, 16400, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"d = 16400 is more than the 16384"):
+        CudaSteps().matched_norm(wide, wide, None, None, "rms", 1e-5)
 
 
 # ------------------------------------------------------------------------------------- decode: split K, overlap

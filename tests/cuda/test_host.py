@@ -48,7 +48,7 @@ def test_never_chosen_by_itself() -> None:
         ("mlp", "cpu", torch.bfloat16, "on cpu"),
         ("mlp", "cuda", torch.float32, "torch.float32"),
         ("factored_linear", "cuda", torch.float64, "torch.float64"),
-        ("matched_norm", "cuda", torch.bfloat16, "no kernel for matched_norm"),
+        ("matched_norm", "cuda", torch.float32, "torch.float32"),
     ],
 )
 def test_reasons(op: str, device: str, dtype: torch.dtype, part: str) -> None:

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from npt_kernels.kernels.cuda import coefficients, launch, rules, steps, value_grads
+from npt_kernels.kernels.cuda import coefficients, launch, norm, rules, steps, value_grads
 from npt_kernels.kernels.cuda import support as _cuda
 from npt_kernels.kernels.cuda.choose import Config, Epilogue
 from npt_kernels.kernels.cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Overlap, Segment, weights_layout
+from npt_kernels.kernels.eager import EagerSteps
 from npt_kernels.rules import get_rule
 
 #: Segmented-K calls since the last test began: (epilogue, kinds), and beside each its overlap.
@@ -40,6 +41,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         (value_grads, "value_grads"),
         (rules, "rule"),
         (rules, "reduce"),
+        (norm, "norm"),
     ):
         monkeypatch.setattr(module, f"launch_{name}", globals()[f"fake_{name}"])
     for log in (CALLS, OVERLAPS, LAUNCHES, PLANS):
@@ -111,6 +113,23 @@ def fake_rule(
 def fake_reduce(shares: Tensor, out: Tensor) -> None:
     dry_run("reduce", rules.reduce_arguments(shares, out))
     out.copy_(shares.sum(0))
+
+
+def fake_norm(
+    backward: bool, h: Tensor, a: Tensor, du: Tensor | None, u: Tensor | None, dh: Tensor | None, da: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, key_scale: Tensor | None, d_key_scale: Tensor | None, kind: str, eps: float,
+) -> None:  # fmt: skip
+    dry_run("norm", norm.norm_arguments(backward, h, a, du, u, dh, da, weight, bias, key_scale, d_key_scale, kind, eps))
+    if not backward:
+        assert u is not None and key_scale is not None
+        made = EagerSteps().matched_norm(h, a, weight, bias, kind, eps)
+        u.copy_(made[0])
+        key_scale.copy_(made[1])
+        return
+    needs = [dh is not None, da is not None, False, False]
+    grads = EagerSteps().matched_norm_backward(du, d_key_scale, h, a, weight, bias, kind, eps, needs)
+    for out, value in zip((t for t in (dh, da) if t is not None), grads, strict=True):
+        out.copy_(value)
 
 
 def fake_run(

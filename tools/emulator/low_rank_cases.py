@@ -1,4 +1,4 @@
-"""Cases of the low-rank side: coefficients, gradients through w_b_up with the sum of their shares, the rules alone."""
+"""Cases of the low-rank side: coefficients, gradients through w_b_up with the sum of their shares, the rules alone, the norm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from checking import Case, Output, normal, pitched, ternary
-from names import DTYPES, low_rank_kind, run_coefficients, run_reduce, run_rule, run_value_grads
+from names import DTYPES, low_rank_kind, run_coefficients, run_norm, run_reduce, run_rule, run_value_grads
 from torch import Tensor
 
 from npt_kernels.rules import get_rule
@@ -143,6 +143,51 @@ def rule_case(
     return Case(label, what, outputs, run_backward)
 
 
+def norm_case(
+    dtype: torch.dtype, backward: bool, shape: tuple[int, int], layer: bool, affine: bool, extra: int,
+    want: tuple[bool, bool] = (True, True), given: tuple[bool, bool] = (True, True),
+) -> Case:  # fmt: skip
+    """u and key_scale, or dh and da from the gradients of those ``given``; a pitch of no multiple of 8 is read by elements."""
+    rows, width = shape
+    kind, eps = "layer" if layer else "rms", 1e-5
+    h, a = pitched(normal, rows, width, dtype, extra) + 0.25, pitched(normal, rows, width, dtype, extra)
+    h = torch.nn.functional.pad(h, (0, extra))[:, :width]
+    weight = normal(width, dtype=dtype) + 1 if affine else None
+    bias = normal(width, dtype=dtype) if affine and layer else None
+    x, total = h.double(), (h.float() + a.float()).to(dtype).double()
+    if layer:
+        x, total = x - x.mean(1, keepdim=True), total - total.mean(1, keepdim=True)
+    s = (total.square().mean(1, keepdim=True) + eps).rsqrt()
+    gamma = 1.0 if weight is None else weight.double()
+    frame = 16 if (width + extra) % 8 == 0 else 18
+    label = f"norm {kind} {'backward' if backward else 'forward'}"
+    what = f"{label} {dtype} {shape} affine {affine} extra {extra} want {want} given {given}"
+    if not backward:
+        u = x * s * gamma + (0.0 if bias is None else bias.double())
+        outputs = [Output("u", u, dtype, extra=frame), Output("key_scale", s.squeeze(1), dtype, compact=True)]
+
+        def run_forward(views: Sequence[Tensor]) -> None:
+            run_norm(False, h, a, None, views[0], None, None, weight, bias, views[1], None, kind, eps, SMS)
+
+        return Case(label, what, outputs, run_forward)
+    du = pitched(normal, rows, width, dtype, extra) if given[0] else None
+    d_key_scale = normal(rows, dtype=dtype) if given[1] else None
+    g = torch.zeros_like(x) if du is None else du.double() * gamma
+    ds = (g * x).sum(1, keepdim=True) + (0.0 if d_key_scale is None else d_key_scale.double().unsqueeze(1))
+    dt = total * (-ds * s**3 / width)
+    dh = s * (g - g.mean(1, keepdim=True) if layer else g) + dt
+    outputs = [
+        Output(name, truth, dtype, wanted=wanted, extra=frame)
+        for name, truth, wanted in (("dh", dh, want[0]), ("da", dt, want[1]))
+    ]
+
+    def run_backward(views: Sequence[Tensor]) -> None:
+        places = [view if wanted else None for view, wanted in zip(views, want, strict=True)]
+        run_norm(True, h, a, du, None, *places, weight, None, None, d_key_scale, kind, eps, SMS)
+
+    return Case(label, what, outputs, run_backward)
+
+
 # ------------------------------------------------------------------------------------------------ by instance
 def _coefficients(dtype: torch.dtype, kernel: dict[str, Any], kind: dict[str, Any], count: int) -> list[Case]:
     tile, key_kind, given = kernel["tile"], kind["key_kind"], not kind["compute_z"]
@@ -193,6 +238,24 @@ def _rules(dtype: torch.dtype, backward: bool, vector: int, shares: bool, count:
     return cases
 
 
+def _norms(dtype: torch.dtype, backward: bool, accesses: int, count: int) -> list[Case]:
+    shapes = [(5, 776), (1, 8), (3, 100), (2, 4096), (4, 1), (2, 1001)]  # rows, d
+    if accesses > 1:
+        shapes = [(2, 5000), (1, 4104), (2, 8192), (1, 16384), (2, 4097)]
+    cases = []
+    for shape in shapes[:count]:
+        even = -shape[1] % 8 + 8
+        for layer in (False, True):
+            affine, extra = random.random() < 0.7, random.choice([even, even, 9])
+            cases.append(norm_case(dtype, backward, shape, layer, affine, extra))
+            if backward:
+                cases.append(norm_case(dtype, True, shape, layer, affine, even, (True, False), (True, False)))
+                cases.append(norm_case(dtype, True, shape, layer, affine, 9, (False, True), (False, True)))
+            else:
+                cases.append(norm_case(dtype, False, shape, layer, not affine, 9 if extra == even else even))
+    return cases
+
+
 def low_rank_cases(kernel: dict[str, Any], index: int, shapes: int) -> list[Case]:
     """Cases of one instance; those that sum shares come with value_grads."""
     random.seed(index)
@@ -204,4 +267,6 @@ def low_rank_cases(kernel: dict[str, Any], index: int, shapes: int) -> list[Case
         return _value_grads(dtype, shapes)
     if kind["kind"] == "reduce":
         return []
+    if kind["kind"].startswith("norm"):
+        return _norms(dtype, kind["kind"] == "norm_bwd", kind["accesses"], shapes)
     return _rules(dtype, kind["kind"] == "rule_bwd", kind["vector"], kind.get("shares", False), shapes)

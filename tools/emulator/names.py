@@ -34,7 +34,7 @@ def use_module(path: Path) -> ModuleType:
 if os.environ.get("NPT_EMULATED_MODULE"):
     use_module(Path(os.environ["NPT_EMULATED_MODULE"]))
 
-from npt_kernels.kernels.cuda import coefficients, launch, rules, support, value_grads
+from npt_kernels.kernels.cuda import coefficients, launch, norm, rules, support, value_grads
 from npt_kernels.kernels.cuda.choose import Config, Epilogue, Family
 from npt_kernels.kernels.cuda.launch import LOW, LOW_FIRST, LOW_SECOND, MAIN, Segment
 from tests.support.mlp_calls import MlpCalls
@@ -61,6 +61,7 @@ __all__ = [
     "low_rank_kind",
     "run_coefficients",
     "run_gemm",
+    "run_norm",
     "run_reduce",
     "run_rule",
     "run_value_grads",
@@ -76,7 +77,7 @@ ACT_BWD, GATE_UP_BWD = Epilogue.ACT_BWD, Epilogue.GATE_UP_BWD
 _FAMILIES = {Family.COOP: "cooperative", Family.PINGPONG: "ping-pong", Family.DECODE: "decode", Family.SPLIT: "split"}
 _EPILOGUES = {STORE: "store", ACT: "act", GATE_UP: "gate_up", ACT_BWD: "act_bwd", GATE_UP_BWD: "gate_up_bwd"}
 #: csrc/low_rank_dispatch.h, LowRankFamily.
-_LOW_RANK = {0: "coefficients", 1: "value_grads", 2: "rule", 3: "rule_bwd", 4: "reduce"}
+_LOW_RANK = {0: "coefficients", 1: "value_grads", 2: "rule", 3: "rule_bwd", 4: "reduce", 5: "norm", 6: "norm_bwd"}
 
 
 def extension() -> ModuleType:
@@ -114,10 +115,12 @@ def low_rank_kernels() -> list[dict[str, Any]]:
 
 
 def low_rank_kind(kernel: dict[str, Any]) -> dict[str, Any]:
-    """What an instance computes: ``kind`` and, by kind, ``key_kind``, ``compute_z``, ``vector``, ``shares``."""
+    """What an instance computes: ``kind`` and, by kind, ``key_kind``, ``compute_z``, ``vector``, ``shares``, ``accesses``."""
     kind, variant = _LOW_RANK[kernel["family"]], kernel["variant"]
     if kind == "coefficients":
         return {"kind": kind, "key_kind": variant // 10, "compute_z": bool(variant % 10)}
+    if kind.startswith("norm"):
+        return {"kind": kind, "accesses": variant}
     if kind.startswith("rule"):
         return {"kind": kind, "vector": variant % 10, "shares": variant >= 10}
     return {"kind": kind}
@@ -187,6 +190,16 @@ def run_rule(
     """A rule alone: c, or dz and dp."""
     arguments = rules.rule_arguments(backward, z, p, c, dc, dz, dp, shares, key_scale, rule, terms, scale)
     extension().rule(*arguments, sms, 0)
+
+
+def run_norm(
+    backward: bool, h: Tensor, a: Tensor, du: Tensor | None, u: Tensor | None, dh: Tensor | None, da: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, key_scale: Tensor | None, d_key_scale: Tensor | None, kind: str, eps: float,
+    sms: int,
+) -> None:  # fmt: skip
+    """matched_norm: u and key_scale, or dh and da."""
+    arguments = norm.norm_arguments(backward, h, a, du, u, dh, da, weight, bias, key_scale, d_key_scale, kind, eps)
+    extension().norm(*arguments, sms, 0)
 
 
 def forward_mlp(x: Tensor, weights: dict[str, Tensor | None], rule: str) -> Tensor:

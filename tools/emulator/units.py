@@ -21,4 +21,5 @@ UNITS = {
     "overlap": ("decode_bf16", ("overlap.py", "6")),
     "coefficients": ("coefficients_bf16", _check("coefficients")),
     "value_grads": ("low_rank_bf16", _check("value_grads")),
+    "norm": ("norm_bf16", _check("norm")),
 }

@@ -16,7 +16,6 @@ __all__ = ["BACKEND"]
 #: Ops without a kernel → why.
 ABSENT = {
     "linear": "it has no kernel for the explicit form (nothing fuses there); use 'eager' or 'triton'",
-    "matched_norm": "it has no kernel for matched_norm (memory bound, no tensor core); use 'eager' or 'triton'",
 }
 
 
@@ -41,7 +40,7 @@ BACKEND = Backend(
     summary="hand-written Hopper kernels (sm_90a): fused segmented-K GEMMs; bf16, fp16; ran on an H200",
     automatic=False,  # one device, one day: only when asked for by name
     check=lambda call: _check(call.device, call.dtype),
-    ops=("factored_linear", "mlp"),
+    ops=("factored_linear", "mlp", "matched_norm"),
     absent=ABSENT,
     rules=frozenset(support.RULE_IDS),
 )

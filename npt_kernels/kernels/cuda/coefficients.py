@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...rules import get_rule
-from .launch import DTYPES, multiprocessors, rows_ok, submit, weights_layout
+from .launch import DTYPES, multiprocessors, refusal, rows_ok, say_fallback, submit, weights_layout
 from .rules import matrix, rule_forward, unit_rows
 from .support import RULE_IDS
 
@@ -99,11 +99,8 @@ def coefficients_arguments(
     )  # fmt: skip
 
 
-def _refusal(rank: int, widths: Sequence[int], rule: str, num_ranks: int, method: Method) -> str | None:
-    """Why the coefficient kernel does not take a call, or ``None``."""
-    for width in (rank, *widths):
-        if width % 8 or width < 8:
-            return f"a width of {width} is not a multiple of 8"
+def _unfit(rank: int, rule: str, num_ranks: int, method: Method) -> str | None:
+    """Why the coefficient kernel is not the way to a call that it could read, or ``None``."""
     if method == "vendor" or (method == "auto" and rank > MAX_FUSED_RANK):
         return f"R = {rank} is faster as two vendor GEMMs"
     width = get_rule(rule).term_widths(rank, num_ranks)[1]
@@ -147,7 +144,10 @@ def coefficients(
         c = rule_forward(z, None, key_scale, rule, num_ranks, scale)
         return Coefficients(z, z.new_empty(0), c, c is not z)
     widths = [t.shape[1] for t in (a, u) if t is not None]
-    if tokens == 0 or _refusal(rank, widths, rule, num_ranks, method) is not None:
+    unreadable = refusal([("R", rank), *(("d", width) for width in widths)], [])
+    if unreadable is not None and tokens and method != "vendor":
+        say_fallback("coefficients", unreadable)
+    if tokens == 0 or unreadable is not None or _unfit(rank, rule, num_ranks, method) is not None:
         if z is None:
             assert a is not None and w_down is not None
             z = a @ w_down

@@ -91,7 +91,8 @@ def refusal(widths: Sequence[tuple[str, int]], weights: Sequence[tuple[str, Tens
     """Why a call cannot be fused, with the bad value, or ``None``. Widths must be multiples of 8; weights TMA-readable."""
     for name, width in widths:
         if width % 8 or width < 8:
-            return f"{name} = {width} is not a multiple of 8 (TMA reads rows in units of 16 bytes)"
+            mend = "; choose a rank that is one" if name == "R" else ""
+            return f"{name} = {width} is not a multiple of 8 (TMA reads rows in units of 16 bytes{mend})"
     layouts = set()
     for name, weight in weights:
         layout = weights_layout(weight)
@@ -107,9 +108,9 @@ def refusal(widths: Sequence[tuple[str, int]], weights: Sequence[tuple[str, Tens
 
 
 @lru_cache(maxsize=256)
-def say_fallback(op: str, reason: str) -> None:
-    """Warn once that part of an op ran on the vendor's GEMM."""
-    warnings.warn(f"npt_kernels {op}: not fused on backend 'cuda': {reason}; ran on the vendor's GEMM", stacklevel=3)
+def say_fallback(op: str, reason: str, where: str = "on the vendor's GEMM") -> None:
+    """Warn once for each step and reason that it ran elsewhere: right numbers, not the speed that was asked for."""
+    warnings.warn(f"npt_kernels {op}: not fused on backend 'cuda': {reason}; ran {where}", stacklevel=3)
 
 
 def low_rank(c: Tensor, value: Tensor, kind: int = LOW, second: Tensor | None = None) -> Segment:

@@ -32,6 +32,8 @@ from .launch import (
     run,
     say_fallback,
 )
+from .norm import backward as norm_backward
+from .norm import forward as norm_forward
 from .value_grads import value_grads
 
 __all__ = ["CudaSteps", "fused_sum"]
@@ -214,3 +216,22 @@ class CudaSteps(EagerSteps):
             if dx is not None:
                 return dx
         return super().input_grad(terms, spec)
+
+    def matched_norm(
+        self, h: Tensor, a: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return norm_forward(h, a, weight, bias, kind, eps)
+
+    def matched_norm_backward(
+        self,
+        du: Tensor | None,
+        d_key_scale: Tensor | None,
+        h: Tensor,
+        a: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        kind: str,
+        eps: float,
+        needs: list[bool],
+    ) -> list[Tensor]:
+        return norm_backward(du, d_key_scale, h, a, weight, bias, kind, eps, needs)

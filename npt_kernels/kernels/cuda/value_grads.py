@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...rules import get_rule
 from .coefficients import Method
-from .launch import DTYPES, multiprocessors, rows_ok, submit
+from .launch import DTYPES, multiprocessors, refusal, rows_ok, say_fallback, submit
 from .rules import matrix, rule_backward, rule_forward, sum_shares
 
 __all__ = ["dc_and_value_grad", "pair_bytes", "value_grads"]
@@ -80,11 +80,15 @@ def value_grads(
         return None, None, None
     (tokens, width), rank = dy.shape, z.shape[1]
     c = rule_forward(z, p, key_scale, rule, num_ranks, scale) if need_value else None
-    possible = tokens > 0 and width % 8 == 0 and rank % 8 == 0 and rank >= 8
+    unreadable = refusal([("out", width), ("R", rank)], [])
+    possible = tokens > 0 and unreadable is None
     if method == "auto":
         ranges = pair_ranges(tokens, width, rank, multiprocessors(dy.device))
         one, two = pair_bytes(tokens, width, rank, ranges)
-        method = "fused" if possible and c is not None and (need_z or need_p) and one < two else "vendor"
+        pays = tokens > 0 and c is not None and (need_z or need_p) and one < two
+        if pays and unreadable is not None:
+            say_fallback("value gradients", unreadable)
+        method = "fused" if pays and possible else "vendor"
     if method == "fused" and not possible:
         raise ValueError(
             f"the pair kernel cannot take dy [{tokens}, {width}] with R = {rank}: multiples of 8 are needed"
