@@ -293,17 +293,17 @@ class _Count:
         if fisher:
             what = f"{above + 1} layers, {layer.tokens:,} tokens"
             size = f"{layer.tokens:,} × {model.vocab_size:,}"
-            # Log-softmax, its gradient and that of the logits; GPU or CPU, in float32.
+            # Probabilities and their sums, in float32.
             passes = {
                 "loss": [
                     moments,
                     MemoryTerm("activations", kept + layer.stream, what),
-                    MemoryTerm("logits", elements * (self.plain.stream + 3 * _WIDE), size),
+                    MemoryTerm("logits", elements * (self.plain.stream + 2 * _WIDE), size),
                 ],
                 "backward": [
                     moments,
                     MemoryTerm("activations", kept + max(layer.backward_unconverted, hook), what),
-                    MemoryTerm("logits", elements * self.plain.stream, size),
+                    MemoryTerm("logits", 2 * elements * self.plain.stream, f"{size}, and their gradient"),
                 ],
             }
         left = 0 if self.device.type == "cpu" else moments.bytes
