@@ -141,9 +141,9 @@ def collect_moments(
 
 
 def _sampled_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient at ``logits [..., vocab]`` of the sum of −log p(y), y drawn from p itself: its second moment is the Fisher, in nats².
+    """Gradient at ``logits [..., vocab]`` of the sum of −log p(y), y drawn from p itself.
 
-    Written down, ``p − e_y``, not taken by autograd.
+    Its second moment is the Fisher, in nats². Written down, ``p − e_y``, not taken by autograd.
     """
     p = logits.flatten(0, -2).float().softmax(-1)
     labels = _draw(p, generator)
@@ -154,8 +154,9 @@ def _sampled_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _draw(p: Tensor, generator: torch.Generator) -> Tensor:
     """One label ``[N, 1]`` for each row of probabilities ``[N, vocab]``.
 
-    ``multinomial`` draws an exponential for every entry, in one thread of a CPU: .80 of the 2.34 s that 512 tokens of SmolLM2 took
-    (bf16, two cores, 2026-11-27). There y is where p's running sum passes a uniform number; on a GPU such sums are not repeatable.
+    ``multinomial`` draws an exponential for every entry, on a CPU in one thread: .80 of the 2.34 s that 512 tokens of SmolLM2
+    took (bf16, two cores, 2026-11-27). There y is where p's running sum passes a uniform number; a GPU's sums may differ from
+    run to run.
     """
     if p.device.type != "cpu":
         return torch.multinomial(p, 1, generator=generator)

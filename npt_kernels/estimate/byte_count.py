@@ -93,12 +93,25 @@ class _Count:
     @cached_property
     def trained(self) -> Precision:
         """Of training, which runs under autocast."""
-        return Precision.of(self.config, self.device)
+        precision = Precision.of(self.config, self.device)
+        whole = precision.format is None and not self.streamed and not self.sharded
+        keeps = precision.casts and precision.base == torch.float32 and self.device.type == "cpu" and whole
+        return replace(precision, keeps_casts=keeps)
 
     @cached_property
     def plain(self) -> Precision:
         """Of conversion and evaluation, which do not."""
-        return replace(self.trained, compute=self.trained.base)
+        return replace(self.trained, compute=self.trained.base, keeps_casts=False)
+
+    def kept_casts(self, *, head: bool) -> list[MemoryTerm]:
+        """Copies of the frozen base in the products' dtype, where they are kept."""
+        if not self.trained.keeps_casts:
+            return []
+        model = self.model
+        numbers = model.num_layers * sum(a * b for a, b in model.linears)
+        numbers += model.vocab_size * model.hidden_size if head else 0
+        what = f"frozen linears in {self.trained.compute}".replace("torch.", "")
+        return [MemoryTerm("frozen base, cast", numbers * self.trained.width, what)]
 
     def layer_bytes(self) -> int:
         """Frozen bytes of one layer as stored."""
@@ -374,7 +387,7 @@ class _Count:
             "converted layer, backward": layer.kept(True) + layer.backward_mlp(False) + cast + penalty,
         }
         extra = {name: [*hidden, gradients, MemoryTerm("activations", size, one)] for name, size in moments.items()}
-        terms = [*self.frozen, *self.adapters(optimizer=True)]
+        terms = [*self.frozen, *self.kept_casts(head=False), *self.adapters(optimizer=True)]
         return self.worst("local", terms, {**extra, "optimizer step": self.optimizer_moment()})
 
     def end_to_end(self) -> Phase:
@@ -400,7 +413,8 @@ class _Count:
             saved += converted * (layer.penalty + (layer.narrow if checkpointing else 0))
         chunk = min(layer.tokens, max(1, CHUNK_ELEMENTS // self.model.vocab_size)) * self.model.vocab_size
         head = self.model.vocab_size * self.model.hidden_size
-        copies = 2 * layer.narrow + head * self.trained.width if self.trained.casts else 0
+        copies = 2 * layer.narrow if self.trained.casts else 0
+        copies += head * self.trained.width if self.trained.casts and not self.trained.keeps_casts else 0
         recomputed = first if converted == 1 else kept - layer.stream
         again = recomputed if checkpointing else 0
         # The MLP's part of what the layer kept is free by the time its norm runs.
@@ -441,7 +455,7 @@ class _Count:
             ],
             "optimizer step": self.optimizer_moment(),
         }
-        terms = [*self.frozen, *self.adapters(optimizer=True)]
+        terms = [*self.frozen, *self.kept_casts(head=kl), *self.adapters(optimizer=True)]
         return self.worst("end_to_end", terms, moments)
 
     def _why(self, layer: LayerBytes, checkpointing: bool) -> str:

@@ -88,8 +88,8 @@ class LayerBytes:
         return self.wide if self.precision.stream != _WIDE and not self.model.layer_norm else 0
 
     def casts(self, shapes: tuple[tuple[int, int], ...]) -> int:
-        """Low-precision copies of frozen weights under autocast; a quantised weight is made dense anew instead."""
-        if not self.precision.casts or self.precision.format is not None:
+        """Low-precision copies of frozen weights that a call makes; a quantised weight is made dense anew instead."""
+        if not self.precision.casts or self.precision.keeps_casts or self.precision.format is not None:
             return 0
         return sum(a * b for a, b in shapes) * self.precision.width
 

@@ -71,11 +71,13 @@ class Precision:
         base: Dtype of the frozen base's plain tensors, and so of the residual stream.
         compute: Dtype of the products: autocast's, or the base's.
         format: Storage of the frozen linears, ``None``: ``base``.
+        keeps_casts: Whether frozen weights are cast once for a phase (``training/kept_casts.py``), not in every call.
     """
 
     base: torch.dtype
     compute: torch.dtype
     format: Format | None
+    keeps_casts: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, device: torch.device) -> Precision:

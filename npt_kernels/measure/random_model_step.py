@@ -19,6 +19,7 @@ from ..evaluation.perplexity import evaluate, evaluate_base
 from ..model.install import npt_parameters
 from ..offload import streaming
 from ..ops.dense_on_use import release_scratch
+from ..training.kept_casts import kept_casts
 from ..training.loop import make_objective, make_optimizer
 from ..training.objectives import Objective, delta_variances, enable_checkpointing
 from .live_bytes import LiveBytes
@@ -104,9 +105,11 @@ def training_steps(model: nn.Module, config: RunConfig, kind: str) -> Iterator[A
     share = 1 / len(groups)
     device = groups[0].device.type
 
+    dtype = _AUTOCAST.get(choose_mixed_precision(config, groups[0].device))
+    kept = kept_casts(model, config) if dtype else None
+
     def step() -> int:
-        dtype = _AUTOCAST.get(choose_mixed_precision(config, groups[0].device))
-        with torch.autocast(device, dtype) if dtype else nullcontext():
+        with torch.autocast(device, dtype) if dtype else nullcontext(), kept or nullcontext():
             objective.accumulate_group(groups, [share] * len(groups), lambda loss: loss.backward())  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or float("inf"))
         optimizer.step()

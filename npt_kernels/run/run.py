@@ -21,6 +21,7 @@ from ..model.save import load_npt, save_npt
 from ..model.shard_base import shard_base
 from ..offload import stream_mode
 from ..training.distributed import OtherRankError, World
+from ..training.kept_casts import kept_casts
 from ..training.loop import (
     Phase,
     PhaseLoop,
@@ -275,7 +276,7 @@ class Run:
             return load_npt(self.model, self.resume.adapter)
         npt = self.config.npt_config()
         # In the precision of the training: three times as fast on a CPU with bf16 instructions.
-        with autocast(self.accelerator, self.model):
+        with autocast(self.accelerator, self.model, kept_casts(self.model, self.config)):
             tokens = self.blocks.calibration if npt.uses_closed_form else None
             if tokens is not None and self.budget.seconds is not None:
                 tokens, line = self.budget.calibration(self.model, tokens)

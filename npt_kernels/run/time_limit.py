@@ -19,6 +19,7 @@ from ..configs.schema import RunConfig
 from ..conversion.attention_moments import collect_moments
 from ..conversion.calibrate import conversion_seconds
 from ..model.select import plan_layers
+from ..training.kept_casts import kept_casts
 from ..training.loop import Phase, is_out_of_memory
 from ..training.objectives import Objective
 from ..training.precision import autocast
@@ -113,7 +114,7 @@ def fit_into_time(run: Any) -> None:
     text, device = run.blocks.heldout, run.accelerator.device
     retry, taken = config.optimization.oom_retry and not run.world.sharded, []
     for phase in run.phases if run.checkpoint is None else ():
-        with autocast(run.accelerator, run.model):
+        with autocast(run.accelerator, run.model, kept_casts(run.model, config, sharded=run.world.sharded)):
             taken.append(step_seconds(run._objective(phase), text, config, device, retry=retry))
     phases, line = run.budget.training(run.phases, taken, again)
     # One decision for all processes: that of the first.

@@ -22,6 +22,7 @@ from ..model.install import npt_parameters
 from ..text.packing import derived_seed
 from .batching import StepBatch, step_batches, steps_per_epoch
 from .distributed import World
+from .kept_casts import kept_casts
 from .objectives import KLObjective, LayerObjective, LocalObjective, Losses, Objective
 from .precision import autocast, unscale_gradients
 from .task import TaskObjective
@@ -249,6 +250,7 @@ class PhaseLoop:
         self.phase, self.objective, self.note = phase, objective, note
         self.config, self.accelerator = config, accelerator
         self.parameters = npt_parameters(model)
+        self._casts = kept_casts(model, config, sharded=self.world.sharded)
         optimizer = make_optimizer(model, config, phase.learning_rate)
         self.scheduler = make_scheduler(optimizer, t.lr_scheduler, phase.warmup_steps, phase.steps)
         # accelerate keeps all that it ever prepared, and a checkpoint must hold this phase's optimizer alone.
@@ -378,7 +380,7 @@ class PhaseLoop:
             losses: list[Losses] = []
             failure: Exception | None = None
             try:
-                with autocast(self.accelerator, self.objective.model):
+                with autocast(self.accelerator, self.objective.model, self._casts):
                     on_device = [rows.to(self.accelerator.device, non_blocking=True) for rows in ids]
                     losses = self.objective.accumulate_group(on_device, shares, self.accelerator.backward)
             except Exception as error:

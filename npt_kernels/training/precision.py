@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..configs.schema import RunConfig
+from .kept_casts import KeptCasts
 
 __all__ = ["autocast", "scale_losses", "unscale_gradients"]
 
@@ -35,8 +36,10 @@ def unscale_gradients(accelerator: Any, optimizer: Any) -> None:
 
 
 @contextmanager
-def autocast(accelerator: Any, model: nn.Module) -> Iterator[None]:
-    """accelerate's autocast. On a CPU, LayerNorms also take a stream in another dtype than their weight.
+def autocast(accelerator: Any, model: nn.Module, kept: KeptCasts | None = None) -> Iterator[None]:
+    """accelerate's autocast; with ``kept`` copies of frozen weights are not made anew in every call.
+
+    On a CPU, LayerNorms also take a stream in another dtype than their weight.
 
     On a GPU autocast runs them in float32. On a CPU it leaves them alone, and torch has no kernel for, say, the float32 sum of
     a bfloat16 residual and a float16 attention output under bfloat16 weights: GPT-2 in bfloat16 under fp16 autocast fails.
@@ -46,7 +49,7 @@ def autocast(accelerator: Any, model: nn.Module) -> Iterator[None]:
         norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and m.weight is not None]
         handles = [m.register_forward_pre_hook(_to_weight_dtype) for m in norms if m.weight.element_size() == 2]
     try:
-        with accelerator.autocast():
+        with accelerator.autocast(), kept if kept is not None and accelerator.native_amp else nullcontext():
             yield
     finally:
         for handle in handles:
