@@ -55,10 +55,10 @@ format: $(VENV)/.dev ## Rewrite files in the house style
 check-triton: $(VENV)/.dev ## Compile every Triton kernel for sm_80, sm_90, sm_100 (no GPU needed)
 	$(BIN)/python tools/check_triton.py
 
-bench: $(VENV)/.bench ## Benchmarks at small sizes and their report (ARGS=--full for real sizes; OUT=DIR)
-	$(BIN)/npt bench kernels --out $(OUT) $(or $(ARGS),--small)
-	$(BIN)/npt bench memory --out $(OUT) $(or $(ARGS),--small)
-	$(BIN)/npt bench train --out $(OUT) $(or $(ARGS),--small)
+bench: $(VENV)/.bench ## Benchmarks of this machine and their report (ARGS=--small: two minutes; OUT=DIR)
+	$(BIN)/npt bench kernels --out $(OUT) $(ARGS)
+	$(BIN)/npt bench memory --out $(OUT) $(ARGS)
+	$(BIN)/npt bench train --out $(OUT) $(ARGS)
 	$(MAKE) --no-print-directory bench-report OUT=$(OUT)
 
 bench-report: $(VENV)/.bench ## The page, the documents' figures and the table of goals from OUT (default: benchmarks/results)

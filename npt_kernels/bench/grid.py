@@ -44,16 +44,26 @@ class Grid:
     compiled_tokens: tuple[int, ...]
     #: Models that run unasked.
     shapes: tuple[str, ...]
+    #: Ops and modes in which ``compile`` takes part unasked; empty: all.
+    compiled: tuple[tuple[str, str], ...] = ()
+    #: Providers that build a weight for every token take part unasked up to this many tokens.
+    slow_tokens: int = 2**31
 
 
+#: ``cpu``: the real shapes of models that one runs on a CPU, in ten minutes on two cores.
 GRIDS = {
     "full": Grid(
         tokens=(1, 16, 256, 2048, 8192, 32768), ranks=(8, 64, 256, 1024), base_tokens=8192, base_rank=64,
-        decode_tokens=(1, 16), compiled_tokens=(16, 2048, 8192), shapes=tuple(MODELS),
+        decode_tokens=(1, 16), compiled_tokens=(16, 2048, 8192), shapes=("GPT-2", "1B", "8B", "70B"),
+    ),
+    "cpu": Grid(
+        tokens=(1, 16, 256, 1024), ranks=(64, 128, 256), base_tokens=256, base_rank=128,
+        decode_tokens=(), compiled_tokens=(1, 16, 256, 1024), shapes=("SmolLM2", "GPT-2"),
+        compiled=(("mlp", "forward"), ("mlp", "local"), ("mlp", "end_to_end")), slow_tokens=16,
     ),
     "small": Grid(
         tokens=(1, 16, 64), ranks=(4, 16, 64), base_tokens=64, base_rank=16,
-        decode_tokens=(1, 16), compiled_tokens=(64,), shapes=("GPT-2", "8B"),
+        decode_tokens=(1, 16), compiled_tokens=(64,), shapes=("GPT-2", "8B"), compiled=(("mlp", "local"),),
     ),
 }  # fmt: skip
 
@@ -144,7 +154,7 @@ def plan_settings(filters: Filters, size: str, dtype: torch.dtype) -> list[Setti
                         continue  # at rank = d the change is already exact
                     setting = Setting(op, shape, mode, tokens, rank, filters.rule, dtype, tuple(providers))
                     if not filters.providers:
-                        takes_part = _unasked(grid, size, setting)
+                        takes_part = _unasked(grid, setting)
                         setting = replace(setting, providers=tuple(p for p in providers if takes_part(p)))
                     settings.append(setting)
     if not settings:
@@ -169,23 +179,24 @@ def _providers(names: Sequence[str]) -> list[Provider]:
     return [provider for provider in PROVIDERS.values() if provider.name in chosen]
 
 
-def _unasked(grid: Grid, size: str, setting: Setting) -> Callable[[Provider], bool]:
+def _unasked(grid: Grid, setting: Setting) -> Callable[[Provider], bool]:
     """Whether a provider takes part without being named: where it makes sense, and slow ones not where only the rank changes."""
     base = setting.rank == grid.base_rank
     compiles = base and setting.tokens in grid.compiled_tokens
-    compiles = compiles and (size == "full" or (setting.op, setting.mode) == ("mlp", "local"))
+    compiles = compiles and (not grid.compiled or (setting.op, setting.mode) in grid.compiled)
+    slow = base and setting.tokens <= grid.slow_tokens
 
     def takes_part(provider: Provider) -> bool:
         if not provider.applies(setting.case, setting.mode):
             return False
-        return compiles if provider.name == "compile" else base or not provider.slow
+        return compiles if provider.name == "compile" else slow or not provider.slow
 
     return takes_part
 
 
 def _points(grid: Grid, filters: Filters, mode: str, op: str) -> list[tuple[int, int]]:
     tokens = grid.decode_tokens if mode == "decode" else grid.tokens
-    base_tokens = grid.decode_tokens[0] if mode == "decode" else grid.base_tokens
+    base_tokens = (*grid.decode_tokens, 1)[0] if mode == "decode" else grid.base_tokens
     if filters.tokens and filters.ranks:
         points = [(t, r) for t in filters.tokens for r in filters.ranks]
     elif filters.tokens:
@@ -194,7 +205,7 @@ def _points(grid: Grid, filters: Filters, mode: str, op: str) -> list[tuple[int,
         points = [(base_tokens, r) for r in filters.ranks]
     else:
         points = [(t, grid.base_rank) for t in tokens]
-        points += [(base_tokens, r) for r in grid.ranks if r != grid.base_rank]
+        points += [(base_tokens, r) for r in grid.ranks if r != grid.base_rank] if points else []
     if op == "norm":
         points = [(t, grid.base_rank) for t in dict.fromkeys(t for t, _ in points)]
     return list(dict.fromkeys(points))

@@ -18,8 +18,8 @@ npt bench report                 one HTML page of all results
 npt bench compare old.json new.json
 npt bench tune                   the fastest tiles for this machine's GPU
 
-Without a GPU everything runs on the CPU at small sizes (--full: real ones). Results are JSON, one file a run, written as
-they come: Ctrl-C keeps what is finished.
+Without a GPU everything runs on the CPU, at the real sizes of small models (--small: seconds). Results are JSON, one file
+a run, written as they come: Ctrl-C keeps what is finished.
 """
 
 KERNELS = """Time every provider against the others on the same tensors, launch by launch, once it agrees with float64.
@@ -39,7 +39,7 @@ npt bench kernels --small --provider loop,eager
 
 \b
 op        mlp, linear, norm
-shape     gpt2, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b
+shape     gpt2, smollm2-135m, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b
 mode      forward, local, end_to_end, decode
 provider  frozen, eager, kconcat, compile, triton, cuda, loop, materialised, peft, liger, triton-mainloop, cuda-mainloop
 """
@@ -62,7 +62,7 @@ TRAIN = """Training steps of the package's own loop on random weights at a model
 
 \b
 npt bench train --dry-run
-npt bench train --shape smollm2-135m --full          (real size on a CPU: minutes)
+npt bench train --shape smollm2-135m
 npt bench train --shape 8b --mode local --setting resident,streamed
 npt bench train --setting "published form,published loop"
 

@@ -41,6 +41,8 @@ __all__ = [
     "write_json",
 ]
 
+#: Sizes of a run: real ones on a GPU, real ones that a CPU can do, and small ones, which show that everything runs, not how fast.
+SIZES = ("full", "cpu", "small")
 SCHEMA = 1
 SUITES = ("kernels", "memory", "train", "check")
 #: What tells rows apart, per suite.
@@ -170,7 +172,7 @@ class ResultFile:
         suite: ``kernels``, ``memory``, ``train`` or ``check``.
         facts: Of :func:`environment`.
         command: What was typed.
-        size: ``full`` or ``small``: small shapes show that everything runs, not how fast a real model is.
+        size: One of ``SIZES``.
         directory: Results go to ``directory/<device>/<suite>-<date>.json``.
     """
 

@@ -38,7 +38,7 @@ from ..training.precision import autocast
 from .kernels import short_reason
 from .peers import ROUNDED_WEIGHT
 from .results import BenchError, ResultFile, unknown_name
-from .training_shapes import MODELS, SETTINGS, TrainRow, TrainShape, availability, find_model, run_config
+from .training_shapes import SETTINGS, UNASKED, TrainRow, TrainShape, availability, find_model, run_config
 
 __all__ = ["estimate_row", "measure_row", "plan_rows", "predict", "run_train"]
 
@@ -76,13 +76,13 @@ def plan_rows(
         for number in numbers:
             if number < 1:
                 raise BenchError(f"{option} {number} must be at least 1")
-    names = list(shapes) or (["GPT-2", "Llama-3.1-8B"] if size == "small" else list(MODELS))
+    names = list(shapes) or list(UNASKED[size])
     models = [find_model(name) for name in names]
     models = [model.small() if size == "small" else model for model in dict.fromkeys(models)]
     rows = []
     for model in models:
         for name, setting in SETTINGS.items():
-            if settings and name not in settings:
+            if name not in settings if settings else size not in setting.batch:
                 continue
             for layers in CONVERTED:
                 for mode in MODES:
@@ -92,10 +92,11 @@ def plan_rows(
                         a if filtered else u for a, u, filtered in zip(asked, usual, (converted, modes), strict=True)
                     ):
                         continue
+                    batch = setting.batch.get(size, setting.batch["small"])
                     for sequence in tokens or [setting.sequence[size]]:
                         for rank in ranks or [setting.rank[size]]:
                             length = min(sequence, model.longest)
-                            rows.append(TrainRow(model, layers, mode, name, rank, setting.batch[size], length, dtype))
+                            rows.append(TrainRow(model, layers, mode, name, rank, batch, length, dtype))
     if not rows:
         raise BenchError("nothing to run: no setting has that --mode and --converted; name them with --setting")
     return list(dict.fromkeys(rows))

@@ -16,7 +16,17 @@ from ..configs.models import KNOWN_MODELS
 from ..configs.schema import RunConfig
 from .results import unknown_name
 
-__all__ = ["MODELS", "SETTINGS", "TrainRow", "TrainSetting", "TrainShape", "availability", "find_model", "run_config"]
+__all__ = [
+    "MODELS",
+    "SETTINGS",
+    "UNASKED",
+    "TrainRow",
+    "TrainSetting",
+    "TrainShape",
+    "availability",
+    "find_model",
+    "run_config",
+]
 
 #: Small models of ``npt bench train``: every width divided by this, this many layers, this vocabulary.
 SMALL_DIVISOR, SMALL_LAYERS, SMALL_VOCABULARY = 8, 6, 512
@@ -62,6 +72,8 @@ MODELS: dict[str, TrainShape] = {
         TrainShape("Llama-3.1-8B", KNOWN_MODELS["meta-llama/Llama-3.1-8B"]),
     )
 }
+#: Models that run unasked, per size.
+UNASKED = {"full": tuple(MODELS), "cpu": ("SmolLM2-135M", "GPT-2"), "small": ("GPT-2", "Llama-3.1-8B")}
 _ALIASES = {
     "gpt2": "GPT-2",
     "demo": "SmolLM2-135M",
@@ -144,7 +156,8 @@ class TrainSetting:
         rule, targets: Of the conversion; ``()``: all targets.
         optimization: Keys of the run configuration's section.
         converted, modes: Which rows run unasked.
-        batch, sequence, rank: Per size; ``batch`` is sequences per optimizer step, in micro-batches of one.
+        batch, sequence, rank: Per size; ``batch`` is sequences per optimizer step, in micro-batches of one. A setting without a
+            batch for a size runs there only when asked for.
         applied: Context around the training of a converted model.
         randomised: Whether the NP parameters start from large random numbers and what ``applied`` puts in place of the layers'
             own MLP is compared with it.
@@ -157,9 +170,9 @@ class TrainSetting:
     optimization: Mapping[str, Any] = field(default_factory=dict)
     converted: tuple[str, ...] = ("all", "4")
     modes: tuple[str, ...] = ("local", "end_to_end")
-    batch: Mapping[str, int] = field(default_factory=lambda: {"full": 8, "small": 2})
-    sequence: Mapping[str, int] = field(default_factory=lambda: {"full": 2048, "small": 32})
-    rank: Mapping[str, int] = field(default_factory=lambda: {"full": 64, "small": 8})
+    batch: Mapping[str, int] = field(default_factory=lambda: {"full": 8, "cpu": 2, "small": 2})
+    sequence: Mapping[str, int] = field(default_factory=lambda: {"full": 2048, "cpu": 256, "small": 32})
+    rank: Mapping[str, int] = field(default_factory=lambda: {"full": 64, "cpu": 128, "small": 8})
     applied: Callable[[nn.Module], contextlib.AbstractContextManager[None]] = _nothing
     randomised: bool = False
     counts_flops: bool = True
@@ -169,7 +182,8 @@ class TrainSetting:
 _PUBLISHED: dict[str, Any] = {
     "rule": "rank1", "targets": ("gate",), "converted": ("4",), "modes": ("end_to_end",),
     "randomised": True, "counts_flops": False,
-    "batch": {"full": 1, "small": 1}, "sequence": {"full": 256, "small": 16}, "rank": {"full": 8, "small": 4},
+    "batch": {"full": 1, "cpu": 1, "small": 1}, "sequence": {"full": 256, "cpu": 64, "small": 16},
+    "rank": {"full": 8, "cpu": 8, "small": 4},
 }  # fmt: skip
 
 SETTINGS: dict[str, TrainSetting] = {
@@ -178,8 +192,12 @@ SETTINGS: dict[str, TrainSetting] = {
         "frozen layers in host memory, brought in one ahead",
         optimization={"stream_layers": "host"}, converted=("all",), modes=("local",), batch={"full": 8, "small": 4},
     ),
-    "8bit": TrainSetting("frozen linears in 8 bits", optimization={"use_8bit": True}, converted=("all",)),
-    "4bit": TrainSetting("frozen linears in 4 bits", optimization={"use_4bit": True}, converted=("all",)),
+    "8bit": TrainSetting(
+        "frozen linears in 8 bits", optimization={"use_8bit": True}, converted=("all",), batch={"full": 8, "small": 2}
+    ),
+    "4bit": TrainSetting(
+        "frozen linears in 4 bits", optimization={"use_4bit": True}, converted=("all",), batch={"full": 8, "small": 2}
+    ),
     "published form": TrainSetting("the published form (rank1 on the gate, 4 layers) through our ops", **_PUBLISHED),
     "published loop": TrainSetting(
         "the published form the published way: a weight matrix per token, one at a time",

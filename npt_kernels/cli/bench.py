@@ -40,8 +40,8 @@ _Dtype = Annotated[
 ]
 _Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="Default: a GPU if there is one.")]
 _Small = Annotated[
-    bool | None,
-    typer.Option("--small/--full", help="Small or real sizes; default: real ones on a GPU.", show_default=False),
+    bool,
+    typer.Option("--small", help="Widths ÷ 16: whether everything runs, not how fast.", show_default=False),
 ]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="List what would run and how long it takes; run nothing.")]
 _Out = Annotated[
@@ -75,7 +75,7 @@ def kernels(
     rule: _Rule = "self_key",
     dtype: _Dtype = None,
     device: _Device = None,
-    small: _Small = None,
+    small: _Small = False,
     part: _Part = None,
     rounds: Annotated[
         int | None, typer.Option("--rounds", metavar="N", help="Default: 30 on a GPU, 5 on a CPU.")
@@ -109,7 +109,7 @@ def memory(
     rule: _Rule = "self_key",
     dtype: _Dtype = None,
     device: _Device = None,
-    small: _Small = None,
+    small: _Small = False,
     part: _Part = None,
     slow_limit: _SlowLimit = 5.0,
     dry_run: _DryRun = False,
@@ -192,7 +192,7 @@ def train(
     rank: _Rank = None,
     dtype: _Dtype = None,
     device: _Device = None,
-    small: _Small = None,
+    small: _Small = False,
     part: _Part = None,
     dry_run: _DryRun = False,
     out: _Out = _RESULTS,
@@ -233,7 +233,7 @@ def check(
     ] = None,
     only: Annotated[str, typer.Option("--only", metavar="TEXT", help="Cases whose text contains this.")] = "",
     device: Annotated[str | None, typer.Option("--device", metavar="NAME", help="Default: the GPU.")] = None,
-    small: _Small = None,
+    small: _Small = False,
     budget: Annotated[float, typer.Option("--budget", metavar="SECONDS", help="Start nothing new after that.")] = 470.0,
     timings: Annotated[bool, typer.Option("--timings/--no-timings", help="Time kernels after the checks.")] = True,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile too.")] = True,
@@ -248,7 +248,7 @@ def check(
     if device is None and not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA GPU here; --device cpu --small runs the same code at tiny shapes")
     where, size = _where(device or "cuda", small)
-    if where.type == "cpu" and size == "full":
+    if where.type == "cpu" and size != "small":
         raise ValueError("real sizes need a GPU; on a CPU add --small")
     usable, unusable = device_check.usable_backends(where, _words(backends))
     result = _result("check", where, size, None, out)
@@ -367,14 +367,14 @@ def _numbers(option: str, values: _Names) -> list[int]:
     return numbers
 
 
-def _where(name: str | None, small: bool | None) -> tuple[torch.device, str]:
+def _where(name: str | None, small: bool) -> tuple[torch.device, str]:
     """``(device, size)``; says so where it falls back to the CPU or to small sizes."""
     import torch
 
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu":
-            sizes = "at real sizes, as --full asks" if small is False else "at small sizes (--full: real ones)"
+            sizes = "at small sizes" if small else "at real sizes of small models (--small: seconds)"
             typer.echo(f"no CUDA GPU here: using the CPU, {sizes}", err=True)
     try:
         device = torch.device(name)
@@ -383,15 +383,13 @@ def _where(name: str | None, small: bool | None) -> tuple[torch.device, str]:
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"--device {name!r} is not supported; use cuda, cuda:1 or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {name}: torch sees no CUDA GPU here; leave --device out to use the CPU at small sizes"
-        )
+        raise ValueError(f"--device {name}: torch sees no CUDA GPU here; leave --device out to use the CPU")
     if device.type == "cuda":
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    size = "small" if small or (small is None and device.type == "cpu") else "full"
+    size = "small" if small else "cpu" if device.type == "cpu" else "full"
     if size == "small" and device.type == "cpu":
         torch.set_num_threads(
             1

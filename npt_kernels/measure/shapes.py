@@ -39,6 +39,7 @@ class ModelShape:
 MODELS = {
     shape.name: shape
     for shape in (
+        ModelShape("SmolLM2", 576, 1536, title="SmolLM2-135M"),
         ModelShape("GPT-2", 768, 3072, gated=False, act="gelu_new", norm="layer", title="GPT-2"),
         ModelShape("1B", 2048, 8192, title="Llama-3.2-1B"),
         ModelShape("8B", 4096, 14336, title="Llama-3.1-8B"),

@@ -115,7 +115,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch sees no CUDA GPU here; --device cpu --small runs the same code" in error_of()
-    assert "real sizes need a GPU" in error_of("--device", "cpu", "--full")
+    assert "real sizes need a GPU" in error_of("--device", "cpu")
     assert "'nonsense' is not known (there are: " in error_of("--device", "cpu", "--small", "--backends", "nonsense")
     assert "--backends cuda: it cannot run here: " in error_of("--device", "cpu", "--small", "--backends", "cuda")
     assert not list(tmp_path.rglob("*.json"))

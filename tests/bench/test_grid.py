@@ -86,6 +86,20 @@ def test_compilation_is_unasked_only_at_a_few_points():
     assert len(few) == 2, "a compilation takes seconds, and --small has two minutes"
 
 
+def test_a_cpu_gets_the_real_sizes_of_small_models():
+    settings = plan("cpu")
+    assert {s.model for s in settings} == {MODELS["SmolLM2"], MODELS["GPT-2"]}
+    assert {s.mode for s in settings} == {"forward", "local", "end_to_end"}
+    assert {s.tokens for s in settings} == {1, 16, 256, 1024} and {s.rank for s in settings} == {64, 128, 256}
+    mlps = [s for s in settings if s.op == "mlp" and s.rank == 128]
+    assert len(mlps) == 2 * 3 * 4
+    for setting in mlps:
+        names = {provider.name for provider in setting.providers}
+        assert {"frozen", "eager", "kconcat", "compile", "peft"} <= names, "the strongest peers in every row"
+        assert ("loop" in names) == (setting.tokens <= 16), "a weight for each of 256 tokens takes half a minute"
+    assert {s.model for s in plan("cpu", shapes=["8b"])} == {MODELS["8B"]}, "asked for, it runs"
+
+
 def test_costs_of_an_mlp():
     case = Case("mlp", MODELS["8B"], 8192, BF16, rank=64)
     dense = 2 * 8192 * 4096 * 14336

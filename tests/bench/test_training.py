@@ -252,6 +252,11 @@ def test_plans():
     assert all(r.sequence <= r.model.longest for r in rows), "GPT-2 has 1024 positions"
     small = plan_rows("small", torch.float32)
     assert {r.model.title for r in small} == {"GPT-2 ÷8", "Llama-3.1-8B ÷8"}
+    cpu = plan_rows("cpu", torch.float32)
+    assert {r.model.title for r in cpu} == {"SmolLM2-135M", "GPT-2"} and {r.rank for r in cpu} == {128, 8}
+    assert {r.setting for r in cpu} == {"resident", "published form", "published loop"}
+    (asked,) = plan_rows("cpu", torch.float32, shapes=["gpt2"], settings=["streamed"])
+    assert asked.sequence == 256
     (one,) = plan_rows("full", torch.bfloat16, shapes=["8b"], modes=["local"], settings=["resident"], converted=["all"],
                        tokens=[512], ranks=[16])  # fmt: skip
     assert str(one) == "Llama-3.1-8B all layers local resident 8x512 r=16"

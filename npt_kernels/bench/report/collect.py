@@ -36,7 +36,7 @@ class Source:
         name: Path below the folder that was read.
         suite: Its suite, or ``run`` for the record of a training run.
         facts: Its environment.
-        size: ``full``, ``small`` or empty.
+        size: One of ``SIZES``, or empty.
         stale: Why its figures no longer describe the code, or ``None``.
         note: Incomplete, part of several, uncommitted changes.
     """

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from ..providers import BASELINE
+from ..results import SIZES
 from .collect import OURS, Collected
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ _MODE_TITLES = {"forward": "forward", "local": "local training", "end_to_end": "
 
 
 def _ratios(collected: Collected, device: str) -> Iterator[Drawing]:
-    for size in ("full", "small"):
+    for size in SIZES:
         rows = [r for r in collected.of("kernels", device, op="mlp", size=size) if "ratio" in r]
         if not rows:
             continue
@@ -212,7 +213,7 @@ def _paint_ratios(rows: Sequence[dict[str, Any]]) -> Callable[[Axes], None]:
 
 
 def _roofline(collected: Collected, device: str) -> Iterator[Drawing]:
-    for size in ("full", "small"):
+    for size in SIZES:
         rows = [r for r in collected.of("kernels", device, size=size) if "roofline_share" in r and r["op"] != "norm"
                 and r["mode"] in ("forward", "decode")]  # fmt: skip
         if rows:
@@ -251,7 +252,7 @@ def _paint_roofline(rows: Sequence[dict[str, Any]]) -> Callable[[Axes], None]:
 
 
 def _memory(collected: Collected, device: str) -> Iterator[Drawing]:
-    for size in ("full", "small"):
+    for size in SIZES:
         rows = [r for r in collected.of("memory", device, op="mlp", mode="local", size=size) if "peak_bytes" in r]
         for shape in dict.fromkeys(row["shape"] for row in rows):
             own = [r for r in rows if r["shape"] == shape]
@@ -295,7 +296,7 @@ def _paint_memory(rows: Sequence[dict[str, Any]]) -> Callable[[Axes], None]:
 
 
 def _training(collected: Collected, device: str) -> Iterator[Drawing]:
-    for size in ("full", "small"):
+    for size in SIZES:
         rows = [r for r in collected.of("train", device, size=size) if "tokens_per_s" in r]
         for model in dict.fromkeys(row["model"] for row in rows):
             chosen = [r for r in rows if r["model"] == model]

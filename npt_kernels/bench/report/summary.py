@@ -88,8 +88,8 @@ def _largest(collected: Collected, device: str, mode: str) -> list[dict[str, Any
     def rank(key: tuple[Any, ...]) -> tuple[Any, ...]:
         row = groups[key][0]
         tokens = -row["tokens"] if mode == "decode" else min(row["tokens"], 8192)
-        full = row["size"] == "full"
-        usual = GRIDS["full" if full else "small"].base_rank
+        full = row["size"] != "small"
+        usual = GRIDS[row["size"]].base_rank
         return full, row["shape"].startswith("Llama-3.1-8B"), tokens, -abs(row["rank"] - usual)
 
     return groups[max(groups, key=rank)] if groups else []
@@ -103,8 +103,8 @@ def _loop(collected: Collected, device: str) -> tuple[float, dict[str, Any]] | N
         if loop is None or ours is None:
             continue
         factor = loop["us"] / ours["us"]
-        key = (loop["size"] == "full", factor)
-        if best is None or key > (best[1]["size"] == "full", best[0]):
+        key = (loop["size"] != "small", factor)
+        if best is None or key > (best[1]["size"] != "small", best[0]):
             best = factor, loop
     return best
 
@@ -126,7 +126,7 @@ def _memory_lines(collected: Collected, device: str, where: str) -> Iterator[str
 def _train_lines(collected: Collected, device: str, where: str) -> Iterator[str]:
     rows = [r for r in collected.of("train", device, setting="resident", converted="all") if "tokens_per_s" in r]
     if rows:
-        row = max(rows, key=lambda r: (r["size"] == "full", r["frozen_parameters"], r["mode"] == "local"))
+        row = max(rows, key=lambda r: (r["size"] != "small", r["frozen_parameters"], r["mode"] == "local"))
         mfu = f", {100 * row['mfu']:.0f} % MFU" if "mfu" in row else ""
         small = _small(row)
         yield (
@@ -138,7 +138,7 @@ def _train_lines(collected: Collected, device: str, where: str) -> Iterator[str]
     for loop in pairs:
         same = {name: loop[name] for name in ("model", "converted", "mode", "rank", "batch", "sequence", "dtype")}
         form = collected.of("train", device, setting="published form", status="ok", **same)
-        if form and loop is max(pairs, key=lambda r: (r["size"] == "full", r["frozen_parameters"])):
+        if form and loop is max(pairs, key=lambda r: (r["size"] != "small", r["frozen_parameters"])):
             factor = form[0]["tokens_per_s"] / loop["tokens_per_s"]
             yield (
                 f"The published form trains <strong>{factor:,.1f}×</strong> faster through our ops than by its per-token loop "
