@@ -1,7 +1,7 @@
 """A calibration from tokens to components: moments, bases, ranks, the closed form, the refit.
 
 The Fisher's forward is the covariance's: one pass. The refit walks the original's stream once more, 3.5 of the 37 TFLOP of the
-demo's conversion, because h and a of 16,384 tokens at 30 layers, kept from the first pass, would take 2.1 GiB, more than all else.
+demo's conversion, because h and a of 16,384 tokens at 30 layers, kept from the first pass, would take 2.1 GiB, the most of all.
 """
 
 from __future__ import annotations
