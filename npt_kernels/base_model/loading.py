@@ -120,7 +120,11 @@ def load_model(
             loaded: nn.Module = AutoModelForCausalLM.from_pretrained(source, **arguments)
             return loaded
 
-        model: Any = load(dtype) if to_host is None else to_host(dtype, model_config, load)
+        if to_host is not None:
+            model: Any = to_host(dtype, model_config, load)
+        else:
+            # In the dtype of its files a model is mapped, not read; quantised, no more than one of its weights is dense.
+            model = load(dtype if quantization is None or placement else "auto")
     except ConfigError:
         raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
@@ -130,7 +134,8 @@ def load_model(
     elif quantization is not None:
         try:
             # Linear by linear at home, which so never holds more than one dense weight.
-            quantise_base(model, *quantization, device=home, progress=sys.stderr.isatty())
+            quantise_base(model, *quantization, device=home, dtype=dtype, progress=sys.stderr.isatty())
+            model.config.dtype = dtype
         except ValueError as error:
             raise ConfigError(f"optimization.quantization={quantization[0]!r}: {error}") from error
     if to_host is None and not placement:

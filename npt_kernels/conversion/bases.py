@@ -21,15 +21,18 @@ _FISHER_DAMPING = 0.1
 
 @dataclass(frozen=True)
 class Metric:
-    """``root = F^½`` and ``inverse_root = F^-½`` ``[d, d]``, float64; ``unit`` of the squared error."""
+    """``root = F^½`` and ``inverse_root = F^-½`` ``[d, d]``; ``unit`` of the squared error."""
 
     root: Tensor
     inverse_root: Tensor
     unit: str
 
-    def to(self, device: torch.device | str) -> Metric:
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Metric:
         """The same metric there."""
-        return Metric(self.root.to(device), self.inverse_root.to(device), self.unit)
+        root = self.root.to(device, dtype)
+        # The plain metric is one matrix, twice.
+        inverse = root if self.inverse_root is self.root else self.inverse_root.to(device, dtype)
+        return Metric(root, inverse, self.unit)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Basis:
         decoder: ``[d, d]``; its first r rows are the decoder. Rows have unit norm: raw Fisher pairs have a tiny encoder and a
             huge decoder, on which Adam diverged (perplexity ratio 1.027 → 1.46).
         worth: ``[d]``, what keeping a direction saves, descending: nats per token in the Fisher metric, energy in the plain.
+
+    Made in float64 (:func:`make_basis`).
     """
 
     encoder: Tensor

@@ -25,7 +25,7 @@ __all__ = ["fill_closed_form"]
 def fill_closed_form(component: NPComponent, choice: LayerChoice, basis: Basis) -> None:
     """Write the closed form into a ``self_key`` component. The first R directions of the basis are kept."""
     total, device = component.total_rank, component.w_down.device
-    encoder, decoder = basis.encoder[:, :total].to(device), basis.decoder[:total].to(device)
+    encoder, decoder = basis.encoder[:, :total].to(device), basis.decoder[:total].to(device, torch.float64)
     component.w_down.copy_(encoder)
     shape, layer = choice.plan.shape, choice.layer
     weight = norm_weight(shape.norm(layer), choice.plan.norm_kind)

@@ -6,6 +6,7 @@ Formulas, memory and measurements: ``docs/quantisation.md``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,6 +68,7 @@ def quantise_base(
     library: str = "auto",
     *,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> QuantisationReport:
     """Quantise all linears of the decoder layers (attention and MLP), in place, one after the other.
@@ -79,6 +81,8 @@ def quantise_base(
         format, library: As in :data:`npt_kernels.quantised.names.FORMATS`; ``auto`` takes the format's first library.
         device: Where the quantised linears go; each dense weight is moved, quantised and freed, so a GPU never holds more than
             one of them. The rest of the model is left where it is. ``None``: every linear stays on its device.
+        dtype: Of the base: each dense weight is cast to it on its own before it is quantised, and so are the parameters that
+            stay. A model loaded in the dtype of its files, which are mapped, so never is in memory as a whole.
         progress: Show a progress bar.
 
     Raises:
@@ -108,19 +112,43 @@ def quantise_base(
             raise ValueError(f"{where}: the weight {problem}")
     import_library(library)
     before = after = 0
-    # By identity: a linear that two layers share stays shared.
-    made: dict[int, QuantisedLinear] = {}
-    with progress_bar(f"quantising to {format}", len(linears), "linears", enabled=progress) as advance:
-        for parent, name, child, _ in linears:
-            if id(child) not in made:
-                weight = linear_weight(child)
-                before += weight.numel() * weight.element_size()
-                made[id(child)] = quantise_linear(child, format, library, device=device)
-                after += made[id(child)].stored_bytes
-                made[id(child)].train(child.training)
-            setattr(parent, name, made[id(child)])
+    # By identity: a linear that two layers share stays shared. Places of one linear together, so that it can be let go.
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent, name, child, _ in linears:
+        places.setdefault(id(child), []).append((parent, name))
+    del found, linears, parent, child, weight
+    with progress_bar(f"quantising to {format}", len(places), "linears", enabled=progress) as advance:
+        for (parent, name), *others in places.values():
+            quantised, size = _quantised_child(parent, name, format, library, device, dtype)
+            before += size
+            after += quantised.stored_bytes
+            for place, other in ((parent, name), *others):
+                setattr(place, other, quantised)
             advance(1)
-    return QuantisationReport(format, library, len(made), before, after)
+    if dtype is not None:
+        _cast_parameters(model, dtype)
+    return QuantisationReport(format, library, len(places), before, after)
+
+
+def _quantised_child(
+    parent: nn.Module, name: str, format: str, library: str, device: Any, dtype: torch.dtype | None
+) -> tuple[QuantisedLinear, int]:
+    """Of the child of that name, and the bytes of its dense weight."""
+    child = parent.get_submodule(name)
+    if dtype is not None:
+        child.to(dtype)
+    weight = linear_weight(child)
+    quantised = quantise_linear(child, format, library, device=device)
+    return quantised.train(child.training), weight.numel() * weight.element_size()
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Buffers keep theirs: rotary frequencies are float32 in every model."""
+    for module in model.modules():
+        if not isinstance(module, QuantisedLinear):
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()

@@ -92,7 +92,8 @@ def refit_sequentially(
             a_s = [shape.attention(layer, h, *a, **k) for h, (a, k) in zip(student, given, strict=True)]
             if lossy_below:
                 target = _fit_target(teacher, student, a_t, a_s)
-                metric, covariance = metrics[position].to(device), covariances[position].to(device)
+                metric = metrics[position].to(device, torch.float64)
+                covariance = covariances[position].to(device, torch.float64)
                 fill_closed_form(component, choice, make_basis(metric, covariance, target))
             lossy_below |= component.total_rank < choice.hidden_size
             for b in range(len(calls)):

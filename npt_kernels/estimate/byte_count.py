@@ -292,11 +292,11 @@ class _Count:
         refit = self.layer(self.plain, max(1, tokens // length), length)
         batch = self.layer(self.plain, min(4, max(1, tokens // length)), length)
         # Metric and covariance of every layer, until the components are filled its basis too: in host memory.
-        metric = 2 if fisher or self.device.type != "cpu" else 1
+        metric = 2 if fisher else 1
 
         def fitted(copies: int) -> list[MemoryTerm]:
-            why = f"{count} layers × {copies} × d × d × float64"
-            return [MemoryTerm("metrics and bases", count * square * copies, why, self.host, once=self.host == "host")]
+            why = f"{count} layers × {copies} × d × d × float32"
+            return [MemoryTerm("metrics and bases", count * square * copies // 2, why, self.host, once=self.host == "host")]
 
         hook = layer.wide + model.hidden_size**2 * (_WIDE + _DOUBLE)
         scratch = MemoryTerm(

@@ -73,7 +73,7 @@ def kept_casts(model: nn.Module, config: RunConfig, *, sharded: bool = False) ->
     On a GPU a base is stored in the dtype of its products, and memory is what one has too little of.
     """
     o = config.optimization
-    if sharded or o.stream_layers != "off" or o.base_quantization is not None:
+    if sharded or o.stream_layers != "off" or o.use_cpu_offload or o.base_quantization is not None:
         return None
     on_host = [p for p in model.parameters() if p.device.type == "cpu"]
     return KeptCasts(on_host) if on_host else None

@@ -14,6 +14,8 @@ import torch
 from npt_kernels.base_model import loading
 from npt_kernels.base_model.loading import load_model, load_model_config, quantization_notes, resolve_dtype
 from npt_kernels.configs.schema import ConfigError, RunConfig
+from npt_kernels.conversion.quantise import quantise_base
+from npt_kernels.measure.allocations import memory_meter
 from npt_kernels.offload import streaming_notes
 from npt_kernels.quantised.linear import QuantisedLinear
 
@@ -287,3 +289,36 @@ def test_a_quantised_base_is_streamed(where: str, tiny: Path, tmp_path: Path) ->
                 train()
     for a, b in zip(gradients["off"], gradients[where], strict=True):
         assert torch.equal(a, b) and bool(a.any())
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_a_quantised_base_is_never_dense_as_a_whole(tiny: Path, tmp_path: Path, format: str) -> None:
+    """Files in bfloat16, base in float32: the codes are those of the whole cast model, one dense weight at a time."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "wide"
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=32,
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny / name).read_bytes())
+    run = run_config(
+        str(folder), model={"dtype": "float32"}, data={"max_length": 32}, optimization={"quantization": format}
+    )
+    with memory_meter() as traces:
+        model, _ = load_model(run, "cpu")
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dense = sum(p.numel() * 4 for p in whole.parameters())
+    quantise_base(whole, format)
+    expected = whole.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+    ids = torch.arange(12).view(1, 12)
+    assert torch.equal(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+    # The mapping of the file counts as an allocation, though its pages are the file's.
+    mapped = (folder / "model.safetensors").stat().st_size
+    held = traces[0].peak - mapped
+    assert held < dense / 2, (held, mapped, dense)

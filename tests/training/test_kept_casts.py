@@ -118,7 +118,7 @@ def test_none_is_kept_outside_autocast_or_in_float64():
 
 @pytest.mark.parametrize(
     "optimization",
-    [{"stream_layers": "disk"}, {"quantization": "int8"}, {"use_4bit": True}],
+    [{"stream_layers": "disk"}, {"use_cpu_offload": True}, {"quantization": "int8"}, {"use_4bit": True}],
     ids=lambda o: next(iter(o)),
 )
 def test_bases_that_are_not_whole_in_memory_keep_nothing(optimization, tmp_path):
