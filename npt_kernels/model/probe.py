@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..component import NPComponent
 from ..quantised.foreign import made_by_library
+from ..thread_locks import ThreadLock
 from .fold import NPTOutputProjection, heads_output
 from .forward import decoder_of, evaluating
 from .layer import LayerPlan, is_converted, teacher_output
@@ -32,6 +33,10 @@ __all__ = ["check_forwards"]
 _ROWS, _TOKENS = 2, 5
 #: Largest tensors that are perturbed: what could hide behind a fresh 1 or 0 is a vector (norm weights, biases, layer scales).
 _SMALL = 2**20
+#: Dropout is compared under equal random numbers, which are the whole process's: where another thread draws some in between, the
+#: comparison fails, and once more decides. Probes themselves take turns.
+_TRIES = 4
+_one_at_a_time = ThreadLock()
 
 
 @torch.no_grad()
@@ -53,7 +58,7 @@ def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> list[Lay
             first_of.setdefault(_kind(choice), choice)
     # Kind → (the projection that can be left out, whether in training too).
     folds: dict[Any, tuple[str | None, bool]] = {}
-    with _random_numbers_restored(compute_device(choices[0].layer)), evaluating(model):
+    with _one_at_a_time, _random_numbers_restored(compute_device(choices[0].layer)), evaluating(model):
         calls = (_calls(model) if first_of else None) or {}
         for kind, choice in first_of.items() if calls else ():
             h, call = calls[choice.plan.index]
@@ -108,7 +113,7 @@ def _folding(choice: LayerChoice, h: Tensor, call: LayerCall) -> tuple[str | Non
     with resident(layer), _perturbed(layer):
         swap_class(projection, NPTOutputProjection)
         try:
-            return (plan.projection, last(True)) if last(False) else (None, False)
+            return (plan.projection, any(last(True) for _ in range(_TRIES))) if last(False) else (None, False)
         finally:
             restore_class(projection)
             layer.train(False)
@@ -213,7 +218,10 @@ def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
     with resident(layer), _perturbed(layer):
         reason = run(False) or _mlp_mismatch(choice, h)
         if reason is None and any(isinstance(m, nn.Dropout) and m.p for m in layer.modules()):
-            reason = run(True)
+            for _ in range(_TRIES):
+                reason = run(True)
+                if reason is None:
+                    break
         layer.train(False)
     return reason
 
