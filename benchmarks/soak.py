@@ -5,9 +5,9 @@
     python benchmarks/soak.py --out benchmarks/results --png docs/images      the record and its figure
 
 Behind every round: resident memory, file descriptors and threads of the process, Python objects, and whether the round gave the
-bits of the first one. Every tenth round is a whole ``run_training`` (accelerate, checkpoints, records, plots) instead of a loop of
-its own. The first tenth of the time is warm-up; memory is flat if the median of the last tenth is within 1 % of that of the tenth
-behind the warm-up, and descriptors and threads must not be more. Exit code 1 where anything grows or a bit differs.
+bits of the first one. Every tenth round is a whole ``run_training`` (accelerate, checkpoints, records, plots) instead of a loop
+of its own. The first tenth of the time is warm-up; memory is flat if the median of the last tenth is within 1 % of that of the
+tenth behind the warm-up, and descriptors and threads must not be more. Exit code 1 where anything grows or a bit differs.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model": ("kernels", "quantised", "_version", "thread_locks", *_LAYER),
     "conversion": ("model", "quantised", *_LAYER),
     "evaluation": ("masked_ids", "model", *_LAYER),
-    "configs": ("config", "rules", "quantised", "messages"),
+    "configs": ("config", "durable_files", "rules", "quantised", "messages"),
     "base_model": ("configs", "conversion", "quantised", "durable_files", "progress"),
     "text": ("configs", "base_model", "durable_files", "masked_ids", "messages", "progress"),
     "offload": ("configs", "config", "model", "durable_files", "progress"),

@@ -35,7 +35,7 @@ _ROWS, _TOKENS = 2, 5
 _SMALL = 2**20
 #: Dropout is compared under equal random numbers, which are the whole process's: where another thread draws some in between, the
 #: comparison fails, and once more decides. Probes themselves take turns.
-_TRIES = 4
+_TRIES = 20
 _one_at_a_time = ThreadLock()
 
 

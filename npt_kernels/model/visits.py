@@ -105,7 +105,12 @@ def walk_layers(model: nn.Module, ids: Tensor, visit: Callable[[Any, Tensor, Ten
     with torch.no_grad(), npt_disabled(model), tapped_layers(model, visit_and_stop):
         try:
             decoder_of(model)(input_ids=ids, use_cache=False)
-        except _WalkedFarEnoughError:
+        except (_WalkedFarEnoughError, RuntimeError) as error:
+            # torch looks through a module's hooks once more on the way out, and stumbles where another thread's come or go.
+            if not isinstance(error, _WalkedFarEnoughError) and not isinstance(
+                error.__context__, _WalkedFarEnoughError
+            ):
+                raise
             forget_broken_forward(model)
 
 

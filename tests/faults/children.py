@@ -122,9 +122,7 @@ def begin(
         return Child(pid, log)
     code = 1
     try:
-        _become(arguments, log, variables)
-        if before is not None:
-            before()
+        _become(arguments, log, variables, before)
         from npt_kernels.cli.main import main
 
         main()
@@ -139,10 +137,14 @@ def begin(
         os._exit(code)
 
 
-def _become(arguments: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
+def _become(
+    arguments: Sequence[str], log: Path, variables: Mapping[str, str], before: Callable[[], None] | None
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    if before is not None:
+        before()
     # Python's own objects: a test runner may have put others in their place.
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -32,7 +32,9 @@ def damaged_newest_checkpoint(bench: Bench, times: int) -> Iterator[Outcome]:
         time.sleep(0.002)
     child.send(signal.SIGKILL)
     child.wait()
-    newest = max((folder / "out" / "checkpoints").glob("*/checkpoint.json"), key=lambda p: p.stat().st_mtime).parent
+    newest = max(
+        (p for p in (folder / "out" / "checkpoints").iterdir() if p.name[0] != "."), key=lambda p: p.stat().st_mtime
+    )
     files = sorted(path.name for path in newest.iterdir())
     cases = [(name, how) for name in files for how in DAMAGE]
     bench.random.shuffle(cases)
@@ -103,18 +105,16 @@ def vanishing_stream(bench: Bench, times: int) -> Iterator[Outcome]:
     for _ in range(times):
         folder = bench.folder()
         place = _own_text(bench.place, folder)
-        streamed = [
-            "data.streaming=true",
-            "training.num_epochs=1",
-            f"data.eval_files={[str(place.text)]}".replace("'", '"'),
-        ]
+        heldout = place.text.with_name("heldout.txt")
+        heldout.write_text(place.text.read_text()[2000:4000])
+        streamed = ["data.streaming=true", f'data.eval_files=["{heldout}"]']
         whole = begin(place.command(folder / "whole", *streamed), folder / "whole.log")
         whole.wait()
         outcome, out = Outcome("a streamed text file that vanishes", "while it runs"), folder / "out"
         if whole.code != 0:
             outcome.bad = f"exit code {whole.code} without a fault: {whole.out[-300:]}"
             yield outcome
-            continue
+            return
         child = begin(place.command(out, *streamed), folder / "log")
         moment = bench.random.uniform(0.1, whole.seconds)
         time.sleep(moment)
@@ -128,7 +128,7 @@ def vanishing_stream(bench: Bench, times: int) -> Iterator[Outcome]:
         outcome.bad = "" if child.code == 0 else one_line(child)
         away.rename(place.text)
         expected = bits(folder / "whole")
-        how, bad, seconds = bring_to_its_end(
+        _, bad, seconds = bring_to_its_end(
             place, out, folder / "end.log", command=place.command(out, *streamed), expected=expected
         )
         outcome.seconds, outcome.bad = child.seconds + seconds, outcome.bad or bad

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from .children import begin
 from .judge import Outcome, one_line
-from .small_disk import may_mount, shorter_files, small_disk
+from .small_disk import as_nobody, may_mount, shorter_files, small_disk, writable
 from .workbench import Bench, ended, logged_steps
 
 __all__ = ["full_disk", "read_only_output", "short_files"]
@@ -82,30 +82,29 @@ def short_files(bench: Bench, times: int) -> Iterator[Outcome]:
 
 
 def read_only_output(bench: Bench, times: int) -> Iterator[Outcome]:
-    """A disk that may not be written to, before the run or from a random moment on."""
-    if not may_mount(bench.folder() / "try"):
-        yield Outcome("a read-only output (tmpfs)", "not tried: this user may not mount", "not tried")
-        return
+    """Folders that may not be written to, before the run or from a random moment on; as root the run is somebody else's."""
+    # Temporary folders are for their owner alone; the child may be nobody.
+    for parent in (bench.folder(), bench.scratch, bench.scratch.parent):
+        parent.chmod(parent.stat().st_mode | 0o055)
     for number in range(times):
         folder, kind = bench.folder(), ("before the run", "while it runs")[number % 2]
-        outcome = Outcome("a read-only output (tmpfs)", kind)
-        with small_disk(folder / "disk", _DISK) as disk:
-            out = folder / "disk" / "out"
-            if kind == "before the run":
-                assert disk.read_only(True)
-            child = begin(bench.place.command(out), folder / "log")
-            if kind != "before the run":
-                moment = bench.random.uniform(0.1, bench.seconds * 0.8)
-                time.sleep(moment)
-                # The log is open for writing until the run ends, which forbids a remount; a lazy one is what is left.
-                done = disk.read_only(True)
-                outcome.how += f", after {moment:.2f} s" + ("" if done else ": refused by the kernel, the log is open")
-            child.wait()
-            outcome.notes["steps"] = logged_steps(child)
-            disk.read_only(False)
-            if child.code == 0:
-                outcome.result = "the run ended: same bits"
-            else:
-                outcome.bad = one_line(child) if child.code == 2 else f"exit code {child.code}: {child.out[-300:]}"
-                outcome.result = "one line that says why; writable again: same bits"
-            yield ended(bench, outcome, out, child)
+        out, outcome = folder / "out", Outcome("a read-only output", kind)
+        out.mkdir()
+        writable(out, kind != "before the run")
+        child = begin(bench.place.command(out), folder / "log", before=as_nobody)
+        if kind == "while it runs":
+            moment = bench.random.uniform(0.1, bench.seconds * 0.8)
+            time.sleep(moment)
+            writable(out, False)
+            outcome.how += f", after {moment:.2f} s"
+        child.wait()
+        outcome.notes["steps"] = logged_steps(child)
+        writable(out, True)
+        if child.code == 0:
+            outcome.result = "the run ended: same bits"
+        else:
+            outcome.bad = one_line(child) if child.code == 2 else f"exit code {child.code}: {child.out[-600:]}"
+            if not outcome.bad and "ermission denied" not in child.errors()[0]:
+                outcome.bad = f"it does not say why: {child.errors()[0]}"
+            outcome.result = "one line that says why; writable again: same bits"
+        yield ended(bench, outcome, out, child)

@@ -51,12 +51,7 @@ def adapter_bits(folder: Path) -> str:
 
 def bits(out: Path) -> dict[str, Any]:
     """Of a finished run: weights, moments of the optimizer, every logged loss, every measured number."""
-    newest = max(json.loads(p.read_text())["serial"] for p in (out / "checkpoints").glob("*/checkpoint.json"))
-    folder = next(
-        p.parent
-        for p in (out / "checkpoints").glob("*/checkpoint.json")
-        if json.loads(p.read_text())["serial"] == newest
-    )
+    _, folder = max((json.loads(file.read_text())["serial"], file.parent) for file in _manifests(out))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     kept = [
         {k: v for k, v in record.items() if k not in ("time", "seconds", "mfu")}
@@ -73,10 +68,14 @@ def bits(out: Path) -> dict[str, Any]:
     }
 
 
+def _manifests(out: Path) -> list[Path]:
+    """Of checkpoints that have a name; what is being written or deleted begins with a dot."""
+    return [p for p in (out / "checkpoints").glob("*/checkpoint.json") if not p.parent.name.startswith(".")]
+
+
 def steps_done(out: Path) -> int:
-    """Optimizer steps of the newest checkpoint that has its manifest."""
-    found = [json.loads(path.read_text())["total_steps"] for path in (out / "checkpoints").glob("*/checkpoint.json")]
-    return max(found, default=0)
+    """Optimizer steps of the newest checkpoint."""
+    return max((json.loads(path.read_text())["total_steps"] for path in _manifests(out)), default=0)
 
 
 def one_line(child: Child) -> str:

@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "evaluation": {"tokens": 96, "prompts": ["the cat"], "max_new_tokens": 4},
     "optimization": {"mixed_precision": "no", "num_threads": 1},
 }  # fmt: skip
+_WORDS = "the a cat dog house tree river sees finds likes under near old young green quick and but . , then never"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def make_place(folder: Path) -> Place:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    words = "the a cat dog house tree river sees finds likes under near old young green quick and but . , then never".split()
+    words = _WORDS.split()
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<eos>", "<unk>", *words])}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")

@@ -1,15 +1,16 @@
-"""A disk of a few hundred KB that can be filled and made read-only: a tmpfs, where this user may mount one."""
+"""A disk of a few MB that can be filled: a tmpfs, where this user may mount one; folders that may not be written to."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["SmallDisk", "may_mount", "shorter_files", "small_disk"]
+__all__ = ["SmallDisk", "as_nobody", "may_mount", "shorter_files", "small_disk", "writable"]
 
 
 class SmallDisk:
@@ -19,24 +20,15 @@ class SmallDisk:
         self.folder, self.ballast = folder, folder / "ballast"
 
     def fill(self, leave: int = 0) -> None:
-        """Until ``leave`` bytes are free."""
-        with self.ballast.open("ab") as stream, contextlib.suppress(OSError):
+        """Until ``leave`` bytes are free, or there is not even room for the name of another file."""
+        with contextlib.suppress(OSError), self.ballast.open("ab", buffering=0) as stream:
             while True:
                 stream.write(b"\0" * 1024)
-                stream.flush()
-        if leave:
-            with contextlib.suppress(OSError):
-                size = self.ballast.stat().st_size
-                with self.ballast.open("rb+") as stream:
-                    stream.truncate(max(0, size - leave))
+        with contextlib.suppress(OSError):
+            os.truncate(self.ballast, max(0, self.ballast.stat().st_size - leave))
 
     def make_room(self) -> None:
         self.ballast.unlink(missing_ok=True)
-
-    def read_only(self, wanted: bool) -> bool:
-        """Whether it could be done: a file that is open for writing forbids it."""
-        options = f"remount,{'ro' if wanted else 'rw'}"
-        return subprocess.run(["mount", "-o", options, str(self.folder)], capture_output=True).returncode == 0
 
 
 @contextlib.contextmanager
@@ -69,3 +61,18 @@ def shorter_files(limit: int) -> Callable[[], None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return before
+
+
+def as_nobody() -> None:
+    """For the child: root may write anywhere, whatever the mode of a folder says."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def writable(folder: Path, wanted: bool) -> None:
+    """All folders below, for everybody; files that are open stay open."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o777 if wanted else 0o555)
