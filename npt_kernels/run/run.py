@@ -446,8 +446,11 @@ class Run:
 
     def _save_checkpoint(self) -> None:
         state, files = self.state, [self.recorder.paths["metrics"], self.recorder.paths["config"]]
-        # A log with a gap would be the log of the run that goes on from here.
-        self.world.on_main(self.recorder.complete)
+        try:
+            # A log with a gap would be the log of the run that goes on from here.
+            self.world.on_main(self.recorder.complete)
+        except OtherRankError as error:
+            raise OSError(f"no checkpoint: {error}") from None
         self.last_checkpoint = state.save(self.config, self.model, self.accelerator, self.world, files)
         self.saved_steps = state.total_steps
         self.recorder.record("save", phase=state.phase, step=state.progress.step, path=str(self.last_checkpoint))

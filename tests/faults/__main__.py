@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,19 @@ def run(only: str, share: float, seed: int, scratch: Path, brief: bool = False) 
             continue
         # Each has its own moments, whatever else runs.
         bench = Bench(place, scratch / name.replace(" ", "-"), expected, seconds, random.Random(f"{seed} {name}"))
-        for outcome in fault(bench, times, **settings):
+        for outcome in _tried(name, fault(bench, times, **settings)):
             outcomes.append(outcome)
             said = f"BAD: {outcome.bad}" if outcome.bad else outcome.result
             print(f"{outcome.fault}, {outcome.how}: {said} ({outcome.seconds:.1f} s)", file=sys.stderr, flush=True)
     return outcomes, {"seconds of a run": round(seconds, 2), "bits": expected}
+
+
+def _tried(name: str, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    """The outcomes; a fault that ends in an error of its own is a bad one, and the others are tried all the same."""
+    try:
+        yield from outcomes
+    except Exception:
+        yield Outcome(name, "the test itself", "", traceback.format_exc())
 
 
 def table(outcomes: Iterable[Outcome]) -> str:

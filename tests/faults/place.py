@@ -72,6 +72,8 @@ def make_place(folder: Path) -> Place:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(folder / "model")
+    for path in (folder / "model").iterdir():
+        path.chmod(0o644)  # safetensors lets only the owner read, and some runs are somebody else's
     place = Place(folder)
     drawn = torch.randint(len(words), (2400,), generator=torch.Generator().manual_seed(1)).tolist()
     lines = [" ".join(words[i] for i in drawn[start : start + 40]) for start in range(0, len(drawn), 40)]
