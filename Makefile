@@ -11,7 +11,7 @@ OUT    ?= benchmarks/results
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated test-long fuzz gpu-check gpu-sanitize clean distclean
+.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated test-long threads fuzz gpu-check gpu-sanitize clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -47,6 +47,9 @@ test-long: emulator ## What is too slow for CI: the emulator on many shapes, pla
 	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) --shapes 8
 	$(BIN)/python tools/emulator/mutations.py
 	$(BIN)/python tools/emulator/sanitize.py --jobs $(JOBS)
+
+threads: $(VENV)/.dev ## Threads, copies and processes on one model, 1,000 times each (part of test-long; ten minutes)
+	NPT_THREAD_REPEATS=1000 $(BIN)/python -m pytest -q --timeout 3600 tests/model/test_threads.py
 
 format: $(VENV)/.dev ## Rewrite files in the house style
 	$(BIN)/ruff check --fix .

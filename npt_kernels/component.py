@@ -201,7 +201,7 @@ class NPComponent(nn.Module):
             return make(parameter)
         try:
             state = (key, torch.is_inference_mode_enabled(), id(parameter), parameter._version, parameter.data_ptr(),
-                     *((id(t), t._version) for t in tensors))  # fmt: skip
+                     *((id(t), t._version, t.data_ptr()) for t in tensors))  # fmt: skip
         except RuntimeError:  # inference tensors have no version
             return make(parameter)
         kept = self.__dict__.get("_derived")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..config import NPTConfig
+from ..durable_files import write_whole
 from ..messages import shortened, shown
 from ..quantised.names import choose_library
 
@@ -406,7 +407,7 @@ class RunConfig(_Section):
         path = self.output_dir / "config.yaml"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(write_yaml(self.model_dump(mode="json")), encoding="utf-8")
+            write_whole(path, write_yaml(self.model_dump(mode="json")))
         except OSError as error:
             raise ConfigError(
                 f"paths.output_dir={self.paths.output_dir!r} cannot be written: {error.strerror}"

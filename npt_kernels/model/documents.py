@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .forward import decoder_of
+from .own_thread import OwnThread
 
 __all__ = ["isolated_documents", "packed_position_ids"]
 
@@ -46,10 +47,10 @@ class _DocumentPositions:
 def isolated_documents(model: nn.Module, separator: int | None) -> Iterator[None]:
     """Inside the block attention stays within the documents of packed sequences, and positions count from their starts.
 
-    It holds for every forward on ``input_ids`` alone: calibration, training, evaluation. Calls with a mask, positions or a
-    cache (``generate``) are left as they are. The decoder gets ``position_ids`` that start anew behind each ``separator``,
-    from which transformers makes the mask, in each layer's own kind (sliding windows too). Verified with its ``sdpa`` and
-    ``eager`` attention; its flash attention reads the same ``position_ids`` (*unverified*).
+    It holds for every forward of this thread on ``input_ids`` alone: calibration, training, evaluation. Calls with a mask,
+    positions or a cache (``generate``) are left as they are. The decoder gets ``position_ids`` that start anew behind each
+    ``separator``, from which transformers makes the mask, in each layer's own kind (sliding windows too). Verified with its
+    ``sdpa`` and ``eager`` attention; its flash attention reads the same ``position_ids`` (*unverified*).
 
     Args:
         model: A causal language model or decoder of transformers.
@@ -58,7 +59,9 @@ def isolated_documents(model: nn.Module, separator: int | None) -> Iterator[None
     if separator is None:
         yield
         return
-    handle = decoder_of(model).register_forward_pre_hook(_DocumentPositions(separator), with_kwargs=True)
+    # Whoever answers requests with the model meanwhile, in another thread, has no documents.
+    hook = OwnThread(_DocumentPositions(separator))
+    handle = decoder_of(model).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+
+from ..thread_locks import ThreadLock
 
 __all__ = ["decoder_of", "evaluating", "first_output"]
 
@@ -21,13 +24,34 @@ def first_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+class _Modes:
+    """Of all modules of a model, before the first of the blocks that are open now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.of = [(module, module.training) for module in model.modules()]
+        self.blocks = 0
+
+
+_lock = ThreadLock()
+_before: WeakKeyDictionary[nn.Module, _Modes] = WeakKeyDictionary()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The whole model in evaluation mode (no dropout); afterwards every module is in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """The whole model in evaluation mode (no dropout); afterwards every module is in the mode it had.
+
+    Blocks of several threads may overlap: the last one that ends puts back what the first one found.
+    """
+    with _lock:
+        modes = _before.setdefault(model, _Modes(model))
+        modes.blocks += 1
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with _lock:
+            modes.blocks -= 1
+            if not modes.blocks:
+                _before.pop(model, None)
+                for module, mode in modes.of:
+                    module.training = mode

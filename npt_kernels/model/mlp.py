@@ -25,6 +25,7 @@ from ..quantised.foreign import made_by_library
 from ..quantised.linear import QuantisedLinear
 from .linears import is_conv1d, linear_bias, linear_weight
 from .norms import NormKind, matched_norm, matched_scale
+from .own_thread import any_acts_here
 from .shapes.base import LayerShape
 from .swap import Swapped, own_forward
 
@@ -103,12 +104,12 @@ class NPTMlp(Swapped):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs anything beside its forward. What only moves its weights does not count."""
+    """Whether calling the module runs anything beside its forward, in this thread. What only moves its weights does not count."""
     return bool(
-        module._forward_hooks
+        (module._forward_hooks and any_acts_here(module._forward_hooks))
         or (
             module._forward_pre_hooks
-            and any(not getattr(hook, "only_moves_weights", False) for hook in module._forward_pre_hooks.values())
+            and any(not getattr(hook, "only_moves_weights", False) for hook in list(module._forward_pre_hooks.values()))
         )
         or module._backward_hooks
         or module._backward_pre_hooks

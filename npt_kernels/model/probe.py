@@ -7,7 +7,7 @@ shape's ``h + a + MLP(norm(h + a))``, with the arguments that the model itself p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..component import NPComponent
 from ..quantised.foreign import made_by_library
+from ..thread_locks import ThreadLock
 from .fold import NPTOutputProjection, heads_output
 from .forward import decoder_of, evaluating
 from .layer import LayerPlan, is_converted, teacher_output
@@ -32,6 +33,11 @@ __all__ = ["check_forwards"]
 _ROWS, _TOKENS = 2, 5
 #: Largest tensors that are perturbed: what could hide behind a fresh 1 or 0 is a vector (norm weights, biases, layer scales).
 _SMALL = 2**20
+#: Dropout is compared under equal random numbers, which are the whole process's: where another thread draws some in between,
+#: the comparison fails. It is repeated until it does not, or until it fails twice with the same numbers: then nobody drew any.
+#: (Against a thread that did nothing but draw, 20 times were not enough.) Probes themselves take turns.
+_TRIES = 300
+_one_at_a_time = ThreadLock()
 
 
 @torch.no_grad()
@@ -53,7 +59,7 @@ def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> list[Lay
             first_of.setdefault(_kind(choice), choice)
     # Kind → (the projection that can be left out, whether in training too).
     folds: dict[Any, tuple[str | None, bool]] = {}
-    with _random_numbers_restored(compute_device(choices[0].layer)), evaluating(model):
+    with _one_at_a_time, _random_numbers_restored(compute_device(choices[0].layer)), evaluating(model):
         calls = (_calls(model) if first_of else None) or {}
         for kind, choice in first_of.items() if calls else ():
             h, call = calls[choice.plan.index]
@@ -88,7 +94,7 @@ def _folding(choice: LayerChoice, h: Tensor, call: LayerCall) -> tuple[str | Non
         return None, False
     h = h.to(compute_device(layer))
 
-    def last(training: bool) -> bool:
+    def last(training: bool) -> tuple[bool, tuple[Tensor, ...]]:
         layer.train(training)
         torch.manual_seed(1)
         a = plan.shape.attention(layer, h, *call.args, **dict(call.kwargs))
@@ -102,13 +108,15 @@ def _folding(choice: LayerChoice, h: Tensor, call: LayerCall) -> tuple[str | Non
             RuntimeError,
             AttributeError,
         ):  # heads of another width than the code behind expects
-            return False
-        return a.shape == again.shape and bool(torch.allclose(a, again, rtol=0, atol=16 * torch.finfo(a.dtype).eps))
+            return False, ()
+        if a.shape != again.shape:
+            return False, ()
+        return bool(torch.allclose(a, again, rtol=0, atol=16 * torch.finfo(a.dtype).eps)), (a, again)
 
     with resident(layer), _perturbed(layer):
         swap_class(projection, NPTOutputProjection)
         try:
-            return (plan.projection, last(True)) if last(False) else (None, False)
+            return (plan.projection, _undisturbed(lambda: last(True))) if last(False)[0] else (None, False)
         finally:
             restore_class(projection)
             layer.train(False)
@@ -180,26 +188,25 @@ def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
     h = h.to(device)
     attention: list[Tensor] = []
 
-    def run(training: bool) -> str | None:
+    def run(training: bool) -> tuple[str | None, tuple[Tensor, ...]]:
         layer.train(training)
         attention.clear()
         torch.manual_seed(1)
         with tapped_outputs([shape.attention_module(layer)], lambda _, a: attention.append(a)):
             own = layer(h, *call.args, **call.kwargs)
         if not isinstance(own, Tensor):
-            return f"its forward returns a {type(own).__name__}, not hidden states [batch, seq, d]"
+            return f"its forward returns a {type(own).__name__}, not hidden states [batch, seq, d]", ()
         if len(attention) != 1:
-            return f"its forward calls the attention {len(attention)} times"
+            return f"its forward calls the attention {len(attention)} times", ()
         torch.manual_seed(1)
         try:
             a = shape.attention(layer, h, *call.args, **dict(call.kwargs))
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            return (
-                f"its attention is called in another way ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
-            )
+            why = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            return f"its attention is called in another way ({why})", ()
         described = teacher_output(layer, shape, h, a)
         if own.shape != described.shape:
-            return f"its forward returns {list(own.shape)} for hidden states {list(h.shape)}"
+            return f"its forward returns {list(own.shape)} for hidden states {list(h.shape)}", ()
         difference = float((own.float() - described.float()).abs().max())
         size = float(own.float().abs().max())
         if not difference <= 16 * torch.finfo(own.dtype).eps * max(size, 1e-6):
@@ -207,15 +214,34 @@ def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
             return (
                 f"{mode} is not h + a + MLP(norm(h + a)) (relative difference {difference / max(size, 1e-30):.2g}): "
                 f"{type(layer).__name__} does more than a {shape.name} layer"
-            )
-        return None
+            ), (own, described)
+        return None, ()
 
     with resident(layer), _perturbed(layer):
-        reason = run(False) or _mlp_mismatch(choice, h)
+        reason = run(False)[0] or _mlp_mismatch(choice, h)
         if reason is None and any(isinstance(m, nn.Dropout) and m.p for m in layer.modules()):
-            reason = run(True)
+            found: list[str | None] = []
+
+            def agrees() -> tuple[bool, tuple[Tensor, ...]]:
+                reason, outputs = run(True)
+                found.append(reason)
+                return reason is None, outputs
+
+            _undisturbed(agrees)
+            reason = found[-1]
         layer.train(False)
     return reason
+
+
+def _undisturbed(compare: Callable[[], tuple[bool, tuple[Tensor, ...]]]) -> bool:
+    """Whether what ``compare`` compares agrees; it says so, and gives what it compared. Again while other threads draw."""
+    seen: list[tuple[Tensor, ...]] = []
+    for _ in range(_TRIES):
+        agreed, outputs = compare()
+        if agreed or any(all(map(torch.equal, outputs, earlier)) for earlier in seen if len(earlier) == len(outputs)):
+            return agreed
+        seen.append(outputs)
+    return False
 
 
 def _mlp_mismatch(choice: LayerChoice, h: Tensor) -> str | None:

@@ -26,6 +26,7 @@ from .fold import foldable, folded_weight, heads_output, output_projection
 from .linears import is_conv1d
 from .mlp import LayerPlan, plain_forward
 from .norms import norm_eps, norm_weight
+from .own_thread import any_acts_here
 
 __all__ = ["ReadyHalf", "ready_half"]
 
@@ -45,7 +46,7 @@ def _unmoved(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         type(module) is kind
         and "forward" not in module.__dict__
-        and not module._forward_hooks
+        and not (module._forward_hooks and any_acts_here(module._forward_hooks))
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
@@ -291,9 +292,10 @@ def _with_projection(ready: ReadyHalf, layer: nn.Module, component: NPComponent)
         return False
     ready.projection = projection
     if component.keeps_derived():
-        ready.folded = folded_weight(component.w_down, projection)
         for tensor in projection._parameters.values():
             if tensor is not None:
                 view = sample_of(tensor)
                 ready.samples.append((tensor, tensor._version, tensor.data_ptr(), view, view.clone()))
+        # After what it is watched by: another thread may write to the weight in between, and must be seen to have done so.
+        ready.folded = folded_weight(component.w_down, projection)
     return True

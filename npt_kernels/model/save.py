@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..component import NPComponent
-from ..durable_files import sha256, sync_directory, sync_file
+from ..durable_files import disk_errors, sha256, sync_directory, sync_file
 from ..messages import shortened
 from .adapter_files import (
     CONFIG_NAME,
@@ -56,7 +56,8 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
     Both files are written beside, synced to the disk and renamed into place, the weights first: an earlier adapter is replaced
     whole or not at all, whenever the process stops (see the module's docstring). If the components themselves are sharded
-    (``fully_shard`` in a loop of your own), call it on every process. Raises ``ValueError`` if the model is not converted.
+    (``fully_shard`` in a loop of your own), call it on every process. Raises ``ValueError`` if the model is not converted,
+    ``OSError`` if the disk does not take it.
     """
     from safetensors.torch import save_file
 
@@ -82,7 +83,8 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     weights, text = temporary = [path / f".{target.name}.{os.getpid()}.tmp" for target in final]
     try:
         # One key: safetensors writes several in random order, and two runs would differ in their bytes.
-        save_file(tensors, weights, metadata={METADATA_KEY: json.dumps(header)})
+        with disk_errors(path):
+            save_file(tensors, weights, metadata={METADATA_KEY: json.dumps(header)})
         text.write_text(json.dumps({**header, "weights_sha256": sha256(weights)}, indent=2) + "\n")
         # safetensors lets only the owner read what it wrote.
         shutil.copymode(text, weights)

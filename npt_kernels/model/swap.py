@@ -38,7 +38,8 @@ def _class_of(mixin: type, original: type[nn.Module]) -> type[nn.Module]:
             "__qualname__": original.__qualname__,
             "__doc__": f"{original.__name__} converted by npt_kernels.apply_npt.",
         }
-        _made[mixin, original] = type(original.__name__, (mixin, original), namespace)
+        # Of two threads that convert at the same time, both get the class of the first.
+        _made.setdefault((mixin, original), type(original.__name__, (mixin, original), namespace))
     return _made[mixin, original]
 
 

@@ -4,10 +4,14 @@
 that a layer whose weights have to come from somewhere (host memory, other ranks) comes once for all of them. Underneath are
 :func:`tapped_outputs`, which sees what modules return in a run, and :func:`record_calls`, which finds out what the model passes
 to each of its layers without computing one: a conversion uses both by themselves.
+
+All of them see what their own thread runs. Others may use the model meanwhile, and neither notices the other.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..thread_locks import ThreadLock
 from .forward import decoder_of, first_output
 from .install import converted_layers, npt_disabled
+from .own_thread import OwnThread
 from .select import find_layers
 from .sharding import forget_broken_forward
 from .weight_location import resident
@@ -45,7 +51,7 @@ def tapped_outputs(modules: Sequence[nn.Module], see: Callable[[int, Tensor], Te
 
         return forward_hook
 
-    handles = [module.register_forward_hook(hook(position)) for position, module in enumerate(modules)]
+    handles = [module.register_forward_hook(OwnThread(hook(position))) for position, module in enumerate(modules)]
     try:
         yield
     finally:
@@ -70,7 +76,7 @@ def tapped_layers(model: nn.Module, visit: Callable[[Any, Tensor, Tensor, Tensor
 
     # Before every other hook: FSDP2's, registered earlier, frees the layer's weights, and a visit still needs them.
     handles = [
-        layer.register_forward_hook(hook(position), with_kwargs=True, prepend=True)
+        layer.register_forward_hook(OwnThread(hook(position)), with_kwargs=True, prepend=True)
         for position, layer in enumerate(layers)
     ]
     modules = [layer.npt_plan.shape.attention_module(layer) for layer in layers]
@@ -99,7 +105,12 @@ def walk_layers(model: nn.Module, ids: Tensor, visit: Callable[[Any, Tensor, Ten
     with torch.no_grad(), npt_disabled(model), tapped_layers(model, visit_and_stop):
         try:
             decoder_of(model)(input_ids=ids, use_cache=False)
-        except _WalkedFarEnoughError:
+        except (_WalkedFarEnoughError, RuntimeError) as error:
+            # torch looks through a module's hooks once more on the way out, and stumbles where another thread's come or go.
+            if not isinstance(error, _WalkedFarEnoughError) and not isinstance(
+                error.__context__, _WalkedFarEnoughError
+            ):
+                raise
             forget_broken_forward(model)
 
 
@@ -112,13 +123,17 @@ class LayerCall:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: records its call and returns the hidden states as they came."""
+    """Stands in for a decoder layer: records its call and returns the hidden states as they came.
+
+    To other threads, and to whoever copies the model, it is the layer.
+    """
 
     def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, LayerCall]]) -> None:
         super().__init__()
         # A submodule, so that whoever looks for its layers during this forward (FSDP2 does so in its first) finds them all.
         self.recorded = layer
         self.calls = calls
+        self.thread = threading.get_ident()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -127,24 +142,47 @@ class _Recorder(nn.Module):
             # Models read settings off their layers.
             return getattr(super().__getattr__("recorded"), name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy.deepcopy(self.recorded, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _itself, (self.recorded,)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        return self.recorded.named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.recorded.state_dict(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return self.recorded(*args, **kwargs)
         hidden_states: Tensor = args[0] if args else kwargs.pop("hidden_states")
         self.calls.append((hidden_states, LayerCall(args[1:], kwargs)))
         return hidden_states
 
 
+def _itself(layer: nn.Module) -> nn.Module:
+    return layer
+
+
+#: One thread's recorders at a time: two would each put back what they found, the other's among it.
+_recording = ThreadLock()
+
+
 def _record_batch(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[LayerCall]] | None:
     """:func:`record_calls` of one batch."""
     _, layers = find_layers(model)
-    originals = list(layers)
     calls: list[tuple[Tensor, LayerCall]] = []
-    try:
-        for index, layer in enumerate(originals):
-            layers[index] = _Recorder(layer, calls)
-        decoder_of(model)(input_ids=ids, use_cache=False)
-    finally:
-        for index, layer in enumerate(originals):
-            layers[index] = layer
+    with _recording:
+        originals = list(layers)
+        try:
+            for index, layer in enumerate(originals):
+                layers[index] = _Recorder(layer, calls)
+            decoder_of(model)(input_ids=ids, use_cache=False)
+        finally:
+            for index, layer in enumerate(originals):
+                layers[index] = layer
     if len(calls) != len(originals) or any(hidden is not calls[0][0] for hidden, _ in calls):
         return None
     return calls[0][0], [call for _, call in calls]

@@ -8,13 +8,15 @@ that another weight has overwritten since: no tensor that leaves an operation li
 
 from __future__ import annotations
 
-import threading
+import os
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from ..thread_locks import ThreadLock
 
 __all__ = ["DeferredWeight", "WeightSource", "dense", "release_scratch", "scratch_buffers"]
 
@@ -107,7 +109,10 @@ class DeferredWeight(torch.Tensor):
 _buffers: dict[tuple[int, torch.dtype, torch.device, int], Tensor] = {}
 _in_use: set[tuple[int, torch.dtype, torch.device, int]] = set()
 # One op at a time has the buffers; the autograd engine's threads and a user's ask for them too.
-_lock = threading.RLock()
+_lock = ThreadLock()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    # What another thread was writing into when this process was forked is of no use to it.
+    os.register_at_fork(after_in_child=lambda: (_in_use.clear(), _buffers.clear()))  # type: ignore[func-returns-value]
 
 
 class _borrowed:
@@ -117,7 +122,7 @@ class _borrowed:
         self.shape, self.dtype, self.device = shape, dtype, device
 
     def __enter__(self) -> Tensor:
-        _lock.acquire()
+        _lock.__enter__()
         try:
             stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
             slot = 0
@@ -137,12 +142,12 @@ class _borrowed:
             with torch.inference_mode(False):
                 return buffer[:numel].view(self.shape)
         except BaseException:
-            _lock.release()
+            _lock.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
         _in_use.discard(self.key)
-        _lock.release()
+        _lock.__exit__()
 
 
 class dense:

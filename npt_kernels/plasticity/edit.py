@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..durable_files import sync_file
+from ..durable_files import disk_errors, sync_file
 from .changes import LayerChange, Trigger
 from .conditional import Gate
 from .facts import Fact
@@ -146,7 +146,8 @@ class Edit:
         temporary = directory / f".{FILE}.{os.getpid()}"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, {"npt": json.dumps(about, ensure_ascii=False)})
+            with disk_errors(directory):
+                save_file(tensors, temporary, {"npt": json.dumps(about, ensure_ascii=False)})
             sync_file(temporary)
             temporary.replace(directory / FILE)
         except OSError as error:
@@ -223,7 +224,8 @@ class Edit:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-            save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+            with disk_errors(directory):
+                save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
         except OSError as error:
             raise ValueError(f"{directory} cannot be written: {error.strerror}") from error
         return directory

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..durable_files import sha256, sync_directory, sync_file
+from ..durable_files import disk_errors, sha256, sync_directory, sync_file
 from ..messages import first_line, shown
 from ..model.save import save_npt
 from ..training.distributed import OtherRankError, World
@@ -146,12 +146,13 @@ def save_checkpoint(
         writing.mkdir()
 
     def fill() -> None:
-        accelerator.save_state(str(writing))
-        if world.is_main:
-            save_npt(model, writing)
-            torch.save(state, writing / _STATE)
-            for file in files:
-                shutil.copyfile(file, writing / file.name)
+        with disk_errors(writing):
+            accelerator.save_state(str(writing))
+            if world.is_main:
+                save_npt(model, writing)
+                torch.save(state, writing / _STATE)
+                for file in files:
+                    shutil.copyfile(file, writing / file.name)
 
     def finish() -> Path:
         present = list_checkpoints(folder)[0]

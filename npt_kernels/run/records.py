@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from ..configs.schema import ConfigError, RunConfig
+from ..durable_files import AppendedFile, write_whole
 from ..evaluation.fidelity import LayerFidelity
 from ..evaluation.perplexity import EvalResult
 from ..evaluation.samples import Sample
@@ -168,8 +169,11 @@ class Recorder:
         }
         #: Records of kind ``train``, for the plots.
         self.train_log: list[dict[str, Any]] = []
-        self._metrics: Any = None
+        self._metrics: AppendedFile | None = None
+        self._samples: AppendedFile | None = None
         self._tracking = False
+        #: Whether the user knows that the log waits for room on the disk.
+        self._said_waiting = False
 
     def open(self, checkpoint: Checkpoint | None, *, append: bool = False) -> None:
         """Start the files, or put them back to where a checkpoint was written; ``append``: go on with what is there."""
@@ -180,7 +184,9 @@ class Recorder:
             self._restore(checkpoint.file("metrics.jsonl"))
         elif not append or not self.paths["samples"].exists():
             self.paths["samples"].write_text(_SAMPLES_HEAD)
-        self._metrics = self.paths["metrics"].open("a" if checkpoint is not None or append else "w")
+        if checkpoint is None and not append:
+            self.paths["metrics"].write_bytes(b"")
+        self._metrics, self._samples = AppendedFile(self.paths["metrics"]), AppendedFile(self.paths["samples"])
         self._start_trackers(0 if checkpoint is None else checkpoint.total_steps)
 
     def _restore(self, log: Path) -> None:
@@ -190,9 +196,7 @@ class Recorder:
         if re.search(r'"kind": "(train|eval|fidelity|samples)"', present.removeprefix(text)):
             # Of steps that are done again, with the same numbers unless something was changed: kept for that case.
             os.replace(metrics, metrics.with_name("metrics.before-resume.jsonl"))
-        beside = metrics.with_name(f".{metrics.name}.tmp")
-        beside.write_text(text)
-        os.replace(beside, metrics)
+        write_whole(metrics, text)
         records = [json.loads(line) for line in text.splitlines()]
         self.train_log = [
             {name: value for name, value in record.items() if name not in ("kind", "time")}
@@ -201,7 +205,7 @@ class Recorder:
         ]
         samples = [record for record in records if record["kind"] == "samples"]
         sections = [samples_markdown(r["stage"], [Sample(**sample) for sample in r["samples"]]) for r in samples]
-        self.paths["samples"].write_text(_SAMPLES_HEAD + "".join(sections))
+        write_whole(self.paths["samples"], _SAMPLES_HEAD + "".join(sections))
 
     def _start_trackers(self, steps: int) -> None:
         names = tracker_names(self.config)
@@ -220,9 +224,10 @@ class Recorder:
         if self._tracking:
             self._tracking = False
             self.accelerator.end_training()
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        for file in (self._metrics, self._samples):
+            if file is not None:
+                file.close()
+        self._metrics = self._samples = None
 
     # ---- while it runs -----------------------------------------------------------------------------------------------
 
@@ -232,9 +237,23 @@ class Recorder:
 
     def record(self, kind: str, **values: Any) -> None:
         if self._metrics is not None:
-            # Flushed line by line, so that a killed run leaves all it measured.
-            self._metrics.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
-            self._metrics.flush()
+            # Written line by line, so that a killed run leaves all it measured.
+            self._metrics.add(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
+            self._say_waiting()
+
+    def _say_waiting(self) -> None:
+        """A full disk must not cost the training: what it does not take waits for the next line."""
+        problems = [file.problem for file in (self._metrics, self._samples) if file is not None and file.problem]
+        if problems and not self._said_waiting:
+            self.say(f"note: the log cannot be written ({problems[0]}); it is kept, and written when it can be")
+        self._said_waiting = bool(problems)
+
+    def complete(self) -> None:
+        """Raise ``OSError`` unless all that was recorded is on the disk."""
+        for file in (self._metrics, self._samples):
+            if file is not None and not file.add(""):
+                assert file.problem is not None
+                raise file.problem
 
     def step(self, report: StepReport, phase: Phase, total_steps: int, *, mfu: float | None = None) -> None:
         """A logged step: means since the one before. ``mfu``: where it is known."""
@@ -256,9 +275,8 @@ class Recorder:
         self._track("eval", result.to_dict(), total_steps)
 
     def samples(self, title: str, samples: Sequence[Sample], total_steps: int) -> None:
-        if self.main:
-            with self.paths["samples"].open("a") as stream:
-                stream.write(samples_markdown(title, samples))
+        if self._samples is not None:
+            self._samples.add(samples_markdown(title, samples))
         self.record("samples", stage=title, step=total_steps, samples=[vars(sample) for sample in samples])
 
     def _track(self, group: str, numbers: dict[str, float], step: int) -> None:
@@ -281,8 +299,9 @@ class Recorder:
         """summary.json, and the tables on the console."""
         if not self.main:
             return
-        self.paths["summary"].write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+        write_whole(self.paths["summary"], json.dumps(summary.to_dict(), indent=2) + "\n")
         self.record("end", seconds=summary.seconds, steps=summary.steps, peak_memory=summary.peak_memory)
+        self.complete()
         if summary.samples_converted:
             self.console.print(samples_table(summary.samples_converted, summary.samples_trained))
         title = f"held-out text, {summary.base.tokens:,} tokens"

@@ -127,12 +127,19 @@ def resumed_config(
     """The configuration of a run that goes on from what :func:`find_resume` found in ``path``.
 
     ``name``, ``file`` and ``overrides`` are those of :func:`load_run_config`; without name and file the checkpoint's own
-    configuration is taken. Raises :class:`ConfigError` for what a resumed run cannot change.
+    configuration is taken, and that of the run where it was stopped before its first checkpoint. Raises :class:`ConfigError` for
+    what a resumed run cannot change.
     """
     checkpoint = point.checkpoint
-    if checkpoint is not None and name is None and file is None:
-        file = checkpoint.file("config.yaml")
-        if checkpoint.path.parent.parent == path and not any(text.startswith("paths.") for text in overrides):
+    if name is None and file is None:
+        # Else the default configuration, another model's, would go on from this run's adapter.
+        of_run = path / "config.yaml" if point.adapter.parent == path else None
+        if checkpoint is not None:
+            file = checkpoint.file("config.yaml")
+        elif of_run is not None and of_run.is_file():
+            file = of_run
+        moved = file == of_run if checkpoint is None else checkpoint.path.parent.parent == path
+        if file is not None and moved and not any(text.startswith("paths.") for text in overrides):
             # A run's output that was moved goes on where it is now.
             overrides = [*overrides, f"paths.output_dir={json.dumps(str(path))}"]
     config = load_run_config(name, file, overrides)

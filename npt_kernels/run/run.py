@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..base_model.mixed_precision import settle_mixed_precision
 from ..configs.schema import ConfigError, RunConfig
 from ..conversion.apply import apply_npt
+from ..durable_files import is_disk_error
 from ..evaluation.perplexity import EvalResult
 from ..model.apply_report import ApplyReport
 from ..model.install import converted_layers, npt_disabled, remove_npt
@@ -131,7 +132,10 @@ def _started(
     console: Console,
     world: World,
 ) -> Iterator[Run]:
-    """A run with open files and an unconverted model that can compute. Out of memory becomes advice, and saves what there is."""
+    """A run with open files and an unconverted model that can compute.
+
+    Out of memory becomes advice, a disk that does not take what is written one line; what there is is saved, if it can be.
+    """
     run: Run | None = None
     try:
         run = Run(config, model, tokenizer, blocks, resume, console, world)
@@ -139,6 +143,8 @@ def _started(
             run.start()
             yield run
     except Exception as error:
+        if is_disk_error(error):
+            raise TrainingError(f"{error}" + ("" if run is None else run.rescue())) from error
         if not is_out_of_memory(error):
             raise
         raise TrainingError(memory_advice(config, error) + ("" if run is None else run.rescue())) from error
@@ -441,6 +447,11 @@ class Run:
 
     def _save_checkpoint(self) -> None:
         state, files = self.state, [self.recorder.paths["metrics"], self.recorder.paths["config"]]
+        try:
+            # A log with a gap would be the log of the run that goes on from here.
+            self.world.on_main(self.recorder.complete)
+        except OtherRankError as error:
+            raise OSError(f"no checkpoint: {error}") from None
         self.last_checkpoint = state.save(self.config, self.model, self.accelerator, self.world, files)
         self.saved_steps = state.total_steps
         self.recorder.record("save", phase=state.phase, step=state.progress.step, path=str(self.last_checkpoint))
