@@ -120,6 +120,9 @@ def npt_disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the ``with`` block the model is the original one, exactly, for the thread that entered it; all others go on with
     the converted model. Blocks may be nested and may end in any order. A thread that is started inside is another thread.
 
+    Exactly: the bits of the original with its parameters frozen, as they are here. (For a product of a slice torch asks whether
+    the weight trains, and rounds differently if so: the head in the first step of ``generate``, by 2e-7.)
+
     Raises ``ValueError`` if the model is not converted.
     """
     components = [layer.np_component for layer in converted_layers(model).values()]
