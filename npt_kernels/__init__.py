@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .conversion.apply import apply_npt
     from .functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
     from .model.apply_report import ApplyReport
-    from .model.install import npt_disabled, npt_parameters, remove_npt
+    from .model.install import npt_disabled, npt_parameters, npt_scale, remove_npt
     from .model.save import load_npt, save_npt
     from .ops.registry import BackendUnavailableError, available_backends, explain
 
@@ -38,6 +38,7 @@ _LAZY = {
     "npt_linear": ".functional",
     "npt_mlp": ".functional",
     "npt_parameters": ".model.install",
+    "npt_scale": ".model.install",
     "remove_npt": ".model.install",
     "save_npt": ".model.save",
 }
@@ -59,6 +60,7 @@ __all__ = [
     "npt_linear",
     "npt_mlp",
     "npt_parameters",
+    "npt_scale",
     "remove_npt",
     "save_npt",
 ]
