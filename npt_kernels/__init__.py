@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .model.install import npt_disabled, npt_parameters, npt_scale, remove_npt
     from .model.save import load_npt, save_npt
     from .ops.registry import BackendUnavailableError, available_backends, explain
+    from .pretrained import NPTModelForCausalLM
 
 #: Everything loads at first use, torch included, so that ``npt --help`` answers at once.
 _LAZY = {
@@ -28,6 +29,7 @@ _LAZY = {
     "BackendUnavailableError": ".ops.registry",
     "NPComponent": ".component",
     "NPTConfig": ".config",
+    "NPTModelForCausalLM": ".pretrained",
     "apply_npt": ".conversion.apply",
     "available_backends": ".ops.registry",
     "explain": ".ops.registry",
@@ -49,6 +51,7 @@ __all__ = [
     "BackendUnavailableError",
     "NPComponent",
     "NPTConfig",
+    "NPTModelForCausalLM",
     "__version__",
     "apply_npt",
     "available_backends",
