@@ -119,7 +119,8 @@ class NPTModelForCausalLM:
         if not converted_layers(model):
             raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
         from huggingface_hub import HfApi
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
         try:
             validate_repo_id(repo_id)
