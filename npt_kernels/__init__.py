@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from .conversion.apply import apply_npt
     from .functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
     from .model.apply_report import ApplyReport
-    from .model.install import npt_disabled, npt_parameters, remove_npt
+    from .model.install import npt_disabled, npt_parameters, npt_scale, remove_npt
     from .model.save import load_npt, save_npt
     from .ops.registry import BackendUnavailableError, available_backends, explain
+    from .pretrained import NPTModelForCausalLM
 
 #: Everything loads at first use, torch included, so that ``npt --help`` answers at once.
 _LAZY = {
@@ -28,6 +29,7 @@ _LAZY = {
     "BackendUnavailableError": ".ops.registry",
     "NPComponent": ".component",
     "NPTConfig": ".config",
+    "NPTModelForCausalLM": ".pretrained",
     "apply_npt": ".conversion.apply",
     "available_backends": ".ops.registry",
     "explain": ".ops.registry",
@@ -38,6 +40,7 @@ _LAZY = {
     "npt_linear": ".functional",
     "npt_mlp": ".functional",
     "npt_parameters": ".model.install",
+    "npt_scale": ".model.install",
     "remove_npt": ".model.install",
     "save_npt": ".model.save",
 }
@@ -48,6 +51,7 @@ __all__ = [
     "BackendUnavailableError",
     "NPComponent",
     "NPTConfig",
+    "NPTModelForCausalLM",
     "__version__",
     "apply_npt",
     "available_backends",
@@ -59,6 +63,7 @@ __all__ = [
     "npt_linear",
     "npt_mlp",
     "npt_parameters",
+    "npt_scale",
     "remove_npt",
     "save_npt",
 ]

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "estimate": (*_RUN_INPUTS, "training", *_MODEL),
     "run": ("_version", *_RUN_INPUTS, "training", "evaluation", "estimate", *_MODEL),
     "measure": ("kernels", *_RUN_INPUTS, "training", "evaluation", "estimate", *_MODEL),
+    "pretrained": ("_version", "base_model", "messages", "model"),
     "environment": ("_version", "ops", "base_model"),
     "bench": ("_version", "kernels", *_RUN_INPUTS, "training", "evaluation", "estimate", "run", "measure", *_MODEL),
     "cli": (
@@ -61,7 +62,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *_MODEL,
     ),
     "__main__": ("cli",),
-    "": ("_version", "component", "config", "functional", "ops", "model", "conversion"),
+    "": ("_version", "component", "config", "functional", "ops", "model", "conversion", "pretrained"),
 }
 
 #: Room or module → libraries that it must not import, also not lazily.

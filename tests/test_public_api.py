@@ -12,11 +12,11 @@ import pytest
 import npt_kernels
 
 PUBLIC = [
-    "AdapterTensors", "ApplyReport", "BackendUnavailableError", "NPComponent", "NPTConfig", "__version__", "apply_npt",
-    "available_backends",
+    "AdapterTensors", "ApplyReport", "BackendUnavailableError", "NPComponent", "NPTConfig", "NPTModelForCausalLM",
+    "__version__", "apply_npt", "available_backends",
     "explain",
-    "load_npt", "npt_disabled", "npt_factored_linear", "npt_gated_mlp", "npt_linear", "npt_mlp", "npt_parameters", "remove_npt",
-    "save_npt",
+    "load_npt", "npt_disabled", "npt_factored_linear", "npt_gated_mlp", "npt_linear", "npt_mlp", "npt_parameters", "npt_scale",
+    "remove_npt", "save_npt",
 ]  # fmt: skip
 
 

@@ -24,9 +24,15 @@ from .assets import demo_model_cached, demo_model_dir
 
 __all__ = [
     "DEMO_NAME",
+    "HubUnreachable",
+    "cached_file",
     "check_hub_reachable",
+    "hub_problem",
+    "hub_source",
     "load_model",
     "load_model_config",
+    "local_directory",
+    "looks_local",
     "quantization_notes",
     "resolve_dtype",
 ]
@@ -61,6 +67,10 @@ def quantization_notes(config: RunConfig, device: torch.device) -> list[str]:
     return []
 
 
+class HubUnreachable(ConfigError):
+    """What is asked for would have to come from the hub, which does not answer."""
+
+
 #: ``(dtype, model_config, load) → model``: puts the weights into host memory, by ``load(dtype)`` or ``load("auto")``.
 HostLoader = Callable[[torch.dtype, Any, Callable[[torch.dtype | str], nn.Module]], nn.Module]
 
@@ -86,14 +96,14 @@ def load_model(
     device = torch.device(device)
     name = config.model.base_model_name
     quantization = _quantization(config)
-    source: str
     hub: dict[str, Any] = {}
+    recorded = name
     if name == DEMO_NAME:
         source = str(demo_model_dir(config.cache_dir))
-    elif (local := _local_directory(name)) is not None:
-        source = str(local)
+    elif (local := local_directory(name, _key(name))) is not None:
+        source = recorded = str(local.resolve())
     else:
-        source, hub = name, _prepare_hub(config)
+        source, hub = hub_source(name, config.model.revision, _key(name))
     try:
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -141,7 +151,7 @@ def load_model(
     if to_host is None and not placement:
         model = model.to(device)
     # The name that an adapter records as its base: 'demo' means the same on every machine, a cache path does not.
-    model.config._name_or_path = name if name == DEMO_NAME or hub else str(Path(source).resolve())
+    model.config._name_or_path = recorded
     return model.eval(), tokenizer
 
 
@@ -156,10 +166,10 @@ def load_model_config(name: str, revision: str | None = None, cache_dir: Path | 
         if demo_model_cached(cache_dir):
             return _read_config(cache_dir / "smollm2-135m-instruct" / "config.json")
         return dict(KNOWN_MODELS[DEMO_NAME])
-    local = _local_directory(name)
+    local = local_directory(name, _key(name))
     if local is not None:
         return _read_config(local / "config.json")
-    cached = _cached_file(name, "config.json", revision)
+    cached = cached_file(name, "config.json", revision, _key(name))
     if cached is not None:
         return _read_config(cached)
     if name in KNOWN_MODELS:
@@ -183,20 +193,31 @@ def check_length(config: RunConfig, model_config: dict[str, Any]) -> None:
 # ---- local -----------------------------------------------------------------------------------------------------------
 
 
-def _local_directory(name: str) -> Path | None:
-    """The directory of a local model; ``None`` for what can only be a hub id. Raises for a path that leads nowhere."""
+def _key(name: str) -> str:
+    return f"model.base_model_name={name!r}"
+
+
+def local_directory(name: str, what: str) -> Path | None:
+    """The directory of a local model; ``None`` for what can only be a hub id.
+
+    Raises :class:`ConfigError` for a path that leads nowhere; ``what`` is how the message calls it.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model.base_model_name={name!r} is a directory without config.json, not a saved model")
+            raise ConfigError(f"{what} is a directory without config.json, not a saved model")
         return path
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_local or path.is_file():
+    if looks_local(name) or path.is_file():
         raise ConfigError(
-            f"model.base_model_name={name!r} is not a directory; give the folder with config.json and weights, "
+            f"{what} is not a directory; give the folder with config.json and weights, "
             f"a hub id such as 'openai-community/gpt2', or {DEMO_NAME!r}"
         )
     return None
+
+
+def looks_local(name: str) -> bool:
+    """Whether it can only be a path, and no hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -212,42 +233,53 @@ def _read_config(path: Path) -> dict[str, Any]:
 # ---- hub -------------------------------------------------------------------------------------------------------------
 
 
-def _cached_file(name: str, filename: str, revision: str | None, repo_type: str | None = None) -> Path | None:
+def cached_file(name: str, filename: str, revision: str | None, what: str) -> Path | None:
+    """A file of a hub repository in the local cache; ``None`` if it is not there. Raises :class:`ConfigError` for no hub id."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError as error:
         raise ConfigError(f"a hub model needs {error.name}; pip install 'npt_kernels[train]'") from error
     try:
-        found = try_to_load_from_cache(name, filename, revision=revision, repo_type=repo_type)
+        found = try_to_load_from_cache(name, filename, revision=revision)
     except HFValidationError as error:
         raise ConfigError(
-            f"model.base_model_name={name!r} is neither a local directory nor a hub id ({_first_line(error)}); "
-            f"try 'organisation/model' or {DEMO_NAME!r}"
+            f"{what} is neither a local directory nor a hub id ({_first_line(error)}); try 'organisation/model'"
+            + (f" or {DEMO_NAME!r}" if what == _key(name) else "")
         ) from None
     return Path(found) if isinstance(found, str) else None
 
 
-def _prepare_hub(config: RunConfig) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for a hub model: the local copy if it is complete, else the reachable hub."""
-    name, revision = config.model.base_model_name, config.model.revision
-    arguments: dict[str, Any] = {"revision": revision} if revision else {}
-    has_config = _cached_file(name, "config.json", revision) is not None
-    if has_config and any(_cached_file(name, file, revision) is not None for file in _WEIGHT_FILES):
-        return {**arguments, "local_files_only": True}
-    check_hub_reachable(
-        f"model.base_model_name={name!r}",
-        f"download it where there is network (`hf download {name}`), or use {DEMO_NAME!r}",
-    )
-    return arguments
+def hub_source(name: str, revision: str | None, what: str) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` is given for a hub model: the folder in the local cache if it is complete, else id and revision.
+
+    The folder, not ``local_files_only``: with that transformers still asks the hub whether the model is an adapter of PEFT, and
+    without network tries again for 24 s.
+    """
+    config = cached_file(name, "config.json", revision, what)
+    if config is not None and any(cached_file(name, file, revision, what) is not None for file in _WEIGHT_FILES):
+        return str(config.parent), {}
+    check_hub_reachable(what, f"download it where there is network (`hf download {name}`), or use {DEMO_NAME!r}")
+    return name, {"revision": revision} if revision else {}
 
 
 def check_hub_reachable(what: str, mend: str, timeout: float = 2.0) -> None:
-    """Raise :class:`ConfigError` unless the hub answers within ``timeout`` seconds; its client retries for a minute."""
+    """Raise :class:`HubUnreachable` unless the hub answers within ``timeout`` seconds; its client retries for a minute."""
+    problem = hub_problem(timeout)
+    if problem is not None:
+        offline = problem == _OFFLINE
+        raise HubUnreachable(f"{what} is not in the local cache and {problem}; {'unset it, ' if offline else ''}{mend}")
+
+
+_OFFLINE = "HF_HUB_OFFLINE is set"
+
+
+def hub_problem(timeout: float = 2.0) -> str | None:
+    """Why the hub cannot be asked, ``None`` if it answers within ``timeout`` seconds."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError(f"{what} is not in the local cache and HF_HUB_OFFLINE is set; unset it, {mend}")
+        return _OFFLINE
     outcome: list[str | None] = []
 
     def probe() -> None:
@@ -258,10 +290,7 @@ def check_hub_reachable(what: str, mend: str, timeout: float = 2.0) -> None:
     thread.start()
     thread.join(timeout)
     problem = outcome[0] if outcome else f"no answer within {timeout:g} s"
-    if problem is not None:
-        raise ConfigError(
-            f"{what} is not in the local cache and {constants.ENDPOINT} cannot be reached ({problem}); {mend}"
-        )
+    return None if problem is None else f"{constants.ENDPOINT} cannot be reached ({problem})"
 
 
 def _probe(endpoint: str, timeout: float) -> str | None:

@@ -24,6 +24,7 @@ __all__ = [
     "PUBLISHED_SUFFIXES",
     "WEIGHTS_NAME",
     "AdapterFiles",
+    "base_model_of",
     "read_adapter",
 ]
 
@@ -80,6 +81,14 @@ def read_adapter(path: Path) -> AdapterFiles:
         return AdapterFiles(*read_published(payload, path))
     except (OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not a published checkpoint: {first_line(error)}") from error
+
+
+def base_model_of(path: Path) -> str | None:
+    """The name of the base model that ``save_npt`` wrote down: a folder or a hub id; ``None`` if it knew none."""
+    if not (path / CONFIG_NAME).is_file():
+        return None
+    name = _parsed((path / CONFIG_NAME).read_bytes(), path / CONFIG_NAME).get("base_model")
+    return name if isinstance(name, str) and name else None
 
 
 def _read_directory(path: Path) -> AdapterFiles:

@@ -1,8 +1,9 @@
-"""NP components put on the layers of a model instance, found again, switched off for a while, and taken off bit for bit."""
+"""NP components put on the layers of a model instance, found again, switched off or scaled for a while, taken off bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..component import NPComponent, switch_off, switch_on
-from ..config import NPTConfig
+from ..component import NPComponent, close_block, open_block
+from ..config import NPTConfig, resolve_layers
+from ..messages import shown
 from .layer import NPTLayer, convert_layer, restore_layer
-from .select import LayerChoice
+from .select import LayerChoice, find_layers
 from .sharding import is_sharded
 from .weight_location import compute_device
 
@@ -24,6 +26,7 @@ __all__ = [
     "npt_config",
     "npt_disabled",
     "npt_parameters",
+    "npt_scale",
     "remove_npt",
 ]
 
@@ -116,21 +119,82 @@ def _make_trainable(module: nn.Module, names: list[str]) -> None:
 
 
 @contextmanager
-def npt_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the ``with`` block the model is the original one, exactly, for the thread that entered it; all others go on with
-    the converted model. Blocks may be nested and may end in any order. A thread that is started inside is another thread.
+def npt_disabled(model: nn.Module, layers: str | Sequence[int] | None = None) -> Iterator[nn.Module]:
+    """Inside the ``with`` block the model is the original one, exactly, for the thread or coroutine that entered it; all others
+    go on with the converted model. Blocks may be nested and may end in any order.
 
-    Raises ``ValueError`` if the model is not converted.
+    A thread that is started inside is another thread. A task of asyncio that is started inside, and a function that is given to
+    ``asyncio.to_thread``, take the block along, as they take every context variable.
+
+    Exactly: the bits of the original with its parameters frozen, as they are here. (For a product of a slice torch asks whether
+    the weight trains, and rounds differently if so: the head in the first step of ``generate``, by 2e-7.)
+
+    Args:
+        model: A converted model.
+        layers: The layers that are the original ones, as in ``NPTConfig.layers``; the others stay converted. Default: all.
+
+    Raises:
+        ValueError: The model is not converted, or a layer that is named is not.
     """
-    components = [layer.np_component for layer in converted_layers(model).values()]
-    if not components:
-        raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
-    switches = [component.switch for component in components]
-    switch_off(switches)
-    try:
+    with _block(_chosen(model, layers), None):
         yield model
+
+
+@contextmanager
+def npt_scale(model: nn.Module, scale: float, layers: str | Sequence[int] | None = None) -> Iterator[nn.Module]:
+    """Inside the ``with`` block the weight changes have another strength: ``y = (W + scale·ΔW_t) x``.
+
+    At 1 nothing changes, bit for bit. **0 is not the original model**: a converted layer has no attention residual, attention
+    acts through ΔW_t alone, so a layer at 0 does not hear attention at all; it returns ``h + MLP(norm(h))``. (The original is
+    :func:`npt_disabled`.) A model that was converted exactly computes at ``scale`` what the original would with every attention
+    output multiplied by it: ``h + s·a + MLP(norm(h + s·a))``; where the norm is matched, it is to that sum. With
+    ``NPTConfig(attention_residual=True)`` ΔW_t comes on top of the whole layer, and there 0 is the original.
+
+    Whom it holds for, and how blocks nest, as :func:`npt_disabled`; of several scales of a layer the one entered last holds.
+    Gradients are those of the scaled model. Saving saves the components as they are.
+
+    Args:
+        model: A converted model.
+        scale: Any finite number; 1 is the model as it is, below 0 attention speaks against itself.
+        layers: Which layers, as in ``NPTConfig.layers``: ``"all"``, ``"upper_half"``, indices, ``"16:20"``. Default: all that
+            are converted.
+
+    Raises:
+        TypeError: ``scale`` is not a number.
+        ValueError: It is not finite; the model is not converted, or a layer that is named is not.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale={shown(scale)} must be a number, such as 0.5")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+    with _block(_chosen(model, layers), float(scale)):
+        yield model
+
+
+@contextmanager
+def _block(components: list[NPComponent], strength: float | None) -> Iterator[None]:
+    number = open_block({component.switch: strength for component in components})
+    try:
+        yield
     finally:
-        switch_on(switches)
+        close_block(number)
+
+
+def _chosen(model: nn.Module, layers: str | Sequence[int] | None) -> list[NPComponent]:
+    """Components of the layers that a user named. A range such as ``"upper_half"`` means those in it that are converted."""
+    converted = converted_layers(model)
+    if not converted:
+        raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
+    if layers is None:
+        return [layer.np_component for layer in converted.values()]
+    if isinstance(layers, int):
+        raise TypeError(f"layers={shown(layers)} must be a list of indices or a range such as '2:4'; use [{layers}]")
+    wanted = resolve_layers(layers, len(find_layers(model)[1]))
+    missing = [index for index in wanted if index not in converted]
+    if missing and (len(missing) == len(wanted) or not isinstance(layers, str)):
+        names = ", ".join(map(str, converted))
+        raise ValueError(f"layers={shown(layers)}: layer {missing[0]} is not converted; converted are {names}")
+    return [converted[index].np_component for index in wanted if index in converted]
 
 
 def npt_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..component import NPComponent
+from ..component import NPComponent, strength_of
 from .fold import (
     NPTOutputProjection,
     bottleneck_of_heads,
@@ -92,8 +92,15 @@ class NPTLayer(Swapped):
         *args: Any,
         npt_enabled: bool | None = None,
         npt_folded: bool | None = None,
+        npt_strength: float | None = None,
         **kwargs: Any,
     ) -> Any:
+        if npt_strength is not None and npt_strength != self.np_component.strength:
+            with strength_of(self.np_component, npt_strength):
+                # Not self.forward, in which transformers' newer layers checkpoint.
+                return NPTLayer.forward(
+                    self, hidden_states, *args, npt_enabled=npt_enabled, npt_folded=npt_folded, **kwargs
+                )
         if not (self.np_component.enabled if npt_enabled is None else npt_enabled):
             return self.npt_original_class.forward(self, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
         own = (
@@ -114,8 +121,10 @@ class NPTLayer(Swapped):
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "gradient_checkpointing", False) and self.training:  # type: ignore[attr-defined]
-            # The recomputation must do what the forward did, and npt_disabled may have ended, or begun, by then; hooks likewise.
+            # The recomputation must do what the forward did, and npt_disabled or npt_scale may have ended, or begun, by then;
+            # hooks likewise.
             kwargs["npt_enabled"] = self.np_component.enabled
+            kwargs["npt_strength"] = self.np_component.strength
             kwargs["npt_folded"] = (
                 skippable_projection(self, self.npt_plan, self.np_component, hidden_states) is not None  # type: ignore[arg-type]
             )

@@ -184,11 +184,18 @@ def make_change(
         assert key_scale is not None
         row_scale = matched_scale(plan.norm_kind, h, moved, key_scale)
     else:
-        u, key_scale = mlp_input(layer, plan, h, a if moved is None else moved, backend)
+        u, key_scale = mlp_input(layer, plan, h, _heard(plan, component, a) if moved is None else moved, backend)
     change = Change(
         layer, plan, component, None if z is not None else a, key_scale, backend, z=z, moved=moved, row_scale=row_scale
     )
     return u, change
+
+
+def _heard(plan: LayerPlan, component: NPComponent, a: Tensor | None) -> Tensor | None:
+    """What the norm is matched to beside ``h``: as much of ``a`` as the change brings to the stream (``npt_scale``)."""
+    if a is None or not plan.norm_match or component.strength == 1.0:
+        return a
+    return a * component.strength
 
 
 def _scales_alone(norm: nn.Module, h: Tensor, moved: Tensor) -> bool:

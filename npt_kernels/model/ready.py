@@ -64,7 +64,8 @@ def _global_hooks() -> bool:
 
 def _settings(component: NPComponent) -> tuple[Any, ...]:
     return (
-        component.rule_name, component.num_ranks, component.scale, default_backend(), torch.is_inference_mode_enabled(),
+        component.rule_name, component.num_ranks, component.scale, component.strength, default_backend(),
+        torch.is_inference_mode_enabled(),
     )  # fmt: skip
 
 
@@ -229,6 +230,10 @@ _NONE = Projection()
 
 def _make(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) -> ReadyHalf | None:
     if plan.attention_residual or type(h) is not Tensor or h.is_meta or _elsewhere(h, casts=False):
+        return None
+    if (
+        component.strength != 1.0
+    ):  # of a norm that is matched to more than the last linear's change, only the long way knows
         return None
     try:
         return _made(layer, plan, component, h)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,10 @@ def test_a_cached_hub_model_needs_no_network(tiny: Path, tmp_path: Path, offline
     offline.setattr(loading, "_probe", lambda *_: pytest.fail("the network was asked"))
     config = load_model_config_from(tmp_path / "hub", offline)
     assert config["hidden_size"] == 8
+    # Whole, it is loaded without a question to anybody: transformers' own took 24 s of trying again.
+    offline.setattr(socket, "getaddrinfo", lambda host, *_, **__: pytest.fail(f"{host} was asked"))
+    model, tokenizer = load_model(run_config("a/b", data={"max_length": 8}), "cpu")
+    assert model.config._name_or_path == "a/b" and model.config.hidden_size == 8 and tokenizer("a")["input_ids"] == [1]
 
 
 def load_model_config_from(hub: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:

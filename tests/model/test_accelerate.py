@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, dispatch_model
 from accelerate.state import AcceleratorState
+from transformers import CompileConfig
 
 from npt_kernels import NPTConfig, apply_npt, load_npt, npt_disabled, npt_parameters, save_npt
 from npt_kernels.training.objectives import KLObjective, LocalObjective
@@ -123,3 +124,23 @@ def test_converting_an_offloaded_layer_is_refused_or_skipped_with_the_reason(tmp
     assert report.layers == (0, 2) and "no weights yet" in report.skipped[1]
     with torch.no_grad():
         assert model(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generate_with_a_static_cache_compiled_without_a_graph_break(name):
+    """As transformers does by itself on a GPU: the forward of every step is one compiled graph."""
+    model = tiny_model(name, layers=2)
+    apply_npt(model, NPTConfig(layers="all", rank=6, init="small"))
+    randomise(model)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    want = model.generate(IDS, **settings)
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph
+
+    compiled = CompileConfig(backend=backend, fullgraph=True, dynamic=False, mode=None)
+    compiled._compile_all_devices = True
+    assert torch.equal(model.generate(IDS, compile_config=compiled, **settings), want)
+    assert calls, "it was not compiled"
