@@ -35,6 +35,7 @@ class Mutation:
     old: str
     new: str = ""
     equivalent: str = ""  # why it cannot be seen
+    hidden: bool = False  # no schedule shows it, only the order of memory (happens_before.cpp): both are checked
 
 
 MUTATIONS = [Mutation(**fault) for fault in yaml.safe_load((HERE / "faults.yaml").read_text())]
@@ -50,9 +51,9 @@ def plant(mutation: Mutation, csrc: Path) -> list[Path]:
     return files
 
 
-def _run(command: list[str], module: Path, timeout: float) -> tuple[bool, str]:
-    """(whether a fault was found, its first lines)."""
-    environment = os.environ | {"NPT_EMULATED_MODULE": str(module)}
+def _run(command: list[str], module: Path, timeout: float, order: bool = True) -> tuple[bool, str]:
+    """(whether a fault was found, its first lines). ``order``: races are looked for."""
+    environment = os.environ | {"NPT_EMULATED_MODULE": str(module), "NPT_EMULATE_ORDER": str(int(order))}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
     except subprocess.TimeoutExpired:
@@ -67,7 +68,7 @@ def _run(command: list[str], module: Path, timeout: float) -> tuple[bool, str]:
 def try_one(
     mutation: Mutation, toolchain: build.Toolchain, base: Path, csrc: Path, folder: Path, timeout: float
 ) -> tuple[bool, str]:
-    """Build and run one mutant: (whether it was caught, how). ``base``: a build of ``csrc`` as it is."""
+    """Build and run one mutant: (whether it was caught as it should be, how). ``base``: a build of ``csrc`` as it is."""
     unit, command = UNITS[mutation.unit]
     shutil.copytree(csrc, folder / "csrc")
     changed = [file.relative_to(folder / "csrc").with_suffix("") for file in plant(mutation, folder / "csrc")]
@@ -80,6 +81,10 @@ def try_one(
         if mutant and not set(changed) & _reads(Path(f"{out}.d"), generated):
             raise LookupError(f"{mutation.name}: {unit} reads none of the files with that text")
     module = build.link(toolchain, objects, folder / f"{build.MODULE}{build.SUFFIX}")
+    if mutation.hidden:
+        caught, how = _run(_command(command), module, timeout, order=False)
+        if caught:
+            return False, f"seen without the order of memory: {how}"
     return _run(_command(command), module, timeout)
 
 
@@ -120,10 +125,11 @@ def main() -> int:
             caught, how = try_one(mutation, toolchain, base, options.csrc, Path(folder), options.timeout)
         verdict = "caught" if caught else "equivalent" if mutation.equivalent else "MISSED"
         wrong += caught == bool(mutation.equivalent)
-        shown = mutation.equivalent if verdict == "equivalent" else " | ".join(how.splitlines()) if caught else ""
+        shown = mutation.equivalent if verdict == "equivalent" else " | ".join(how.splitlines())
+        shown = f"only by order: {shown}" if caught and mutation.hidden else shown
         print(f"{verdict:10} {mutation.name:52} {time.perf_counter() - start:5.0f} s  {shown[:220]}", flush=True)
-    equivalent = sum(bool(m.equivalent) for m in chosen)
-    print(f"{len(chosen)} faults, {equivalent} of them without effect; {wrong} not as expected")
+    equivalent, hidden = sum(bool(m.equivalent) for m in chosen), sum(m.hidden for m in chosen)
+    print(f"{len(chosen)} faults, {hidden} of them in no schedule, {equivalent} without effect; {wrong} not as expected")
     return 1 if wrong else 0
 
 

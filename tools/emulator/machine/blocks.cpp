@@ -24,6 +24,7 @@ std::unique_ptr<Block> new_block(Grid* grid, Cluster* cluster, int rank, int num
     block->shared_begin = 1024 + uint32_t(schedule.shared_shift);
     block->shared_end = block->shared_begin + uint32_t(grid->dynamic_smem);
   }
+  if (grid->dynamic_smem > 0) hb::prepare(block.get());
   block->warpgroup_log.resize(size_t(threads + 127) / 128);
   for (int i = 0; i < threads / 32; ++i) {
     auto warp = std::make_unique<Warp>();

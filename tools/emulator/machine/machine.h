@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "device.h"
+#include "happens_before.h"
 #undef threadIdx
 #undef blockIdx
 #undef gridDim
@@ -105,6 +106,7 @@ struct Thread {
   std::vector<uint32_t> unfenced;
   uint64_t cluster_phase = 0;
   bool cluster_arrived = false;
+  hb::Own order;
 };
 
 struct Warp {
@@ -122,6 +124,8 @@ struct Warp {
   std::deque<Wgmma> operations;
   uint64_t first = 0, executed = 0;
   std::vector<Thread*> wgmma_waiting;
+  uint32_t wgmma_slot = 0;
+  std::vector<uint32_t> checked;  // per KiB: the version that this warp was found to come after
 };
 
 struct MBarrier {
@@ -131,6 +135,8 @@ struct MBarrier {
   bool fenced;  // by fence.mbarrier_init: peers and the async proxy may use it
   Thread* owner;
   std::vector<Thread*> waiting;
+  hb::Meeting meeting;
+  uint32_t slot, inited, init_fenced;  // its own slot; times of the owner
 };
 struct NamedBarrier {
   uint32_t expected = 0;
@@ -154,6 +160,7 @@ struct Block {
   std::vector<uint8_t> is_barrier;
   std::vector<uint16_t> wgmma_reading;
   std::vector<uint32_t> version;
+  hb::Shadow shadow;
   int pending_loads = 0, pending_store_reads = 0;
   std::map<uint32_t, MBarrier> barriers;
   NamedBarrier named[16];
@@ -171,6 +178,8 @@ struct Cluster {
   uint64_t phase = 0;
   int arrived = 0, live = 0;
   std::vector<Thread*> waiting;
+  std::vector<hb::Slot> slots{1};  // 0 is none
+  hb::Meeting meeting;
 };
 struct alignas(64) ParameterLine {  // tensor maps inside parameters start at multiples of 64
   uint8_t bytes[64];
@@ -256,7 +265,7 @@ void check_cluster_barrier(Cluster* cluster);
 Block* block_of(uint32_t address, const char* what);
 void check_range(Block* block, uint32_t at, uint32_t bytes, const char* what);
 void ordinary_write(uint32_t at, const void* data, uint32_t bytes, const char* what, Thread* writer);
-void ordinary_read(Block* block, uint32_t at, void* data, uint32_t bytes, const char* what);
+void ordinary_read(Block* block, uint32_t at, void* data, uint32_t bytes, const char* what, Thread* reader);
 // CuTe's Swizzle<bits, 4, 3> of a byte address: its bits 7.. XORed into 4..
 inline uint32_t swizzle(int bits, uint32_t address) { return address ^ ((address & (((1u << bits) - 1) << 7)) >> 3); }
 

@@ -11,10 +11,17 @@ void fence_mbarrier_init_release_cluster();
 void mbarrier_arrive_expect_tx_shared__cta_b64(uint32_t bar, uint32_t bytes);
 void mbarrier_arrive_shared__cta_b64(uint32_t bar);
 void mbarrier_arrive_shared__cluster_b64(uint32_t bar);
+void mbarrier_arrive_relaxed_cta_shared__cta_b64(uint32_t bar);
+void mbarrier_arrive_release_cluster_shared__cluster_b64(uint32_t bar);
 void mbarrier_try_wait_parity_shared__cta_b64(bool& done, uint32_t bar, uint32_t parity);
+void mbarrier_try_wait_parity_relaxed_cta_shared__cta_b64(bool& done, uint32_t bar, uint32_t parity);
+void mbarrier_try_wait_parity_acquire_cluster_shared__cta_b64(bool& done, uint32_t bar, uint32_t parity);
+void fence_acq_rel_cta();
+void fence_acq_rel_cluster();
 
 // Blocks and clusters (barriers.cpp, blocks.cpp)
 void barrier_cluster_arrive();
+void barrier_cluster_arrive_relaxed();
 void barrier_cluster_wait();
 void bar_sync(uint32_t id, uint32_t threads);
 void setmaxnreg_inc_sync_aligned_u32(int registers);

@@ -145,6 +145,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
 // The schedules of the launches that follow. deferred: a launch returns before it has ended, and later ones may overlap with it.
 EMU_EXPORT void emu_configure(uint64_t seed, int mode, int deferred) { settings = {seed, Mode(mode), deferred != 0}; }
 
+// Whether races are looked for (as NPT_EMULATE_ORDER says); only while nothing runs.
+EMU_EXPORT void emu_order(int on) { hb::on = on != 0; }
+
 // Run everything that was launched to its end; the error, or "".
 EMU_EXPORT const char* emu_flush() {
   error.clear();

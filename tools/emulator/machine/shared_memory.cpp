@@ -36,16 +36,18 @@ void ordinary_write(uint32_t at, const void* data, uint32_t bytes, const char* w
     writer->unfenced.push_back(unit);
     ++block->version[unit / 64];
   }
+  hb::write(writer, block, at, bytes, what);
   std::memcpy(&block->shared[at], data, bytes);
 }
 
-void ordinary_read(Block* block, uint32_t at, void* data, uint32_t bytes, const char* what) {
+void ordinary_read(Block* block, uint32_t at, void* data, uint32_t bytes, const char* what, Thread* reader) {
   check_range(block, at, bytes, what);
   if (block->live == 0) EMU_FAIL("%s reads the shared memory of block rank %d, which has left", what, block->rank);
   for (uint32_t unit = at / 16; unit <= (at + bytes - 1) / 16; ++unit) {
     if (block->loading[unit]) EMU_FAIL("%s reads 0x%x, which a TMA load in flight will write", what, unit * 16);
     if (block->is_barrier[unit]) EMU_FAIL("%s reads a barrier at 0x%x", what, unit * 16);
   }
+  hb::read(reader, block, at, bytes, what);
   std::memcpy(data, &block->shared[at], bytes);
 }
 
@@ -71,7 +73,7 @@ void ld_shared__cluster_v2_f32(float& x, float& y, uint32_t address) {
   const uint32_t at = address & 0xFFFFFF;
   if (at % 8) EMU_FAIL("ld.shared::cluster.v2: 0x%x is not a multiple of 8", at);
   float both[2];
-  ordinary_read(block_of(address, "ld.shared::cluster"), at, both, 8, "ld.shared::cluster");
+  ordinary_read(block_of(address, "ld.shared::cluster"), at, both, 8, "ld.shared::cluster", current);
   x = both[0], y = both[1];
 }
 
@@ -85,6 +87,7 @@ void st_shared_v2_f32(uint32_t address, float x, float y) {
 void fence_proxy_async_shared__cta() {
   for (uint32_t unit : current->unfenced) --current->block->unfenced[unit];
   current->unfenced.clear();
+  hb::proxy_fence(current);
 }
 
 void ld_global_nc_b32(uint32_t& out, uint64_t address) {

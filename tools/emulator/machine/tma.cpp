@@ -53,7 +53,9 @@ void issue_load(uint32_t to, uint64_t map_address, int x, int y, uint32_t bar, u
     if (!(mask >> rank & 1)) continue;
     if (block->live == 0) EMU_FAIL("TMA load into block rank %d, which has left", rank);
     check_range(block.get(), to, uint32_t(rows) * 128, "TMA load");
-    if (!barrier_at(block.get(), bar, "TMA load")->fenced) EMU_FAIL("TMA load on an mbarrier without fence.mbarrier_init");
+    const MBarrier* const barrier = barrier_at(block.get(), bar, "TMA load");
+    if (!barrier->fenced) EMU_FAIL("TMA load on an mbarrier without fence.mbarrier_init");
+    hb::use(*barrier, current, bar, true, "TMA load");
     for (int i = 0; i < rows * kRowUnits; ++i) {
       const uint32_t unit = unit_address(to, i / kRowUnits, i % kRowUnits) / 16;
       if (block->loading[unit]) EMU_FAIL("TMA load into 0x%x of rank %d, which another load in flight will write", unit * 16, rank);
@@ -68,6 +70,7 @@ void issue_load(uint32_t to, uint64_t map_address, int x, int y, uint32_t bar, u
       ++block->loading[unit];
       ++block->version[unit / 64];
     }
+    hb::load_issued(current, block.get(), to, uint32_t(rows) * 128);
     for (int from = 0; from < rows;) {  // whole, or in pieces of some rows
       const int until = random_below(2) ? rows : std::min(rows, from + 8 * int(1 + random_below(4)));
       loads.push_back({block.get(), to, bar, map, x, y, from, until});
@@ -93,6 +96,7 @@ void wait_for_stores(int pending, bool reads_only) {
   };
   while (busy()) block_on("bulk stores", uint32_t(pending), reads_only);
   while (!groups.empty() && groups.front()->writes == 0) groups.pop_front();
+  hb::stores_waited(current, uint32_t(pending));
 }
 
 }  // namespace
@@ -120,7 +124,10 @@ void do_load(const Load& load) {
   }
   --block->pending_loads;
   MBarrier* const barrier = barrier_at(block, load.bar, "TMA load");
-  if (barrier != nullptr) complete_bytes(*barrier, load.bar, uint32_t(load.last_row - load.first_row) * 128);
+  if (barrier == nullptr) return;
+  const uint32_t bytes = uint32_t(load.last_row - load.first_row) * 128;
+  hb::load_arrived(*barrier, block, load.to + uint32_t(load.first_row) * 128, bytes);
+  complete_bytes(*barrier, load.bar, bytes);
 }
 
 void do_store_read(Store store) {
@@ -191,6 +198,7 @@ void cp_async_bulk_tensor_2d_global_shared__cta_bulk_group(uint64_t map_address,
     if (block->loading[unit]) EMU_FAIL("TMA store from 0x%x, which a TMA load in flight will write", unit * 16);
     ++block->storing[unit];
   }
+  hb::store_issued(current, from, map.box[1] * 128);
   if (!current->open_group) current->open_group = std::make_shared<StoreGroup>();
   ++current->open_group->reads;
   ++current->open_group->writes;
@@ -202,6 +210,7 @@ void cp_async_bulk_tensor_2d_global_shared__cta_bulk_group(uint64_t map_address,
 void cp_async_bulk_commit_group() {
   current->groups.push_back(current->open_group ? current->open_group : std::make_shared<StoreGroup>());
   current->open_group.reset();
+  hb::stores_committed(current);
 }
 void cp_async_bulk_wait_group_read(int pending) { wait_for_stores(pending, true); }
 void cp_async_bulk_wait_group(int pending) { wait_for_stores(pending, false); }

@@ -80,9 +80,10 @@ void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& a, uint32_t& b, uint32_t
       for (int r = 0; r < 8; ++r) {
         const uint32_t at = warp->in[8 * m + r][4];
         if (at % 16) EMU_FAIL("ldmatrix: row address 0x%x is not a multiple of 16", at);
-        uint32_t row[4];
-        ordinary_read(warp->block, at, row, 16, "ldmatrix");
-        for (int q = 0; q < 4; ++q) warp->out[4 * r + q][m] = row[q];
+        for (int q = 0; q < 4; ++q) {
+          Thread* const reader = warp->threads[size_t(4 * r + q)];
+          ordinary_read(warp->block, at + 4 * uint32_t(q), &warp->out[4 * r + q][m], 4, "ldmatrix", reader);
+        }
       }
     }
   });

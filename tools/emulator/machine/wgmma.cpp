@@ -150,6 +150,7 @@ void make_operation(Warp* warp, uint64_t number, Wgmma op) {
   for (size_t i = 0; i < kib.size(); ++i) {
     if (kib[i]) op.reads.push_back(uint16_t(i)), ++warp->block->wgmma_reading[i];
   }
+  hb::wgmma_issued(current, op.reads, number);
   std::vector<Wgmma>& log = warp->block->warpgroup_log[size_t(warp->index / 4)];
   if (number >= log.size()) {
     log.push_back(op);
@@ -239,6 +240,7 @@ void wgmma_wait_group_sync_aligned(int pending) {
     warp->wgmma_waiting.push_back(t);
     block_on("wgmma.wait_group", uint32_t(pending), uint32_t(until));
   }
+  hb::wgmma_waited(t, until);
   while (!t->group_ends.empty() && t->group_ends.front() <= until) t->group_ends.pop_front();
   for (size_t i = 0; i < t->in_flight.size();) {
     InFlight& f = t->in_flight[i];
