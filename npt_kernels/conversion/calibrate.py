@@ -93,14 +93,14 @@ def _fit_bases(name: str, moments: list[Moments]) -> tuple[list[Metric], list[Te
 
     Found in float64 and kept in float32, five of d × d: 11 GiB for an 8B model, of which a GPU needs one layer's at a time.
     """
-    kept = {"device": "cpu", "dtype": torch.float32}
     metrics, covariances, bases = [], [], []
     while moments:
         entry = moments.pop(0)
         metric, covariance = make_metric(name, entry), entry.covariance / entry.tokens
         del entry
         basis = make_basis(metric, covariance)
-        metrics.append(metric.to(**kept))
-        covariances.append(covariance.to(**kept))
-        bases.append(Basis(basis.encoder.to(**kept), basis.decoder.to(**kept), basis.worth.cpu()))
+        metrics.append(metric.to("cpu", torch.float32))
+        covariances.append(covariance.to("cpu", torch.float32))
+        encoder, decoder = (matrix.to("cpu", torch.float32) for matrix in (basis.encoder, basis.decoder))
+        bases.append(Basis(encoder, decoder, basis.worth.cpu()))
     return metrics, covariances, bases

@@ -296,7 +296,9 @@ class _Count:
 
         def fitted(copies: int) -> list[MemoryTerm]:
             why = f"{count} layers × {copies} × d × d × float32"
-            return [MemoryTerm("metrics and bases", count * square * copies // 2, why, self.host, once=self.host == "host")]
+            return [
+                MemoryTerm("metrics and bases", count * square * copies // 2, why, self.host, once=self.host == "host")
+            ]
 
         hook = layer.wide + model.hidden_size**2 * (_WIDE + _DOUBLE)
         scratch = MemoryTerm(
