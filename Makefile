@@ -11,7 +11,7 @@ OUT    ?= benchmarks/results
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated test-long threads fuzz gpu-check gpu-sanitize clean distclean
+.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated test-long threads test-install test-matrix fuzz gpu-check gpu-sanitize clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -39,6 +39,12 @@ check-emulated: emulator ## Run every CUDA kernel on this CPU under adversarial 
 	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) $(ARGS)
 	$(BIN)/python tools/emulator/overlap.py
 	NPT_EMULATE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/cuda/test_gpu.py tests/cuda/test_emulated_model.py tests/cuda/test_emulated_offsets.py
+
+test-install: | $(BIN)/python ## Build sdist and wheel, install them into fresh environments without nvcc, use them there
+	$(BIN)/python tools/check_install.py $(ARGS)
+
+test-matrix: | $(BIN)/python ## Models, files and commands with the oldest and the newest transformers, accelerate, peft …; a table
+	$(BIN)/python tools/version_matrix.py --jobs $(JOBS) $(ARGS)
 
 fuzz: $(VENV)/.dev ## 100,000 drawn cases of ops, configurations, text, adapters, checkpoints; a table (ARGS="--seed 1")
 	$(BIN)/python -m tests.fuzz --jobs $(JOBS) $(ARGS)
