@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,10 @@ def test_the_order_of_operands_is_the_texts() -> None:
     assert "st_shared_v2_f32(in0_0, in2_0, in1_0)" in translate(source, "f.cu")
 
 
-def test_every_known_instruction_is_used_by_csrc() -> None:
-    """What csrc/ no longer uses leaves the emulator too."""
-    text = "".join(translate(f.read_text(), f.name) for f in (ROOT / "csrc").rglob("*") if f.suffix in (".cuh", ".inc"))
+def test_every_known_instruction_is_used() -> None:
+    """What csrc/ no longer uses leaves the emulator too, but for the relaxed forms and the scopes that races are made of."""
+    files = [f for f in (ROOT / "csrc").rglob("*") if f.suffix in (".cuh", ".inc")]
+    text = "".join(translate(f.read_text(), f.name) for f in [*files, Path(__file__).parent / "misuse" / "misuse.cu"])
     assert [name for name in sorted(known_instructions()) if f"{name}(" not in text] == []
 
 
@@ -143,7 +145,8 @@ MISUSES = {
     "wgmma without fence": r"without wgmma\.fence",
     "another shape in flight": r"wgmma m64n8 on accumulators of an m64n16 in flight",
     "warps disagree": r"the warps of a warpgroup give different operands",
-    "wgmma without proxy fence": r"wgmma reads .* not followed by fence\.proxy\.async",
+    "wgmma without proxy fence": r"wgmma reads .* not followed by fence\.proxy\.async"
+    r"|race: wgmma .* which st\.shared of rank 0, thread 0 wrote: fence\.proxy\.async comes too late or not at all",
     "leaves with wgmma in flight": r"leaves with wgmma in flight",
     "counts disagree": r"bar\.sync 1 with (64|128) threads where others expect (64|128)",
     "lanes apart": r"lanes of warp 0 are at different warp-wide instructions",
@@ -151,6 +154,40 @@ MISUSES = {
     "reads a block that has left": r"reads the shared memory of block rank 1, which has left",
     "arrives at a block that has left": r"no initialised mbarrier|block rank 1, which owns the mbarrier .* has left",
 }
+NO_REACH = "what was seen in between is relaxed, or its scope does not reach from one to the other"
+#: Races: in every schedule an error, whatever ran first.
+RACES = {
+    "no barrier": r"race: (ld\.shared::cluster .* reads .* which st\.shared of rank 0, thread 0 wrote"
+    r"|st\.shared .* writes .* which ld\.shared::cluster of rank 0, thread 32 read): nothing orders them",
+    "lanes of a warp": r"of rank 0, thread 1 reads .* which st\.shared of rank 0, thread 0 wrote: nothing orders them",
+    "relaxed arrival": f"which st.shared of rank 0, thread 0 wrote: {NO_REACH}",
+    "relaxed wait": f"thread 32 reads .* which TMA load of phase 0 of the mbarrier at 0x.* of rank 0 wrote: {NO_REACH}",
+    "no wait for a load": r"thread 32 reads .* which TMA load of phase 0 .* wrote: nothing|which a TMA load in flight will write",
+    "proxy fence after the barrier": r"TMA store .* which st\.shared of rank 0, thread 32 wrote: fence\.proxy\.async comes too late"
+    r"|TMA store .* not followed by fence\.proxy\.async",
+    "written before wgmma is waited for": r"st\.shared .* writes .* which wgmma 0 of rank 0, warp \d read: nothing orders them"
+    r"|which a wgmma in flight reads",
+    "written before a store is waited for": r"st\.shared .* which TMA store of rank 0, thread 0 \(group 1\) read: nothing orders"
+    r"|which a TMA store still has to read",
+    "barrier used before a meeting": r"mbarrier\.arrive of rank 0, thread 32 uses .* mbarrier\.init of thread 0 made: nothing"
+    r"|no initialised mbarrier",
+    "init fence after the meeting": r"mbarrier\.arrive\.shared::cluster .* uses .*: fence\.mbarrier_init comes too late"
+    r"|arrival at a peer's mbarrier without fence\.mbarrier_init",
+    "cluster met without release": f"race: ld.shared::cluster .* which st.shared of rank [01], thread 0 wrote: {NO_REACH}",
+    "fence of one block": f"race: ld.shared::cluster .* which st.shared of rank [01], thread 0 wrote: {NO_REACH}",
+    "remote arrival of scope cta": f"rank 0, thread 0 reads .* of rank 1, which st.shared of rank 1, thread 0 wrote: {NO_REACH}",
+    "remote wait of scope cta": f"rank 0, thread 0 reads .* of rank 1, which st.shared of rank 1, thread 0 wrote: {NO_REACH}",
+    "peer reads, no release": f"rank 1, thread 0 writes .* which ld.shared::cluster of rank 0, thread 0 read: {NO_REACH}",
+}  # fmt: skip
+#: Those that no schedule shows when races are not looked for: each runs as if it were right.
+HIDDEN = {
+    "no barrier", "lanes of a warp", "relaxed arrival", "relaxed wait", "cluster met without release", "fence of one block",
+    "remote arrival of scope cta", "remote wait of scope cta", "peer reads, no release",
+}  # fmt: skip
+ORDERED = {
+    "ordered: barrier of a warp", "ordered: relaxed with fences", "ordered: init fence and relaxed meeting",
+    "ordered: fence of the cluster", "ordered: remote arrival of scope cluster",
+}  # fmt: skip
 LATEST = 1
 
 
@@ -171,7 +208,7 @@ def break_rule(library: ctypes.CDLL, name: str, seed: int, mode: int, threads: i
 
 
 def test_every_rule_is_expected(machine: ctypes.CDLL) -> None:
-    assert set(rules(machine)) == {*MISUSES, "none", "accumulators read early"}
+    assert set(rules(machine)) == {*MISUSES, *RACES, *ORDERED, "none", "accumulators read early"}
 
 
 def test_correct_use_passes(machine: ctypes.CDLL) -> None:
@@ -179,14 +216,48 @@ def test_correct_use_passes(machine: ctypes.CDLL) -> None:
         assert break_rule(machine, "none", seed, mode=seed % 3)[0] == ""
 
 
+@pytest.fixture(params=[True, False], ids=["races", "no races"])
+def looks_for_races(machine: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[bool]:
+    machine.emu_order(int(request.param))
+    yield request.param
+    machine.emu_order(1)
+
+
 @pytest.mark.parametrize("name", MISUSES)
-def test_misuse_is_reported(machine: ctypes.CDLL, name: str) -> None:
+def test_misuse_is_reported(machine: ctypes.CDLL, name: str, looks_for_races: bool) -> None:
     """Under the latest legal schedule; where it takes luck (who leaves first), under some drawn one."""
     errors = [
         break_rule(machine, name, LATEST, LATEST)[0],
         *(break_rule(machine, name, seed, 2)[0] for seed in range(20)),
     ]
+    if not looks_for_races:
+        assert not any("race: " in error for error in errors), errors
     assert any(re.search(MISUSES[name], error) for error in errors), errors
+
+
+def in_many_schedules(machine: ctypes.CDLL, name: str) -> list[str]:
+    return [break_rule(machine, name, seed, mode)[0] for seed, mode in [(0, 0), (1, LATEST), *((s, 2) for s in range(30))]]
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_a_race_is_reported_in_every_schedule(machine: ctypes.CDLL, name: str) -> None:
+    errors = in_many_schedules(machine, name)
+    assert [error for error in errors if not re.search(RACES[name], error)] == []
+    assert any(error.startswith("emulator: race: ") for error in errors), errors
+
+
+@pytest.mark.parametrize("name", sorted(HIDDEN))
+def test_without_the_order_of_memory_no_schedule_shows_it(machine: ctypes.CDLL, name: str) -> None:
+    machine.emu_order(0)
+    try:
+        assert set(in_many_schedules(machine, name)) == {""}
+    finally:
+        machine.emu_order(1)
+
+
+@pytest.mark.parametrize("name", sorted(ORDERED))
+def test_what_is_in_order_is_no_race(machine: ctypes.CDLL, name: str) -> None:
+    assert set(in_many_schedules(machine, name)) == {""}
 
 
 def test_accumulators_hold_nan_until_the_wait(machine: ctypes.CDLL) -> None:

@@ -14,6 +14,13 @@ DEVICE void arrive_at(uint32_t bar, uint32_t rank) {
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar),
       "r"(rank));
 }
+DEVICE void arrive_relaxed(uint32_t bar) { asm volatile("mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%0];" ::"r"(bar)); }
+DEVICE void arrive_for_cluster(uint32_t bar, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(bar),
+      "r"(rank));
+}
 DEVICE void expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes));
 }
@@ -22,6 +29,20 @@ DEVICE void wait(uint32_t bar, uint32_t parity) {
       "{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(bar),
       "r"(parity));
 }
+DEVICE void wait_relaxed(uint32_t bar, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.relaxed.cta.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(bar),
+      "r"(parity));
+}
+DEVICE void wait_for_cluster(uint32_t bar, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(bar),
+      "r"(parity));
+}
+DEVICE void fence_block() { asm volatile("fence.acq_rel.cta;"); }
+DEVICE void fence_cluster() { asm volatile("fence.acq_rel.cluster;"); }
 DEVICE void load(uint32_t to, const CUtensorMap& map, uint32_t bar, int x, int y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
@@ -49,6 +70,7 @@ DEVICE uint32_t rank() {
   return r;
 }
 DEVICE void cluster_meet() { asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;"); }
+DEVICE void cluster_meet_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;"); }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;"); }
 DEVICE void wgmma_finish() { asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;"); }
 // K-major, 128-byte swizzle, 1024 bytes from one group of 8 rows to the next.
@@ -64,12 +86,161 @@ DEVICE void multiply_16(float* d, uint32_t a, uint32_t b) {
                : "l"(descriptor(a)), "l"(descriptor(b)));
 }
 
+// Races, and what looks like them. Two threads, or the first ones of two blocks; the second reads or writes what the first had.
+DEVICE void race(const Params& p, uint32_t tile, uint32_t bar) {
+  const auto is = [&](const char* name) { return std::strcmp(kRules[p.rule].name, name) == 0; };
+  const bool first = threadIdx.x == 0, second = threadIdx.x == 32;
+  const uint32_t block = rank(), peer = block ^ 1;
+  const auto take = [&](uint32_t from) { p.out[0] = uint16_t(read_of(tile, from)); };
+  const auto make_barrier = [&](uint32_t count) {
+    if (first) {
+      init(bar, count);
+      init_fence();
+    }
+    barrier(0, blockDim.x);
+  };
+  const auto hand_over = [&](auto signal, auto await) {  // inside of a block
+    make_barrier(1);
+    if (first) {
+      write(tile);
+      signal(bar);
+    }
+    if (second) {
+      await(bar, 0);
+      take(0);
+    }
+  };
+  const auto hand_to_peer = [&](auto signal, auto await) {  // from block 1 to block 0
+    make_barrier(1);
+    cluster_meet();
+    if (first && block == 1) {
+      write(tile);
+      signal(bar, 0);
+    }
+    if (first && block == 0) {
+      await(bar, 0);
+      take(1);
+    }
+    cluster_meet();
+  };
+  const auto linger = [] {
+    for (int i = 0; i < 50; ++i) barrier(1, 32);
+  };
+  const auto load_tile = [&] {
+    expect(bar, 8192);
+    load(tile, p.map, bar, 0, 0);
+  };
+  const auto fenced_arrival = [](uint32_t b) {
+    fence_block();
+    arrive_relaxed(b);
+  };
+  const auto fenced_wait = [](uint32_t b, uint32_t parity) {
+    wait_relaxed(b, parity);
+    fence_block();
+  };
+  if (is("no barrier")) {
+    if (first) write(tile);
+    if (second) take(0);
+  } else if (is("lanes of a warp")) {
+    if (first) write(tile);
+    __shfl_sync(0xFFFFFFFFu, 0, 0);
+    if (threadIdx.x == 1) take(0);
+  } else if (is("ordered: barrier of a warp")) {
+    if (first) write(tile);
+    barrier(1, 32);
+    if (threadIdx.x == 1) take(0);
+  } else if (is("relaxed arrival")) {
+    hand_over(arrive_relaxed, wait);
+  } else if (is("ordered: relaxed with fences")) {
+    hand_over(fenced_arrival, fenced_wait);
+  } else if (is("relaxed wait")) {
+    make_barrier(1);
+    if (first) load_tile();
+    if (second) {
+      wait_relaxed(bar, 0);
+      take(0);
+    }
+  } else if (is("no wait for a load")) {
+    make_barrier(1);
+    if (first) load_tile();
+    barrier(0, 64);
+    if (second) take(0);
+    if (first) wait(bar, 0);
+  } else if (is("proxy fence after the barrier")) {
+    if (second) write(tile);
+    barrier(0, 64);
+    if (second) proxy_fence();
+    if (!first) return;
+    store(p.map, tile);
+    commit();
+    asm volatile("cp.async.bulk.wait_group 0;");
+  } else if (is("written before wgmma is waited for")) {
+    float acc[8] = {};
+    if (threadIdx.x >= 128) {
+      barrier(0, 160);
+      linger();
+      return write(tile + 8 * (threadIdx.x - 128));
+    }
+    wgmma_fence();
+    multiply_8(acc, tile, tile);
+    barrier(0, 160);
+    wgmma_finish();
+  } else if (is("written before a store is waited for")) {
+    if (first) {
+      store(p.map, tile);
+      commit();
+    }
+    barrier(0, 64);
+    if (second) write(tile);
+    if (first) asm volatile("cp.async.bulk.wait_group 0;");
+  } else if (is("barrier used before a meeting")) {
+    if (first) init(bar, 2);
+    if (second) arrive(bar);
+  } else if (is("init fence after the meeting")) {
+    if (first) init(bar, 1);
+    cluster_meet();
+    if (first) init_fence();
+    linger();
+    if (first) arrive_at(bar, peer);
+    cluster_meet();
+  } else if (is("ordered: init fence and relaxed meeting")) {
+    if (first) {
+      init(bar, 1);
+      init_fence();
+    }
+    cluster_meet_relaxed();
+    if (first) arrive_at(bar, peer);
+    cluster_meet();
+  } else if (is("cluster met without release") || is("fence of one block") || is("ordered: fence of the cluster")) {
+    if (first) write(tile);
+    if (is("fence of one block")) fence_block();
+    if (is("ordered: fence of the cluster")) fence_cluster();
+    cluster_meet_relaxed();
+    if (first) take(peer);
+    cluster_meet();
+  } else if (is("peer reads, no release")) {
+    write(tile + 8 * threadIdx.x);
+    cluster_meet();
+    if (first && block == 0) take(1);
+    cluster_meet_relaxed();
+    if (first) write(tile);
+    cluster_meet();
+  } else if (is("remote arrival of scope cta")) {
+    hand_to_peer(arrive_at, wait_for_cluster);
+  } else if (is("remote wait of scope cta")) {
+    hand_to_peer(arrive_for_cluster, wait);
+  } else if (is("ordered: remote arrival of scope cluster")) {
+    hand_to_peer(arrive_for_cluster, wait_for_cluster);
+  }
+}
+
 __global__ void __launch_bounds__(288, 1) misuse(const __grid_constant__ Params p) {
   extern __shared__ uint8_t raw[];
   const uint32_t tile = (uint32_t(__cvta_generic_to_shared(raw)) + 1023u) & ~1023u, bar = tile + 8192;
   const bool first = threadIdx.x == 0;
   float acc[8] = {};
   const auto is = [&](const char* name) { return std::strcmp(kRules[p.rule].name, name) == 0; };
+  if (p.rule >= kFirstRace) return race(p, tile, bar);
   const auto start_load = [&](int x) {
     init(bar, 1);
     init_fence();

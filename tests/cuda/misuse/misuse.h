@@ -3,6 +3,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <string_view>
 
 struct Params {
   CUtensorMap map;  // [64, 64] elements of 2 bytes
@@ -40,7 +41,32 @@ constexpr Rule kRules[] = {
     {"reads a block that has left", 32, 2},
     {"arrives at a block that has left", 32, 2},
     {"accumulators read early", 128, 1},
+    // races
+    {"no barrier", 64, 1},
+    {"lanes of a warp", 32, 1},
+    {"relaxed arrival", 64, 1},
+    {"relaxed wait", 64, 1},
+    {"no wait for a load", 64, 1},
+    {"proxy fence after the barrier", 64, 1},
+    {"written before wgmma is waited for", 160, 1},
+    {"written before a store is waited for", 64, 1},
+    {"barrier used before a meeting", 64, 1},
+    {"init fence after the meeting", 32, 2},
+    {"cluster met without release", 32, 2},
+    {"fence of one block", 32, 2},
+    {"remote arrival of scope cta", 32, 2},
+    {"remote wait of scope cta", 32, 2},
+    {"peer reads, no release", 32, 2},
+    // what looks like these and is in order
+    {"ordered: barrier of a warp", 32, 1},
+    {"ordered: relaxed with fences", 64, 1},
+    {"ordered: init fence and relaxed meeting", 32, 2},
+    {"ordered: fence of the cluster", 32, 2},
+    {"ordered: remote arrival of scope cluster", 32, 2},
 };
+
+constexpr int kFirstRace = 23;
+static_assert(std::string_view(kRules[kFirstRace].name) == "no barrier");
 
 const void* misuse_kernel();
 const void* slow_reader_kernel();

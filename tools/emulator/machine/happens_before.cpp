@@ -1,5 +1,5 @@
-// Vector clocks over the emulated machine, as FastTrack has them (Flanagan and Freund, PLDI 2009): an access is kept as an epoch, the
-// slot and the slot's time, and is over for a thread whose clock has that time.
+// Vector clocks over the emulated machine, as FastTrack has them (Flanagan and Freund, PLDI 2009): an access is kept as an epoch,
+// a slot and its time, and is over for a thread whose clock has that time.
 #include "happens_before.h"
 
 #include <algorithm>
@@ -112,26 +112,31 @@ bool over(uint64_t e, bool written, const Later& later) {
   return (later.writes ? weak(later.thread, number) : strong(later.thread, number)) >= end;
 }
 
-void race(uint64_t e, bool written, uint32_t address, const Later& later) {
-  const uint32_t number = slot_of(e), time = time_of(e);
-  const Slot& slot = later.block->cluster->slots[number];
-  char earlier[128];
-  const int rank = slot.block->rank;
+// Who accessed memory earlier, for error texts.
+std::string who(uint64_t e, const Slot& slot) {
+  char text[128];
+  const unsigned rank = unsigned(slot.block->rank), time = time_of(e);
   const unsigned thread = slot.thread != nullptr ? slot.thread->place.thread.x : 0;
+  const auto put = [&](const char* format, auto... values) { std::snprintf(text, sizeof text, format, values...); };
   switch (slot.kind) {
-    case Slot::kThread: std::snprintf(earlier, sizeof earlier, "%s of rank %d, thread %u", names[e >> kWhatShift], rank, thread); break;
-    case Slot::kStores: std::snprintf(earlier, sizeof earlier, "TMA store of rank %d, thread %u (group %u)", rank, thread, time); break;
-    case Slot::kWgmma: std::snprintf(earlier, sizeof earlier, "wgmma %u of rank %d, warp %u", time - 1, rank, thread / 32); break;
-    default:
-      std::snprintf(earlier, sizeof earlier, "TMA load of phase %u of the mbarrier at 0x%x of rank %d", time - 1, slot.address, rank);
+    case Slot::kThread: put("%s of rank %u, thread %u", names[e >> kWhatShift], rank, thread); break;
+    case Slot::kStores: put("TMA store of rank %u, thread %u (group %u)", rank, thread, time); break;
+    case Slot::kWgmma: put("wgmma %u of rank %u, warp %u", time - 1, rank, thread / 32); break;
+    case Slot::kBarrier: put("TMA load of phase %u of the mbarrier at 0x%x of rank %u", time - 1, slot.address, rank); break;
   }
-  const bool seen = slot.thread == later.thread || strong(later.thread, number) >= time;
-  const char* const why = seen ? "fence.proxy.async comes too late or not at all"
-                          : weak(later.thread, number) >= time
-                              ? "what was seen in between is relaxed, or its scope does not reach from one to the other"
-                              : "nothing orders them";
+  return text;
+}
+
+void race(uint64_t e, bool written, uint32_t address, const Later& later) {
+  const uint32_t number = slot_of(e);
+  const Slot& slot = later.block->cluster->slots[number];
+  const bool there = slot.thread == later.thread || strong(later.thread, number) >= time_of(e);
+  const bool seen = weak(later.thread, number) >= time_of(e);
+  const char* const why = there  ? "fence.proxy.async comes too late or not at all"
+                          : seen ? "what was seen in between is relaxed, or its scope does not reach from one to the other"
+                                 : "nothing orders them";
   EMU_FAIL("race: %s of rank %d, thread %u %s 0x%x of rank %d, which %s %s: %s", later.what, later.thread->block->rank,
-           later.thread->place.thread.x, later.writes ? "writes" : "reads", address, later.block->rank, earlier,
+           later.thread->place.thread.x, later.writes ? "writes" : "reads", address, later.block->rank, who(e, slot).c_str(),
            written ? "wrote" : "read", why);
 }
 
@@ -153,9 +158,12 @@ void check(const Later& later, uint32_t at, uint32_t bytes) {
       wrote = shadow.write[i];
       if (wrote != 0 && !over(wrote, true, later)) return race(wrote, true, address, later);
     }
-    if (!later.writes || shadow.read[i] == did_read) continue;
-    did_read = shadow.read[i];
-    if (did_read != 0 && !over(did_read, false, later)) return race(did_read, false, address, later);
+    if (!later.writes) continue;
+    if (shadow.read[i] != did_read) {
+      did_read = shadow.read[i];
+      if (did_read != 0 && !over(did_read, false, later)) return race(did_read, false, address, later);
+    }
+    if (shadow.more_reads.empty()) continue;
     const auto more = shadow.more_reads.find(i);
     if (more == shadow.more_reads.end()) continue;
     for (uint64_t e : more->second) {

@@ -17,8 +17,8 @@ namespace hb {
 
 extern bool on;  // changed between launches only
 
-// A slot is what has a time of its own: a thread (advanced by its releases), a thread's bulk stores (commit groups), a warp's wgmmas,
-// an mbarrier (phases). It gets its number in the cluster when it first touches shared memory, so clocks stay short.
+// A slot is what has a time of its own: a thread (advanced by its releases), a thread's bulk stores (commit groups), a warp's
+// wgmmas, an mbarrier (phases). It gets its number in the cluster when it first touches shared memory, so clocks stay short.
 struct Slot {
   enum Kind : uint8_t { kThread, kStores, kWgmma, kBarrier } kind;
   Thread* thread;    // kThread, kStores, and some lane of the warp of kWgmma
@@ -26,7 +26,7 @@ struct Slot {
   uint32_t address;  // kBarrier
 };
 // The times that a thread knows to have passed. strong: release and acquire, with scopes that cover both threads, stand between.
-// weak: also what any arrival tells that was seen to have happened, which is enough for asynchronous work that had been waited for.
+// weak: also what any arrival tells that was seen to have happened: enough for asynchronous work that had been waited for.
 struct Clock {
   std::vector<uint32_t> strong, weak;
 };
