@@ -236,7 +236,9 @@ def test_misuse_is_reported(machine: ctypes.CDLL, name: str, looks_for_races: bo
 
 
 def in_many_schedules(machine: ctypes.CDLL, name: str) -> list[str]:
-    return [break_rule(machine, name, seed, mode)[0] for seed, mode in [(0, 0), (1, LATEST), *((s, 2) for s in range(30))]]
+    return [
+        break_rule(machine, name, seed, mode)[0] for seed, mode in [(0, 0), (1, LATEST), *((s, 2) for s in range(30))]
+    ]
 
 
 @pytest.mark.parametrize("name", RACES)
