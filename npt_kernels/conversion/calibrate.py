@@ -58,7 +58,8 @@ def closed_form_components(
         moments = collect_moments(
             model, attention, tokens, fisher=config.basis == "fisher", seed=config.seed, advance=advance
         )
-    metrics, covariances, bases = _fit_bases(config.basis, moments)
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    metrics, covariances, bases = _fit_bases(config.basis, moments, dtype)
     worths, unit = [basis.worth for basis in bases], metrics[0].unit
     if ranks is None:
         _, mean = parse_rank(config.rank)
@@ -88,10 +89,10 @@ def closed_form_components(
     return components, notes
 
 
-def _fit_bases(name: str, moments: list[Moments]) -> tuple[list[Metric], list[Tensor], list[Basis]]:
+def _fit_bases(name: str, moments: list[Moments], dtype: torch.dtype) -> tuple[list[Metric], list[Tensor], list[Basis]]:
     """Metrics, covariances and bases of the layers, in host memory; ``moments`` is used up.
 
-    Found in float64 and kept in float32, five of d × d: 11 GiB for an 8B model, of which a GPU needs one layer's at a time.
+    Found in float64 and kept in ``dtype``, five of d × d: 11 GiB for an 8B model in float32. A GPU needs one layer's at a time.
     """
     metrics, covariances, bases = [], [], []
     while moments:
@@ -99,8 +100,8 @@ def _fit_bases(name: str, moments: list[Moments]) -> tuple[list[Metric], list[Te
         metric, covariance = make_metric(name, entry), entry.covariance / entry.tokens
         del entry
         basis = make_basis(metric, covariance)
-        metrics.append(metric.to("cpu", torch.float32))
-        covariances.append(covariance.to("cpu", torch.float32))
-        encoder, decoder = (matrix.to("cpu", torch.float32) for matrix in (basis.encoder, basis.decoder))
+        metrics.append(metric.to("cpu", dtype))
+        covariances.append(covariance.to("cpu", dtype))
+        encoder, decoder = (matrix.to("cpu", dtype) for matrix in (basis.encoder, basis.decoder))
         bases.append(Basis(encoder, decoder, basis.worth.cpu()))
     return metrics, covariances, bases
