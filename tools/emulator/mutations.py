@@ -129,7 +129,9 @@ def main() -> int:
         shown = f"only by order: {shown}" if caught and mutation.hidden else shown
         print(f"{verdict:10} {mutation.name:52} {time.perf_counter() - start:5.0f} s  {shown[:220]}", flush=True)
     equivalent, hidden = sum(bool(m.equivalent) for m in chosen), sum(m.hidden for m in chosen)
-    print(f"{len(chosen)} faults, {hidden} of them in no schedule, {equivalent} without effect; {wrong} not as expected")
+    print(
+        f"{len(chosen)} faults, {hidden} of them in no schedule, {equivalent} without effect; {wrong} not as expected"
+    )
     return 1 if wrong else 0
 
 
