@@ -163,7 +163,7 @@ RACES = {
     "relaxed arrival": f"which st.shared of rank 0, thread 0 wrote: {NO_REACH}",
     "relaxed wait": f"thread 32 reads .* which TMA load of phase 0 of the mbarrier at 0x.* of rank 0 wrote: {NO_REACH}",
     "no wait for a load": r"thread 32 reads .* which TMA load of phase 0 .* wrote: nothing|which a TMA load in flight will write",
-    "proxy fence after the barrier": r"TMA store .* which st\.shared of rank 0, thread 32 wrote: fence\.proxy\.async comes too late"
+    "proxy fence after the barrier": r"TMA store .* which st\.shared of rank 0, thread 32 wrote: fence\.proxy\.async comes"
     r"|TMA store .* not followed by fence\.proxy\.async",
     "written before wgmma is waited for": r"st\.shared .* writes .* which wgmma 0 of rank 0, warp \d read: nothing orders them"
     r"|which a wgmma in flight reads",
