@@ -11,7 +11,7 @@ OUT    ?= benchmarks/results
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated test-long threads test-install test-matrix fuzz gpu-check gpu-sanitize clean distclean
+.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated test-long threads faults test-install test-matrix fuzz gpu-check gpu-sanitize clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -39,6 +39,7 @@ check-emulated: emulator ## Run every CUDA kernel on this CPU under adversarial 
 	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) $(ARGS)
 	$(BIN)/python tools/emulator/overlap.py
 	NPT_EMULATE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/cuda/test_gpu.py tests/cuda/test_emulated_model.py tests/cuda/test_emulated_offsets.py
+	NPT_EMULATE=1 $(BIN)/python -m pytest -q tests/ops/test_rows_of_a_batch.py -k cuda
 
 test-install: | $(BIN)/python ## Build sdist and wheel, install them into fresh environments without nvcc, use them there
 	$(BIN)/python tools/check_install.py $(ARGS)
@@ -49,7 +50,10 @@ test-matrix: | $(BIN)/python ## Models, files and commands with the oldest and t
 fuzz: $(VENV)/.dev ## 100,000 drawn cases of ops, configurations, text, adapters, checkpoints; a table (ARGS="--seed 1")
 	$(BIN)/python -m tests.fuzz --jobs $(JOBS) $(ARGS)
 
-test-long: emulator ## What is too slow for CI: the emulator on many shapes, planted faults, AddressSanitizer (an hour)
+faults: $(VENV)/.dev ## npt train killed, starved and deceived 160 times; a table (a quarter of an hour; ARGS="--seed 1")
+	$(BIN)/python -m tests.faults $(ARGS)
+
+test-long: emulator threads faults ## What is too slow for CI: threads, faults, the emulator on many shapes, planted faults (two hours)
 	$(BIN)/python tools/emulator/check.py --jobs $(JOBS) --shapes 8
 	$(BIN)/python tools/emulator/mutations.py
 	$(BIN)/python tools/emulator/sanitize.py --jobs $(JOBS)

@@ -75,7 +75,11 @@ def main() -> None:
     # transformers imports torchao where it is installed, and that warns of GPU parts a CPU build of torch cannot load.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    app(prog_name="npt")
+    try:
+        app(prog_name="npt")
+    except KeyboardInterrupt:  # before a command began, which would have said so itself
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

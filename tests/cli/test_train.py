@@ -86,6 +86,18 @@ def test_env() -> None:
     assert "not downloaded" in npt("env").stdout or "ready" in npt("env").stdout
 
 
+def test_ctrl_c_before_a_command_begins_is_one_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
 def test_python_dash_m() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "npt_kernels", "--version"], capture_output=True, text=True, check=True,

@@ -80,13 +80,13 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it (default: a temporary one)")
     arguments = parser.parse_args()
     started = time.monotonic()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     with tempfile.TemporaryDirectory(prefix="npt-faults-") as temporary:
         scratch = arguments.keep or Path(temporary)
         outcomes, facts = run(arguments.only, arguments.share, arguments.seed, scratch, arguments.brief)
     print(table(outcomes))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     seconds = time.monotonic() - started
     print(f"\nseed {arguments.seed}, commit {commit}, {seconds:.0f} s")
     if arguments.json:

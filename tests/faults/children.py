@@ -68,10 +68,15 @@ class Child:
         return True
 
     def wait(self, seconds: float = 120) -> int:
-        """The exit code; 1000 for one that had to be ended because it hung."""
-        end = time.monotonic() + seconds
+        """The exit code; 1000 for one that had to be ended because it hung.
+
+        Time in which this process was stopped (a debugger, a machine that sleeps) is nobody's.
+        """
+        waited, before = 0.0, time.monotonic()
         while not self.ended():
-            if time.monotonic() > end:
+            now = time.monotonic()
+            waited, before = waited + min(now - before, 0.5), now
+            if waited > seconds:
                 os.kill(self.pid, signal.SIGKILL)
                 while not self.ended():
                     time.sleep(0.01)

@@ -72,7 +72,7 @@ def a_rank_dies(bench: Bench, times: int) -> Iterator[Outcome]:
     expected, seconds = _whole(bench)
     for number in range(times):
         folder, victim = bench.folder(), number % 2
-        out, moment = folder / "out", bench.random.uniform(0.1, seconds)
+        out, moment = folder / "out", bench.random.uniform(0.1, 0.8 * seconds)
         outcome = Outcome("a rank of two dies (gloo)", f"rank {victim}, after {moment:.2f} s")
         pair = _pair(bench.place.command(out), folder, "log")
         time.sleep(moment)
@@ -90,7 +90,11 @@ def a_rank_dies(bench: Bench, times: int) -> Iterator[Outcome]:
         resumed = steps_done(out) > 0
         last, bad = _go_on(bench, out, folder)
         outcome.bad = outcome.bad or bad or _compare(out, expected, resumed)
-        outcome.result = "the other ends with one line; resumed by two: same bits"
+        if code == 0 or not sent:
+            outcome.result = "the other had all it needed, or the run was over; resumed by two: same bits"
+        else:
+            outcome.bad = outcome.bad or ("" if len(other.errors()) == 1 else f"{len(other.errors())} error lines")
+            outcome.result = "the other ends with one line; resumed by two: same bits"
         outcome.seconds = sum(child.seconds for child in (*pair, *last))
         yield outcome
         shutil.rmtree(folder, ignore_errors=True)
