@@ -100,7 +100,7 @@ def test_the_demo_in_numbers(tmp_path: Path) -> None:
     assert (plan.model.num_layers, len(plan.adapter.layers), plan.model.hidden_size) == (30, 30, 576)
     assert plan.model.parameters == 134_515_008
     assert plan.adapter.total == 30 * 184 * (576 + 1536 + 1536 + 576)
-    assert (plan.tokens_per_step, plan.steps) == (1024, 60)
+    assert (plan.tokens_per_step, plan.steps) == (1024, 40)
     assert plan.dtype is torch.float32
     assert plan.device_bytes < 4 * 2**30
     assert make_plan(plan.config, "cuda").dtype is torch.bfloat16
