@@ -132,10 +132,7 @@ def _started(
     console: Console,
     world: World,
 ) -> Iterator[Run]:
-    """A run with open files and an unconverted model that can compute.
-
-    Out of memory becomes advice, a disk that does not take what is written one line; what there is is saved, if it can be.
-    """
+    """A run with open files and an unconverted model that can compute. Where memory or disk run out: one line, after a save."""
     run: Run | None = None
     try:
         run = Run(config, model, tokenizer, blocks, resume, console, world)
