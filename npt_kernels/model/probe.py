@@ -7,13 +7,14 @@ shape's ``h + a + MLP(norm(h + a))``, with the arguments that the model itself p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..component import NPComponent
 from ..quantised.foreign import made_by_library
@@ -33,10 +34,7 @@ __all__ = ["check_forwards"]
 _ROWS, _TOKENS = 2, 5
 #: Largest tensors that are perturbed: what could hide behind a fresh 1 or 0 is a vector (norm weights, biases, layer scales).
 _SMALL = 2**20
-#: Dropout is compared under equal random numbers, which are the whole process's: where another thread draws some in between,
-#: the comparison fails. It is repeated until it does not, or until it fails twice with the same numbers: then nobody drew any.
-#: (Against a thread that did nothing but draw, 20 times were not enough.) Probes themselves take turns.
-_TRIES = 300
+#: Probes take turns: they set modes and weights of a model and the random numbers of the process.
 _one_at_a_time = ThreadLock()
 
 
@@ -94,29 +92,27 @@ def _folding(choice: LayerChoice, h: Tensor, call: LayerCall) -> tuple[str | Non
         return None, False
     h = h.to(compute_device(layer))
 
-    def last(training: bool) -> tuple[bool, tuple[Tensor, ...]]:
+    def last(training: bool) -> bool:
         layer.train(training)
-        torch.manual_seed(1)
-        a = plan.shape.attention(layer, h, *call.args, **dict(call.kwargs))
-        torch.manual_seed(1)
+        with _own_numbers(training):
+            a = plan.shape.attention(layer, h, *call.args, **dict(call.kwargs))
         try:
-            o = heads_output(layer, plan, projection, h, *call.args, **dict(call.kwargs))
-            again = projection(o)
+            with _own_numbers(training):
+                o = heads_output(layer, plan, projection, h, *call.args, **dict(call.kwargs))
+                again = projection(o)
         except (
             TypeError,
             ValueError,
             RuntimeError,
             AttributeError,
         ):  # heads of another width than the code behind expects
-            return False, ()
-        if a.shape != again.shape:
-            return False, ()
-        return bool(torch.allclose(a, again, rtol=0, atol=16 * torch.finfo(a.dtype).eps)), (a, again)
+            return False
+        return a.shape == again.shape and bool(torch.allclose(a, again, rtol=0, atol=16 * torch.finfo(a.dtype).eps))
 
     with resident(layer), _perturbed(layer):
         swap_class(projection, NPTOutputProjection)
         try:
-            return (plan.projection, _undisturbed(lambda: last(True))) if last(False)[0] else (None, False)
+            return (plan.projection, last(True)) if last(False) else (None, False)
         finally:
             restore_class(projection)
             layer.train(False)
@@ -188,25 +184,25 @@ def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
     h = h.to(device)
     attention: list[Tensor] = []
 
-    def run(training: bool) -> tuple[str | None, tuple[Tensor, ...]]:
+    def run(training: bool) -> str | None:
         layer.train(training)
         attention.clear()
-        torch.manual_seed(1)
-        with tapped_outputs([shape.attention_module(layer)], lambda _, a: attention.append(a)):
+        seen = tapped_outputs([shape.attention_module(layer)], lambda _, a: attention.append(a))
+        with _own_numbers(training), seen:
             own = layer(h, *call.args, **call.kwargs)
         if not isinstance(own, Tensor):
-            return f"its forward returns a {type(own).__name__}, not hidden states [batch, seq, d]", ()
+            return f"its forward returns a {type(own).__name__}, not hidden states [batch, seq, d]"
         if len(attention) != 1:
-            return f"its forward calls the attention {len(attention)} times", ()
-        torch.manual_seed(1)
-        try:
-            a = shape.attention(layer, h, *call.args, **dict(call.kwargs))
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            why = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            return f"its attention is called in another way ({why})", ()
-        described = teacher_output(layer, shape, h, a)
+            return f"its forward calls the attention {len(attention)} times"
+        with _own_numbers(training):
+            try:
+                a = shape.attention(layer, h, *call.args, **dict(call.kwargs))
+            except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+                why = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+                return f"its attention is called in another way ({why})"
+            described = teacher_output(layer, shape, h, a)
         if own.shape != described.shape:
-            return f"its forward returns {list(own.shape)} for hidden states {list(h.shape)}", ()
+            return f"its forward returns {list(own.shape)} for hidden states {list(h.shape)}"
         difference = float((own.float() - described.float()).abs().max())
         size = float(own.float().abs().max())
         if not difference <= 16 * torch.finfo(own.dtype).eps * max(size, 1e-6):
@@ -214,34 +210,48 @@ def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
             return (
                 f"{mode} is not h + a + MLP(norm(h + a)) (relative difference {difference / max(size, 1e-30):.2g}): "
                 f"{type(layer).__name__} does more than a {shape.name} layer"
-            ), (own, described)
-        return None, ()
+            )
+        return None
 
     with resident(layer), _perturbed(layer):
-        reason = run(False)[0] or _mlp_mismatch(choice, h)
+        reason = run(False) or _mlp_mismatch(choice, h)
         if reason is None and any(isinstance(m, nn.Dropout) and m.p for m in layer.modules()):
-            found: list[str | None] = []
-
-            def agrees() -> tuple[bool, tuple[Tensor, ...]]:
-                reason, outputs = run(True)
-                found.append(reason)
-                return reason is None, outputs
-
-            _undisturbed(agrees)
-            reason = found[-1]
+            reason = run(True)
         layer.train(False)
     return reason
 
 
-def _undisturbed(compare: Callable[[], tuple[bool, tuple[Tensor, ...]]]) -> bool:
-    """Whether what ``compare`` compares agrees; it says so, and gives what it compared. Again while other threads draw."""
-    seen: list[tuple[Tensor, ...]] = []
-    for _ in range(_TRIES):
-        agreed, outputs = compare()
-        if agreed or any(all(map(torch.equal, outputs, earlier)) for earlier in seen if len(earlier) == len(outputs)):
-            return agreed
-        seen.append(outputs)
-    return False
+class _OwnNumbers(TorchDispatchMode):
+    """In this thread, what draws random numbers draws them from a generator of its own, the same each time.
+
+    The process's generator is everybody's: where another thread draws from it, two runs under one seed are no longer alike, and
+    layers with dropout were refused. A GPU's fused dropout takes no generator, so there the seed is all that is left.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        takes = any(argument.name == "generator" and argument.kwarg_only for argument in func._schema.arguments)
+        if takes and kwargs.get("generator") is None and args and isinstance(args[0], Tensor):
+            device = args[0].device
+            if device not in self.generators:
+                self.generators[device] = torch.Generator(device).manual_seed(1)
+            kwargs["generator"] = self.generators[device]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _own_numbers(training: bool) -> Iterator[None]:
+    """Inside the block the same random numbers each time, if there can be any."""
+    if not training:
+        yield
+        return
+    torch.manual_seed(1)
+    with _OwnNumbers():
+        yield
 
 
 def _mlp_mismatch(choice: LayerChoice, h: Tensor) -> str | None:
