@@ -92,7 +92,7 @@ class _Count:
 
     @cached_property
     def trained(self) -> Precision:
-        """Of training, which runs under autocast."""
+        """Of conversion and training, which run under autocast."""
         precision = Precision.of(self.config, self.device)
         whole = precision.format is None and not self.streamed and not self.sharded
         keeps = precision.casts and precision.base == torch.float32 and self.device.type == "cpu" and whole
@@ -100,7 +100,7 @@ class _Count:
 
     @cached_property
     def plain(self) -> Precision:
-        """Of conversion and evaluation, which do not."""
+        """Of evaluation, which does not."""
         return replace(self.trained, compute=self.trained.base, keeps_casts=False)
 
     def kept_casts(self, *, head: bool) -> list[MemoryTerm]:
@@ -278,7 +278,7 @@ class _Count:
         config, model, data = self.config, self.model, self.config.data
         length = data.max_length
         rows = min(max(1, CALIBRATION_BATCH // length), max(1, data.calibration_tokens // length))
-        layer = self.layer(self.plain, rows, length)
+        layer = self.layer(self.trained, rows, length)
         square = model.hidden_size**2 * _DOUBLE
         count = len(self.adapter.layers)
         fisher = config.model.basis == "fisher"
@@ -289,8 +289,8 @@ class _Count:
         kept = layer.kept_first_unconverted + above * layer.kept_unconverted + layer.norm_copy
         elements = layer.tokens * model.vocab_size
         tokens = min(REFIT_TOKENS, data.calibration_tokens) // length * length
-        refit = self.layer(self.plain, max(1, tokens // length), length)
-        batch = self.layer(self.plain, min(4, max(1, tokens // length)), length)
+        refit = self.layer(self.trained, max(1, tokens // length), length)
+        batch = self.layer(self.trained, min(4, max(1, tokens // length)), length)
         # Metric and covariance of every layer, until the components are filled its basis too: in host memory.
         metric = 2 if fisher else 1
 
@@ -313,12 +313,12 @@ class _Count:
                 "loss": [
                     moments,
                     MemoryTerm("activations", kept + layer.stream, what),
-                    MemoryTerm("logits", elements * (self.plain.stream + 2 * _WIDE), size),
+                    MemoryTerm("logits", elements * (self.trained.width + 2 * _WIDE), size),
                 ],
                 "backward": [
                     moments,
                     MemoryTerm("activations", kept + max(layer.backward_unconverted, hook), what),
-                    MemoryTerm("logits", 2 * elements * self.plain.stream, f"{size}, and their gradient"),
+                    MemoryTerm("logits", 2 * elements * self.trained.width, f"{size}, and their gradient"),
                 ],
             }
         left = 0 if self.device.type == "cpu" else moments.bytes
@@ -337,7 +337,7 @@ class _Count:
             ]  # fmt: skip
             passes["refit, a layer"] = [*after, streams_, MemoryTerm("one layer", one, f"{batch.tokens:,} tokens")]
         if not self.sharded or self.device.type == "cpu":
-            return self.worst("conversion", list(self.frozen), passes)
+            return self.worst("conversion", [*self.frozen, *self.kept_casts(head=fisher)], passes)
         # Before it is sharded the model is converted whole, on the host, by one process; the others wait with theirs.
         phase = self.worst("conversion", [], passes)
         moved = [replace(term, where="host", once=True) for term in phase.terms]

@@ -19,7 +19,7 @@ from ..evaluation.perplexity import evaluate, evaluate_base
 from ..model.install import npt_parameters
 from ..offload import streaming
 from ..ops.dense_on_use import release_scratch
-from ..training.kept_casts import kept_casts
+from ..training.kept_casts import KeptCasts, kept_casts
 from ..training.loop import make_objective, make_optimizer
 from ..training.objectives import Objective, delta_variances, enable_checkpointing
 from .live_bytes import LiveBytes
@@ -72,7 +72,8 @@ def measure_phases(
     closed_form = npt.uses_closed_form
     heldout = _ids(config, model, config.evaluation.tokens // length)
     with LiveBytes(include=model, trace=True) as live, streaming(config, model, device):
-        with live.phase("conversion" if closed_form else "other"):
+        precision = _precision(config, device, kept_casts(model, config))
+        with live.phase("conversion" if closed_form else "other"), precision:
             apply_npt(model, npt, calibration if closed_form else None)
         with live.phase("evaluation"):
             teacher = evaluate_base(model, heldout)[1]
@@ -91,6 +92,14 @@ def measure_phases(
 
 
 @contextmanager
+def _precision(config: RunConfig, device: torch.device, kept: KeptCasts | None) -> Iterator[None]:
+    """The autocast of ``npt train``."""
+    dtype = _AUTOCAST.get(choose_mixed_precision(config, device))
+    with torch.autocast(device.type, dtype) if dtype else nullcontext(), kept or nullcontext():
+        yield
+
+
+@contextmanager
 def training_steps(model: nn.Module, config: RunConfig, kind: str) -> Iterator[Any]:
     """Inside the block a function that runs one optimizer step of objective ``kind`` on random tokens and returns the tokens.
 
@@ -103,13 +112,10 @@ def training_steps(model: nn.Module, config: RunConfig, kind: str) -> Iterator[A
     optimizer = make_optimizer(model, config, training.learning_rate)
     parameters = npt_parameters(model)
     share = 1 / len(groups)
-    device = groups[0].device.type
-
-    dtype = _AUTOCAST.get(choose_mixed_precision(config, groups[0].device))
-    kept = kept_casts(model, config) if dtype else None
+    kept = kept_casts(model, config)
 
     def step() -> int:
-        with torch.autocast(device, dtype) if dtype else nullcontext(), kept or nullcontext():
+        with _precision(config, groups[0].device, kept):
             objective.accumulate_group(groups, [share] * len(groups), lambda loss: loss.backward())  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or float("inf"))
         optimizer.step()

@@ -90,6 +90,8 @@ def test_other_settings(family: str, keys: dict[str, Any]) -> None:
         {"model__basis": "pca", "data__calibration_tokens": 2048, "evaluation__tokens": 2048},
         {"model__basis": "pca", "model__refit": False, "data__calibration_tokens": 128, "data__max_length": 16},
         {"model__basis": "fisher", "model__npt_layers": "upper_half", "model__dtype": "bfloat16"},
+        {"model__basis": "fisher", **PRECISIONS["fp32, autocast"]},
+        {"model__basis": "pca", "data__calibration_tokens": 2048, **PRECISIONS["fp32, autocast"]},
     ],
     ids=str,
 )
