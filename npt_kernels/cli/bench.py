@@ -41,7 +41,7 @@ _Dtype = Annotated[
 _Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="Default: a GPU if there is one.")]
 _Small = Annotated[
     bool,
-    typer.Option("--small", help="Widths ÷ 16: whether everything runs, not how fast.", show_default=False),
+    typer.Option("--small", help="Widths ÷ 16 (train: 8): whether everything runs, not how fast.", show_default=False),
 ]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="List what would run and how long it takes; run nothing.")]
 _Out = Annotated[
