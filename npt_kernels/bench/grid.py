@@ -44,6 +44,8 @@ class Grid:
     compiled_tokens: tuple[int, ...]
     #: Models that run unasked.
     shapes: tuple[str, ...]
+    #: Modes that run unasked.
+    modes: tuple[str, ...] = tuple(MODES)
     #: Ops and modes in which ``compile`` takes part unasked; empty: all.
     compiled: tuple[tuple[str, str], ...] = ()
     #: Providers that build a weight for every token take part unasked up to this many tokens.
@@ -58,7 +60,8 @@ GRIDS = {
     ),
     "cpu": Grid(
         tokens=(1, 16, 256, 1024), ranks=(64, 128, 256), base_tokens=256, base_rank=128,
-        decode_tokens=(), compiled_tokens=(1, 16, 256, 1024), shapes=("SmolLM2", "GPT-2"),
+        decode_tokens=(1, 16), compiled_tokens=(1, 16, 256, 1024), shapes=("SmolLM2", "GPT-2"),
+        modes=("forward", "local", "end_to_end"),  # without CUDA graphs decode is forward
         compiled=(("mlp", "forward"), ("mlp", "local"), ("mlp", "end_to_end")), slow_tokens=16,
     ),
     "small": Grid(
@@ -133,7 +136,7 @@ def plan_settings(filters: Filters, size: str, dtype: torch.dtype) -> list[Setti
     """The groups of a run, in the order in which they run. Raises :class:`BenchError` for what does not exist."""
     grid = GRIDS[size]
     ops = _chosen("--op", filters.ops, list(OPS))
-    modes = _chosen("--mode", filters.modes, list(MODES))
+    modes = _chosen("--mode", filters.modes or grid.modes, list(MODES))
     if filters.rule not in RULES:
         raise unknown_name("--rule", filters.rule, RULES)
     for option, values in (("--tokens", filters.tokens), ("--rank", filters.ranks)):
@@ -196,7 +199,7 @@ def _unasked(grid: Grid, setting: Setting) -> Callable[[Provider], bool]:
 
 def _points(grid: Grid, filters: Filters, mode: str, op: str) -> list[tuple[int, int]]:
     tokens = grid.decode_tokens if mode == "decode" else grid.tokens
-    base_tokens = (*grid.decode_tokens, 1)[0] if mode == "decode" else grid.base_tokens
+    base_tokens = grid.decode_tokens[0] if mode == "decode" else grid.base_tokens
     if filters.tokens and filters.ranks:
         points = [(t, r) for t in filters.tokens for r in filters.ranks]
     elif filters.tokens:
@@ -205,7 +208,7 @@ def _points(grid: Grid, filters: Filters, mode: str, op: str) -> list[tuple[int,
         points = [(base_tokens, r) for r in filters.ranks]
     else:
         points = [(t, grid.base_rank) for t in tokens]
-        points += [(base_tokens, r) for r in grid.ranks if r != grid.base_rank] if points else []
+        points += [(base_tokens, r) for r in grid.ranks if r != grid.base_rank]
     if op == "norm":
         points = [(t, grid.base_rank) for t in dict.fromkeys(t for t, _ in points)]
     return list(dict.fromkeys(points))
