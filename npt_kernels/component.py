@@ -78,29 +78,18 @@ class _Here:
 _here = _Here()
 
 
-def open_block(settings: Mapping[int, float | None]) -> int:
-    """In this thread or coroutine, until :func:`close_block`: switches with a strength, or off (``None``). Returns its number."""
+@contextmanager
+def switched(settings: Mapping[int, float | None]) -> Iterator[None]:
+    """Inside the block, in this thread or coroutine, switches have a strength or are off (``None``). Blocks end in any order."""
     number = next(_blocks_made)
     now = _here.now
     _open.set(_Open.of((*(() if now is _here else now.blocks), (number, dict(settings)))))
-    return number
-
-
-def close_block(number: int) -> None:
-    """The end of a block, in whatever order they end."""
-    now = _here.now
-    left = () if now is _here else tuple(block for block in now.blocks if block[0] != number)
-    _open.set(_Open.of(left) if left else _here)
-
-
-@contextmanager
-def strength_of(component: NPComponent, strength: float) -> Iterator[None]:
-    """A block for one component."""
-    number = open_block({component.switch: strength})
     try:
         yield
     finally:
-        close_block(number)
+        now = _here.now
+        left = () if now is _here else tuple(block for block in now.blocks if block[0] != number)
+        _open.set(_Open.of(left) if left else _here)
 
 
 class NPComponent(nn.Module):

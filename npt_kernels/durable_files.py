@@ -71,12 +71,11 @@ class AppendedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.problem = path, None
+        self.path = path
+        self.problem: OSError | None = None
         self._waiting = b""
         self._stream = path.open("ab", buffering=0)
         self._size = os.fstat(self._stream.fileno()).st_size
-
-    problem: OSError | None
 
     def add(self, text: str) -> bool:
         """Whether it is written, and all before it."""

@@ -10,19 +10,11 @@ from typing import Any
 from torch import nn
 
 from ._version import __version__
-from .base_model.assets import default_cache_dir, demo_model_dir
-from .base_model.loading import (
-    DEMO_NAME,
-    HubUnreachable,
-    cached_file,
-    hub_problem,
-    hub_source,
-    local_directory,
-    looks_local,
-)
+from .base_model.assets import default_cache_dir
+from .base_model.loading import DEMO_NAME, HubUnreachable, cached_file, find_model, hub_problem, looks_local
 from .messages import first_line, shown
 from .model.adapter_files import CONFIG_NAME, WEIGHTS_NAME, base_model_of
-from .model.install import converted_layers, npt_config
+from .model.install import converted_layers, npt_config, require_converted
 from .model.save import find_adapter, load_npt, save_npt
 
 __all__ = ["NPTModelForCausalLM"]
@@ -116,8 +108,7 @@ class NPTModelForCausalLM:
             ValueError: The model is not converted, or ``repo_id`` is none.
             Others: What ``huggingface_hub`` raises: no token, no right to write there.
         """
-        if not converted_layers(model):
-            raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
+        require_converted(model)
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -188,24 +179,16 @@ def _base(name: str, revision: str | None, token: str | bool | None, arguments: 
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise ImportError(f"loading a model needs {error.name}; pip install 'npt_kernels[train]'") from error
-    hub: dict[str, Any] = {}
-    local = None if name == DEMO_NAME else local_directory(name, what)
-    if name == DEMO_NAME:
-        source = str(demo_model_dir(default_cache_dir()))
-    elif local is not None:
-        source = str(local)
-    else:
-        try:
-            source, hub = hub_source(name, revision, what)
-        except HubUnreachable as error:
-            raise ConnectionError(str(error)) from None
-        hub |= {} if token is None else {"token": token}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **{**hub, **arguments})
+        found = find_model(name, revision, what, default_cache_dir())
+    except HubUnreachable as error:
+        raise ConnectionError(str(error)) from None
+    private = {"token": token} if found.on_hub and token is not None else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(found.source, **{**found.arguments, **private, **arguments})
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{what} could not be loaded: {first_line(error)}") from error
-    # What the next save_npt writes down: 'demo' and a hub id mean the same on every machine, a relative path does not.
-    model.config._name_or_path = name if local is None else str(local.resolve())
+    model.config._name_or_path = found.recorded
     return model
 
 

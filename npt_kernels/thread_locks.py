@@ -9,7 +9,7 @@ __all__ = ["ThreadLock"]
 
 
 class ThreadLock:
-    """``threading.RLock`` as a ``with`` block; free in a forked child, whoever held it in the parent.
+    """A ``threading.RLock`` that is free in a forked child, whoever held it in the parent.
 
     A fork copies one thread. A lock that another one held would stay locked in the child for good, with nobody there to open it.
     """
@@ -22,8 +22,14 @@ class ThreadLock:
     def _renew(self) -> None:
         self._lock = threading.RLock()
 
-    def __enter__(self) -> None:
+    def acquire(self) -> None:
         self._lock.acquire()
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
         self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,10 @@ __all__ = [
     "HubUnreachable",
     "cached_file",
     "check_hub_reachable",
+    "find_model",
     "hub_problem",
-    "hub_source",
     "load_model",
     "load_model_config",
-    "local_directory",
     "looks_local",
     "quantization_notes",
     "resolve_dtype",
@@ -71,6 +71,37 @@ class HubUnreachable(ConfigError):
     """What is asked for would have to come from the hub, which does not answer."""
 
 
+@dataclass(frozen=True)
+class FoundModel:
+    """Where a base model's files are.
+
+    Attributes:
+        source, arguments: For ``from_pretrained``: a folder, or a hub id and its revision.
+        recorded: The name that an adapter writes down as its base: ``demo`` and a hub id mean the same on every machine, the path
+            of a cache or a relative one does not.
+        on_hub: Whether the name is a hub id.
+    """
+
+    source: str
+    arguments: dict[str, Any]
+    recorded: str
+    on_hub: bool = False
+
+
+def find_model(name: str, revision: str | None, what: str, cache_dir: Path) -> FoundModel:
+    """The model of that name: the demo (fetched if need be), a local directory, a hub id, in this order.
+
+    ``what`` is how messages call it. Raises :class:`ConfigError` and :class:`AssetError` as :func:`load_model`.
+    """
+    if name == DEMO_NAME:
+        return FoundModel(str(demo_model_dir(cache_dir)), {}, name)
+    local = _local_directory(name, what)
+    if local is not None:
+        return FoundModel(str(local.resolve()), {}, str(local.resolve()))
+    source, arguments = _hub_source(name, revision, what)
+    return FoundModel(source, arguments, name, on_hub=True)
+
+
 #: ``(dtype, model_config, load) → model``: puts the weights into host memory, by ``load(dtype)`` or ``load("auto")``.
 HostLoader = Callable[[torch.dtype, Any, Callable[[torch.dtype | str], nn.Module]], nn.Module]
 
@@ -96,14 +127,8 @@ def load_model(
     device = torch.device(device)
     name = config.model.base_model_name
     quantization = _quantization(config)
-    hub: dict[str, Any] = {}
-    recorded = name
-    if name == DEMO_NAME:
-        source = str(demo_model_dir(config.cache_dir))
-    elif (local := local_directory(name, _key(name))) is not None:
-        source = recorded = str(local.resolve())
-    else:
-        source, hub = hub_source(name, config.model.revision, _key(name))
+    found = find_model(name, config.model.revision, _key(name), config.cache_dir)
+    source, hub = found.source, found.arguments
     try:
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -150,8 +175,7 @@ def load_model(
             raise ConfigError(f"optimization.quantization={quantization[0]!r}: {error}") from error
     if to_host is None and not placement:
         model = model.to(device)
-    # The name that an adapter records as its base: 'demo' means the same on every machine, a cache path does not.
-    model.config._name_or_path = recorded
+    model.config._name_or_path = found.recorded
     return model.eval(), tokenizer
 
 
@@ -166,7 +190,7 @@ def load_model_config(name: str, revision: str | None = None, cache_dir: Path | 
         if demo_model_cached(cache_dir):
             return _read_config(cache_dir / "smollm2-135m-instruct" / "config.json")
         return dict(KNOWN_MODELS[DEMO_NAME])
-    local = local_directory(name, _key(name))
+    local = _local_directory(name, _key(name))
     if local is not None:
         return _read_config(local / "config.json")
     cached = cached_file(name, "config.json", revision, _key(name))
@@ -197,7 +221,7 @@ def _key(name: str) -> str:
     return f"model.base_model_name={name!r}"
 
 
-def local_directory(name: str, what: str) -> Path | None:
+def _local_directory(name: str, what: str) -> Path | None:
     """The directory of a local model; ``None`` for what can only be a hub id.
 
     Raises :class:`ConfigError` for a path that leads nowhere; ``what`` is how the message calls it.
@@ -250,7 +274,7 @@ def cached_file(name: str, filename: str, revision: str | None, what: str) -> Pa
     return Path(found) if isinstance(found, str) else None
 
 
-def hub_source(name: str, revision: str | None, what: str) -> tuple[str, dict[str, Any]]:
+def _hub_source(name: str, revision: str | None, what: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` is given for a hub model: the folder in the local cache if it is complete, else id and revision.
 
     The folder, not ``local_files_only``: with that transformers still asks the hub whether the model is an adapter of PEFT, and

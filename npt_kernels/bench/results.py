@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..durable_files import write_whole
 from .gpu_check_files import from_gpu_check, is_gpu_check
 
 __all__ = [
@@ -149,16 +149,7 @@ def write_json(data: Any, path: Path) -> Path:
     """Write ``path`` in one step: readers see the old file or the new one, never a part. Raises :class:`BenchError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(data, file, indent=1, ensure_ascii=False)
-                file.write("\n")
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 is not what a result to be shared should have
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise BenchError(f"{path} cannot be written: {error.strerror}") from error
     return path

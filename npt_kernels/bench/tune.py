@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..durable_files import write_whole
 from ..kernels.triton.support import TRITON_INSTALLED
 from ..kernels.triton.tables import USER_TABLES_VARIABLE, check_table, clear_cache, table_path
 
@@ -179,13 +179,6 @@ def write_table(path: Path, entries: list[dict[str, Any]], gpu: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("    " + json.dumps(entry, ensure_ascii=False) for entry in table["entries"])
     text = f'{{\n  "note": {json.dumps(table["note"])},\n  "entries": [\n{lines}\n  ]\n}}\n'
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, text)
     clear_cache()
     return path

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..component import NPComponent, close_block, open_block
+from ..component import NPComponent, switched
 from ..config import NPTConfig, resolve_layers
 from ..messages import shown
 from .layer import NPTLayer, convert_layer, restore_layer
@@ -28,6 +28,7 @@ __all__ = [
     "npt_parameters",
     "npt_scale",
     "remove_npt",
+    "require_converted",
 ]
 
 #: Attribute of the module that was converted.
@@ -83,6 +84,14 @@ def converted_layers(model: nn.Module) -> dict[int, Any]:
     return {m.npt_plan.index: m for m in model.modules() if isinstance(m, NPTLayer)}
 
 
+def require_converted(model: nn.Module) -> dict[int, Any]:
+    """:func:`converted_layers`, or ``ValueError`` if there are none."""
+    layers = converted_layers(model)
+    if not layers:
+        raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
+    return layers
+
+
 def remove_npt(model: nn.Module) -> None:
     """Put the original modules back, bit for bit, and restore which parameters were trainable.
 
@@ -136,7 +145,7 @@ def npt_disabled(model: nn.Module, layers: str | Sequence[int] | None = None) ->
     Raises:
         ValueError: The model is not converted, or a layer that is named is not.
     """
-    with _block(_chosen(model, layers), None):
+    with switched({component.switch: None for component in _chosen(model, layers)}):
         yield model
 
 
@@ -167,24 +176,13 @@ def npt_scale(model: nn.Module, scale: float, layers: str | Sequence[int] | None
         raise TypeError(f"scale={shown(scale)} must be a number, such as 0.5")
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
-    with _block(_chosen(model, layers), float(scale)):
+    with switched({component.switch: float(scale) for component in _chosen(model, layers)}):
         yield model
-
-
-@contextmanager
-def _block(components: list[NPComponent], strength: float | None) -> Iterator[None]:
-    number = open_block({component.switch: strength for component in components})
-    try:
-        yield
-    finally:
-        close_block(number)
 
 
 def _chosen(model: nn.Module, layers: str | Sequence[int] | None) -> list[NPComponent]:
     """Components of the layers that a user named. A range such as ``"upper_half"`` means those in it that are converted."""
-    converted = converted_layers(model)
-    if not converted:
-        raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
+    converted = require_converted(model)
     if layers is None:
         return [layer.np_component for layer in converted.values()]
     if isinstance(layers, int):
@@ -199,10 +197,7 @@ def _chosen(model: nn.Module, layers: str | Sequence[int] | None) -> list[NPComp
 
 def npt_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters, layer by layer. Raises ``ValueError`` if the model is not converted."""
-    layers = converted_layers(model)
-    if not layers:
-        raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
-    return [parameter for layer in layers.values() for parameter in layer.np_component.parameters()]
+    return [parameter for layer in require_converted(model).values() for parameter in layer.np_component.parameters()]
 
 
 def npt_config(model: nn.Module) -> NPTConfig:

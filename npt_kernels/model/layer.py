@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..component import NPComponent, strength_of
+from ..component import NPComponent, switched
 from .fold import (
     NPTOutputProjection,
     bottleneck_of_heads,
@@ -96,7 +96,7 @@ class NPTLayer(Swapped):
         **kwargs: Any,
     ) -> Any:
         if npt_strength is not None and npt_strength != self.np_component.strength:
-            with strength_of(self.np_component, npt_strength):
+            with switched({self.np_component.switch: npt_strength}):
                 # Not self.forward, in which transformers' newer layers checkpoint.
                 return NPTLayer.forward(
                     self, hidden_states, *args, npt_enabled=npt_enabled, npt_folded=npt_folded, **kwargs

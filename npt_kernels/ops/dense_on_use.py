@@ -122,7 +122,7 @@ class _borrowed:
         self.shape, self.dtype, self.device = shape, dtype, device
 
     def __enter__(self) -> Tensor:
-        _lock.__enter__()
+        _lock.acquire()
         try:
             stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
             slot = 0
@@ -142,12 +142,12 @@ class _borrowed:
             with torch.inference_mode(False):
                 return buffer[:numel].view(self.shape)
         except BaseException:
-            _lock.__exit__()
+            _lock.release()
             raise
 
     def __exit__(self, *_: object) -> None:
         _in_use.discard(self.key)
-        _lock.__exit__()
+        _lock.release()
 
 
 class dense:

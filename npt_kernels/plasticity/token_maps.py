@@ -11,6 +11,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from ..durable_files import write_whole
+
 __all__ = ["GridMap", "draw_maps", "write_json", "write_page"]
 
 _TEMPLATE = Path(__file__).with_name("grid_page.html")
@@ -134,7 +136,5 @@ def draw_maps(path: Path, title: str, tokens: Sequence[str], maps: Sequence[Grid
 
 def write_json(path: Path, report: dict[str, Any], indent: int | None = 2) -> Path:
     """Write a report whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(report, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(report, ensure_ascii=False, indent=indent) + "\n")
     return path

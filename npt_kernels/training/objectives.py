@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..model.forward import decoder_of
 from ..model.head import OutputHead
-from ..model.install import converted_layers, npt_disabled
+from ..model.install import converted_layers, npt_disabled, require_converted
 from ..model.visits import tapped_layers, walk_group, walk_layers
 from .losses import delta_variance, kl_divergence, layer_loss, vector_penalty
 
@@ -67,9 +67,7 @@ class Objective(ABC):
         self, model: nn.Module, *, equivalence_weight: float = 1.0, regularization_weight: float = 0.0
     ) -> None:
         self.model = model
-        self.layers = converted_layers(model)
-        if not self.layers:
-            raise ValueError("the model has no NPT layers; convert it with apply_npt or load_npt first")
+        self.layers = require_converted(model)
         self.equivalence_weight, self.regularization_weight = equivalence_weight, regularization_weight
 
     @abstractmethod

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from .children import begin
+from .children import Child, begin
 from .judge import Outcome, one_line
 from .small_disk import as_nobody, may_mount, shorter_files, small_disk, writable
 from .workbench import Bench, ended, logged_steps
@@ -15,6 +15,17 @@ __all__ = ["full_disk", "read_only_output", "short_files"]
 
 #: A run's output and three checkpoints take 900 KB.
 _DISK = 4096
+
+
+def _judge(outcome: Outcome, child: Child, whole: str, stopped: str, *, reason: str = "") -> None:
+    """What came out of a run on such a disk: it ended, or it stopped with one line, which names the ``reason``."""
+    if child.code == 0:
+        outcome.result = f"{whole}: same bits"
+        return
+    outcome.bad = one_line(child) if child.code == 2 else f"exit code {child.code}: {child.out[-600:]}"
+    if not outcome.bad and reason not in child.errors()[0]:
+        outcome.bad = f"it does not say why: {child.errors()[0]}"
+    outcome.result = f"one line that says why; {stopped}: same bits"
 
 
 def full_disk(bench: Bench, times: int) -> Iterator[Outcome]:
@@ -43,13 +54,7 @@ def full_disk(bench: Bench, times: int) -> Iterator[Outcome]:
             child.wait()
             outcome.notes["steps"] = logged_steps(child)
             disk.make_room()
-            if child.code == 0:
-                outcome.result = "the run went on and ended: same bits"
-            else:
-                outcome.bad = one_line(child) if child.code == 2 else f"exit code {child.code}: {child.out[-300:]}"
-                if not outcome.bad and "No space left" not in child.errors()[0]:
-                    outcome.bad = f"it does not say why: {child.errors()[0]}"
-                outcome.result = "one line that says why; with room, resumed: same bits"
+            _judge(outcome, child, "the run went on and ended", "with room, resumed", reason="No space left")
             yield ended(bench, outcome, out, child)
 
 
@@ -76,11 +81,7 @@ def short_files(bench: Bench, times: int) -> Iterator[Outcome]:
         child.wait()
         child.log.write_bytes(text)
         outcome.notes["steps"] = logged_steps(child)
-        if child.code == 0:
-            outcome.result = "the run went on and ended: same bits"
-        else:
-            outcome.bad = one_line(child) if child.code == 2 else f"exit code {child.code}: {child.out[-300:]}"
-            outcome.result = "one line that says why; without the limit: same bits"
+        _judge(outcome, child, "the run went on and ended", "without the limit")
         yield ended(bench, outcome, out, child)
 
 
@@ -103,11 +104,5 @@ def read_only_output(bench: Bench, times: int) -> Iterator[Outcome]:
         child.wait()
         outcome.notes["steps"] = logged_steps(child)
         writable(out, True)
-        if child.code == 0:
-            outcome.result = "the run ended: same bits"
-        else:
-            outcome.bad = one_line(child) if child.code == 2 else f"exit code {child.code}: {child.out[-600:]}"
-            if not outcome.bad and "ermission denied" not in child.errors()[0]:
-                outcome.bad = f"it does not say why: {child.errors()[0]}"
-            outcome.result = "one line that says why; writable again: same bits"
+        _judge(outcome, child, "the run ended", "writable again", reason="ermission denied")
         yield ended(bench, outcome, out, child)

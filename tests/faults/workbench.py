@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,10 +81,5 @@ def ended(bench: Bench, outcome: Outcome, out: Path, child: Child, *, command: l
 
 def logged_steps(child: Child) -> int:
     """Steps that the run had said it did: a lower bound of those that are lost by a kill."""
-    local = [
-        int(line.split("step ")[1].split("/")[0]) for line in child.out.splitlines() if line.startswith("local: step")
-    ]
-    polish = [
-        int(line.split("step ")[1].split("/")[0]) for line in child.out.splitlines() if line.startswith("polish: step")
-    ]
-    return max(local, default=0) + max(polish, default=0)
+    found = re.findall(r"^(local|polish): step (\d+)/", child.out, re.MULTILINE)
+    return sum(max((int(step) for name, step in found if name == phase), default=0) for phase in ("local", "polish"))
