@@ -95,29 +95,30 @@ class NPTLayer(Swapped):
         npt_strength: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        if npt_strength is not None and npt_strength != self.np_component.strength:
-            with switched({self.np_component.switch: npt_strength}):
+        component: NPComponent = self._modules["np_component"]  # type: ignore[assignment,attr-defined]  # by name: a call of Python
+        if npt_strength is not None and npt_strength != component.strength:
+            with switched({component.switch: npt_strength}):
                 # Not self.forward, in which transformers' newer layers checkpoint.
                 return NPTLayer.forward(
                     self, hidden_states, *args, npt_enabled=npt_enabled, npt_folded=npt_folded, **kwargs
                 )
-        if not (self.np_component.enabled if npt_enabled is None else npt_enabled):
+        if not (component.enabled if npt_enabled is None else npt_enabled):
             return self.npt_original_class.forward(self, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
         own = (
             "npt_student" in self.__dict__ or "npt_attention" in self.__dict__
         )  # replaced on the instance: nothing is left out
         if npt_folded is None and not own:
-            ready = ready_half(self, self.npt_plan, self.np_component, hidden_states)  # type: ignore[arg-type]
+            ready = ready_half(self, self.npt_plan, component, hidden_states)  # type: ignore[arg-type]
             if ready is not None:
-                return ready(self, self.np_component, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+                return ready(self, component, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
         projection = output_projection(self, self.npt_plan) if npt_folded and not own else None  # type: ignore[arg-type]
         if npt_folded is None and not own:
-            projection = skippable_projection(self, self.npt_plan, self.np_component, hidden_states)  # type: ignore[arg-type]
+            projection = skippable_projection(self, self.npt_plan, component, hidden_states)  # type: ignore[arg-type]
         if projection is None:
             return self.npt_student(hidden_states, self.npt_attention(hidden_states, *args, **kwargs))
         o = heads_output(self, self.npt_plan, projection, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
-        z = bottleneck_of_heads(self.np_component, projection, o)
-        return student_output(self, self.npt_plan, self.np_component, hidden_states, z=z)  # type: ignore[arg-type]
+        z = bottleneck_of_heads(component, projection, o)
+        return student_output(self, self.npt_plan, component, hidden_states, z=z)  # type: ignore[arg-type]
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "gradient_checkpointing", False) and self.training:  # type: ignore[attr-defined]

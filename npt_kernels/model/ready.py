@@ -203,9 +203,10 @@ class ReadyHalf:
             0
         ]
         if moved is not None:
-            out = out + moved
-        out = plan.shape.after_down(self.mlp, out.reshape(*h.shape[:-1], out.shape[-1]))
-        return plan.shape.output(layer, h, out.to(h.dtype))
+            out += moved
+        return plan.shape.output(
+            layer, h, plan.shape.after_down(self.mlp, out.view(*h.shape[:-1], out.shape[-1])).to(h.dtype)
+        )
 
     def _folds(self, layer: nn.Module, component: NPComponent, tokens: int) -> bool:
         return (
