@@ -90,6 +90,34 @@ def test_a_cpu_does_not_speak_for_a_gpu(tmp_path):
     assert all(v.met is None for v in verdicts(collected) if not v.goal.on_cpu)
 
 
+def at_real_sizes(tokens: int, eager: float, **others: float) -> list[dict]:
+    """A forward of SmolLM2's MLP on a CPU: 1.25 × the frozen layer's operations, ratios to it by provider."""
+    more = {"shape": "SmolLM2-135M", "dtype": "float32", "tokens": tokens, "rank": 128}
+    return [
+        kernel(provider, ratio, tflops=(1.25 if provider != "frozen" else 1.0) / ratio, **more)
+        for provider, ratio in {"frozen": 1.0, "eager": eager, **others}.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("large", "one", "expected"),
+    [
+        (at_real_sizes(256, 1.2, kconcat=1.3, compile=1.21), at_real_sizes(1, 1.25, peft=2.0),
+         [("2 of 2 rows", True), ("1 of 1 rows", True), ("SmolLM2-135M 1.250", True)]),
+        (at_real_sizes(256, 1.3, kconcat=1.4, compile=1.25), at_real_sizes(1, 1.3, peft=2.0),
+         [("1 of 2 rows; slowest 1.040 of it (SmolLM2-135M forward T=256 r=128)", False),
+          ("0 of 1 rows; worst 1.300 where they are 1.250", False), ("SmolLM2-135M 1.300", False)]),
+    ],
+)  # fmt: skip
+def test_goals_of_a_cpu_at_real_sizes(tmp_path, large, one, expected):
+    collected = collect(write(tmp_path, {"kernels": large + one}, "cpu", device="CPU, 2 cores"))
+    found = [v for v in verdicts(collected) if v.goal.what.startswith(("on a CPU", "the same for one token"))]
+    assert len(found) == len(expected)
+    for verdict, (measured, met) in zip(found, expected, strict=True):
+        assert verdict.measured.startswith(measured) and verdict.met is met, verdict
+    assert all(v.met is None for v in verdicts(collected) if v not in found)
+
+
 def test_records_of_training_runs_count(tmp_path):
     write(tmp_path)
     quality = {"perplexity_ratio": 1.004, "kl": 0.04, "top1_agreement": 0.9}

@@ -111,8 +111,10 @@ def draw_all(collected: Collected) -> list[Drawing]:
     for number, device in enumerate(collected.devices):
         for drawing in (*_ratios(collected, device), *_roofline(collected, device), *_memory(collected, device),
                         *_training(collected, device)):  # fmt: skip
-            if number:  # documents show the first device
-                drawing = replace(drawing, name=f"{drawing.name}-{number + 1}", document=None)
+            if number:
+                drawing = replace(drawing, name=f"{drawing.name}-{number + 1}")
+            if any(drawing.document == other.document for other in drawings):  # documents show the first device
+                drawing = replace(drawing, document=None)
             drawings.append(drawing)
     return drawings
 
@@ -127,8 +129,11 @@ def _stale(rows: Sequence[dict[str, Any]]) -> str | None:
     return next((str(row["stale"]) for row in rows if row["stale"]), None)
 
 
-def _is_8b(name: str) -> bool:
-    return name.startswith("Llama-3.1-8B")
+def _document(figure: str, model: str, size: str) -> str | None:
+    """Its name in documents, which show the goals' model and, at a CPU's sizes, the demo's."""
+    if model.startswith("Llama-3.1-8B"):
+        return figure
+    return f"cpu-{figure}" if size == "cpu" and model == "SmolLM2-135M" else None
 
 
 def _order(providers: Sequence[str]) -> list[str]:
@@ -176,7 +181,7 @@ def _ratios(collected: Collected, device: str) -> Iterator[Drawing]:
                 slug = re.sub(r"[^a-z0-9]+", "-", f"{shape} {mode}".lower())
                 what = f"time of an MLP call ÷ the same MLP without a delta, interleaved launches, r = {rank}; band: 10–90 %"
                 yield Drawing(
-                    f"ratio-{slug}", f"ratio-{mode}" if _is_8b(shape) else None, f"{shape}, {title}",
+                    f"ratio-{slug}", _document(f"ratio-{mode}", shape, size), f"{shape}, {title}",
                     _caption(chosen, what), _stale(chosen), _paint_ratios(chosen),
                 )  # fmt: skip
         return  # small shapes are drawn only where there is nothing better
@@ -265,7 +270,7 @@ def _memory(collected: Collected, device: str) -> Iterator[Drawing]:
             slug = re.sub(r"[^a-z0-9]+", "-", shape.lower())
             what = f"peak of an MLP's forward and local backward beyond inputs and weights, T = {tokens:,}; hollow: by formula"
             yield Drawing(
-                f"memory-{slug}", "memory" if _is_8b(shape) else None, f"Memory by rank, {shape}",
+                f"memory-{slug}", _document("memory", shape, size), f"Memory by rank, {shape}",
                 _caption(chosen, what), _stale(chosen), _paint_memory(chosen),
             )  # fmt: skip
         if rows:
@@ -303,7 +308,7 @@ def _training(collected: Collected, device: str) -> Iterator[Drawing]:
             slug = re.sub(r"[^a-z0-9]+", "-", model.lower())
             what = "median training speed on random weights; line: 10–90 % of the steps"
             yield Drawing(
-                f"train-{slug}", "train" if _is_8b(model) else None, f"Training, {model}",
+                f"train-{slug}", _document("train", model, size), f"Training, {model}",
                 _caption(chosen, what), _stale(chosen), _paint_training(chosen), max(2.2, 1.3 + 0.27 * len(chosen)),
             )  # fmt: skip
         if rows:

@@ -1,4 +1,4 @@
-"""The goals of the design and what was measured of each; a goal that no file on a GPU speaks of is *unverified*, not empty.
+"""The goals of the design and what was measured of each; a goal that no file speaks of is *unverified*, not empty.
 
 The page and the table in docs/benchmarks.md are both made here.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 from ..results import BenchError, human_bytes
 from .collect import Collected, best_of_ours
+from .cpu_goals import added_operations, one_token, strongest_peer
 
 __all__ = ["GOALS", "Goal", "Verdict", "markdown_table", "replace_table", "verdicts"]
 
@@ -209,6 +210,11 @@ GOALS: tuple[Goal, ...] = (
     Goal("decode, T = 1, MLP with delta ÷ without (CUDA graph)", "≤ 1.02",
          _ratio(1.02, op="mlp", mode="decode", **{**_8B, "tokens": 1}), "Llama-3.1-8B, r = 64, bf16"),
     Goal("call overhead over F.linear", "≤ 10 µs", _overhead, "shapes with no arithmetic to speak of"),
+    Goal("on a CPU: ÷ the fastest of K-concatenation, torch.compile and LoRA of the same rank", "≤ 1 in every row",
+         strongest_peer, "every MLP row, fp32", on_cpu=True),
+    Goal("on a CPU: forward ÷ frozen", "≤ the ratio of their operations", added_operations(256), "MLP, T ≥ 256, fp32",
+         on_cpu=True),
+    Goal("the same for one token", "≤ 1.25", one_token(1.25), "MLP, T = 1, r = 128, fp32", on_cpu=True),
     Goal("perplexity NPT ÷ original, conversion alone, all layers", "1.000", _full_rank, "r = d", on_cpu=True, suite="run"),
     Goal("perplexity NPT ÷ original, and KL, held-out text, all layers", "≤ 1.01 and ≤ 0.05 nats",
          _fidelity("demo-rank-128", "128", 0.05), "mean r ≈ d/4", on_cpu=True, suite="run"),
