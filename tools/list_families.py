@@ -46,11 +46,10 @@ def outcome(model_type: str) -> tuple[str, str]:
 
 
 def reason_of(text: str) -> str:
-    """The part of a refusal that says why, without the list of shapes that were tried."""
-    if "its longest module list holds " in text:
-        parts = text.split("its longest module list holds ", 1)[1].split("; ")
-        return next((part for part in parts if "behind its MLP" in part or "its MLP has" in part), parts[0])
-    return text.split("cannot be converted: ", 1)[-1]
+    """The part of a refusal that says why."""
+    for before in (" comes nearest: ", "cannot be converted: "):
+        text = text.split(before, 1)[-1]
+    return text
 
 
 def page(record: dict[str, dict[str, str]]) -> str:

@@ -53,7 +53,7 @@ def student_output(
     mlp = plan.shape.mlp(layer)
     if not h.is_meta:
         # One weight of each of the two modules that the layer's own forward would have called; not all: this is a hot path.
-        linear = getattr(mlp, next(iter(plan.shape.targets.values())).attribute)
+        linear = plan.shape.called(layer, next(iter(plan.shape.targets)))[0]
         if any(getattr(module, "weight", h).is_meta for module in (plan.shape.norm(layer), linear)):
             raise RuntimeError(
                 f"the weights of layer {plan.index} are offloaded, and accelerate brings back only those of modules that are "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -239,17 +239,17 @@ def changed_mlp(change: Change, u: Tensor) -> Tensor:
     """``MLP_Δ(u; a) [..., d]``, as one op where every linear can be read."""
     plan, layer = change.plan, change.layer
     mlp = plan.shape.mlp(layer)
-    linears = {place.slot: getattr(mlp, place.attribute) for place in plan.shape.targets.values()}
-    return plan.shape.after_down(mlp, _changed(change, mlp, u, linears))
+    return plan.shape.after_down(mlp, _changed(change, mlp, u))
 
 
-def _changed(change: Change, mlp: nn.Module, u: Tensor, linears: dict[str, nn.Module]) -> Tensor:
+def _changed(change: Change, mlp: nn.Module, u: Tensor) -> Tensor:
     plan, layer = change.plan, change.layer
-    act = plan.shape.activation(layer)
-    if any(has_hooks(module) or not plain_forward(module) for module in linears.values()) or (
-        isinstance(act, nn.Module) and has_hooks(act)
-    ):
+    shape, act = plan.shape, plan.shape.activation(layer)
+    if any(
+        has_hooks(module) or not plain_forward(module) for module, _ in map(partial(shape.called, layer), shape.targets)
+    ) or (isinstance(act, nn.Module) and has_hooks(act)):
         return _called(change, mlp, u)
+    linears = {place.slot: shape.linear(layer, target) for target, place in shape.targets.items()}
     weights = {slot: linear_weight(linear, u.dtype) for slot, linear in linears.items()}
     biases = {slot: linear_bias(linear) for slot, linear in linears.items()}
     dtype = weights["up"].dtype
@@ -300,17 +300,23 @@ def _called(change: Change, mlp: nn.Module, u: Tensor) -> Tensor:
         rows = change.row_scale.unsqueeze(-1)
         u, scaled = (u * rows).to(u.dtype), (scaled * rows).to(scaled.dtype)
     places = {place.slot: (target, place.attribute) for target, place in plan.shape.targets.items()}
+    fused: Tensor | None = None
 
     def linear(slot: str, x: Tensor, z: Tensor) -> Tensor:
+        nonlocal fused
         target, attribute = places[slot]
-        module = getattr(mlp, attribute)
+        module, part = plan.shape.called(change.layer, target)
         if not torch.compiler.is_compiling() and (has_hooks(module) or not plain_forward(module)):
             kind = (
                 "a module with hooks" if plain_forward(module) else f"{type(module).__module__}.{type(module).__name__}"
             )
             _say_called(f"mlp.{attribute}", kind)
             _say_frozen(component, mlp)
-        y: Tensor = module(x)
+        if part is None:
+            y: Tensor = module(x)
+        else:  # gate and up read the same x: one call, as in the original
+            fused = module(x) if fused is None else fused
+            y = fused[..., part]
         value = adapter.w_b_up.get(target)
         if value is None:
             return y

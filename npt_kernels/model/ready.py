@@ -112,7 +112,7 @@ class ReadyHalf:
     spec: Spec
     w_down: Tensor
     value_down: Tensor | None
-    linears: dict[str, tuple[nn.Module, Tensor | None, Tensor | None]]
+    linears: dict[str, tuple[nn.Module, slice | None, Tensor | None, Tensor | None]]
 
     # ---- what must not have moved ---------------------------------------------------------------------------------------
 
@@ -221,9 +221,12 @@ class ReadyHalf:
     def _projection(self, slot: str) -> Projection:
         if slot not in self.linears:
             return _NONE
-        module, key, value = self.linears[slot]
+        module, part, key, value = self.linears[slot]
         weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
-        return Projection(weight.t() if is_conv1d(module) else weight, module._parameters.get("bias"), key, value)
+        bias: Tensor | None = module._parameters.get("bias")
+        if part is not None:
+            weight, bias = weight[part], None if bias is None else bias[part]
+        return Projection(weight.t() if is_conv1d(module) else weight, bias, key, value)
 
 
 _NONE = Projection()
@@ -248,15 +251,15 @@ def _made(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) 
     ready = ReadyHalf(plan, component, h)
     shape = plan.shape
     ready.mlp, ready.norm, act = shape.mlp(layer), shape.norm(layer), shape.activation(layer)
-    linears = {place.slot: (target, shape.linear(layer, target)) for target, place in shape.targets.items()}
-    read = [module for _, module in linears.values()]
+    linears = {place.slot: (target, *shape.called(layer, target)) for target, place in shape.targets.items()}
+    read = list(dict.fromkeys(module for _, module, _ in linears.values()))
     if plan.norm_match:
         read.append(ready.norm)
     for module in (*([] if ready.mlp is layer else [ready.mlp]), *read, *([act] if isinstance(act, nn.Module) else [])):
         if not _unmoved(module, type(module)) or not ready.watch_module(layer, module):
             return None
     if not all(plain_forward(module) and "weight" in module._parameters and not module._buffers
-               for _, module in linears.values()):  # fmt: skip
+               for _, module, _ in linears.values()):  # fmt: skip
         return None
     if not all(ready.watch_parameters(module) for module in read):
         return None
@@ -272,11 +275,11 @@ def _made(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) 
     ready.w_down = tensors.w_down
     ready.spec = Spec(plan.act, tensors.rule, tensors.num_ranks, tensors.scale)
     ready.linears = {
-        slot: (module, tensors.w_a_up.get(target), tensors.w_b_up.get(target))
-        for slot, (target, module) in linears.items()
+        slot: (module, part, tensors.w_a_up.get(target), tensors.w_b_up.get(target))
+        for slot, (target, module, part) in linears.items()
     }
     ready.value_down = tensors.w_b_up.get(plan.down)
-    if not any(is_conv1d(module) for _, module in linears.values()):
+    if not any(is_conv1d(module) or part is not None for _, module, part in linears.values()):
         ready.projections = ready._projections()
     return ready if plan.projection is None or _with_projection(ready, layer, component) else None
 

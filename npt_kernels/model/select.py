@@ -23,6 +23,7 @@ __all__ = ["LayerChoice", "find_layers", "fixed_ranks", "plan_layers"]
 
 
 def _shape_of(layer: nn.Module) -> tuple[LayerShape | None, str]:
+    """The layer's shape, or why it has not the one that comes nearest."""
     if is_converted(layer):
         return layer.npt_plan.shape, ""  # type: ignore[union-attr, return-value]
     reasons = []
@@ -31,7 +32,7 @@ def _shape_of(layer: nn.Module) -> tuple[LayerShape | None, str]:
         if reason is None:
             return shape, ""
         reasons.append(reason)
-    return None, "; ".join(reasons)
+    return None, min(reasons, key=lambda reason: getattr(reason, "distance", 0))
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -51,9 +52,13 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "pass the submodule that holds only one of them"
         )
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    reason = f"; its longest module list holds {_shape_of(max(lists, key=len)[0])[1]}" if lists else ""
-    known = ", ".join(shape.name for shape in LAYER_SHAPES)
-    raise ValueError(f"{type(model).__name__} has no decoder layers that NPT knows ({known}){reason}")
+    what = f"has no decoder layers that NPT knows ({len(LAYER_SHAPES)} shapes, among them llama-like and gpt2-like)"
+    if not lists:
+        raise ValueError(f"{type(model).__name__} {what}: there is no nn.ModuleList in it")
+    nearest = max(lists, key=len)[0]
+    raise ValueError(
+        f"{type(model).__name__} {what}; its {type(nearest).__name__} comes nearest: {_shape_of(nearest)[1]}"
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig, 
     if "forward" in mlp.__dict__ and not hasattr(mlp, "_hf_hook") and not own_forward(mlp):
         return "another library has replaced mlp.forward on this instance; convert before that one patches"
     for target, place in shape.targets.items():
-        problem = _reads_otherwise(shape.linear(layer, target), weights)
+        problem = _reads_otherwise(shape.called(layer, target)[0], weights)
         if problem is not None:
             return f"mlp.{place.attribute} {problem}"
     if weights and any(parameter.is_meta for parameter in layer.parameters()):

@@ -19,6 +19,7 @@ TYPES = {
     "llama-like (pre_ff_layernorm)": "jamba",
     "linear attention": "qwen3_5_text",
     "short convolution": "lfm2",
+    "fused gate and up": "phi3",
     "gpt2-like": "gpt2",
     "plain-mlp (up_proj)": "arcee",
     "plain-mlp (c_fc)": "starcoder2",

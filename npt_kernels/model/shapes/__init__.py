@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import LayerShape
+from .fused_gate_up import FUSED_GATE_UP
 from .gpt2 import GPT2Like
 from .llama import LLAMA, LLAMA_OTHER_NAMES
 from .mixers import MIXERS
@@ -18,6 +19,7 @@ LAYER_SHAPES: tuple[LayerShape, ...] = (
     LLAMA,
     *LLAMA_OTHER_NAMES,
     *MIXERS,
+    *FUSED_GATE_UP,
     GPT2Like(),
     *POST_NORMS,
     *PLAIN_MLP,

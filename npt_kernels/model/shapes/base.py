@@ -15,13 +15,27 @@ from torch import Tensor, nn
 
 from ..linears import linear_shape, unsupported_linear
 
-__all__ = ["LayerShape", "Slot", "Target"]
+__all__ = ["LayerShape", "Mismatch", "Slot", "Target"]
 
 #: Names in use for the product behind the heads.
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")
 
 #: Place of a target in the MLP op: ``inter = act(gate) ⊙ up`` (or ``act(up)``), ``out = down(inter)``.
 Slot = str
+
+
+class Mismatch(str):
+    """Why a layer has not a shape. ``distance``: how many of its children are others; 0 where something else is the reason."""
+
+    distance = 0
+
+    @classmethod
+    def of_children(cls, shape: str, children: set[str], wanted: set[str]) -> Mismatch:
+        """``children`` of the layer, ``wanted`` ones of the shape."""
+        missing, extra = sorted(wanted - children), sorted(children - wanted)
+        reason = cls(f"not {shape} (missing {missing}, unexpected {extra})")
+        reason.distance = len(missing) + len(extra)
+        return reason
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class LayerShape(ABC):
 
     @abstractmethod
     def mismatch(self, layer: nn.Module) -> str | None:
-        """``None`` if the layer has this shape, else the reason why not."""
+        """``None`` if the layer has this shape, else the reason why not; a :class:`Mismatch` where it has other children."""
 
     @abstractmethod
     def attention_module(self, layer: nn.Module) -> nn.Module:
@@ -74,7 +88,12 @@ class LayerShape(ABC):
 
     def linear(self, layer: nn.Module, target: str) -> nn.Module:
         """The frozen linear of a canonical target."""
-        return self.mlp(layer).get_submodule(self.targets[target].attribute)
+        module: nn.Module = getattr(self.mlp(layer), self.targets[target].attribute)
+        return module
+
+    def called(self, layer: nn.Module, target: str) -> tuple[nn.Module, slice | None]:
+        """The module of the model whose call computes a target, and where in its output that stands; ``None``: all of it."""
+        return self.linear(layer, target), None
 
     def after_down(self, mlp: nn.Module, out: Tensor) -> Tensor:
         """What the MLP module itself does behind its last linear."""

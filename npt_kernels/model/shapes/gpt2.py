@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..forward import first_output
 from ..linears import unsupported_linear
-from .base import LayerShape, Target
+from .base import LayerShape, Mismatch, Target
 
 _CHILDREN = {"ln_1", "attn", "ln_2", "mlp"}
 
@@ -22,8 +22,7 @@ class GPT2Like(LayerShape):
     def mismatch(self, layer: nn.Module) -> str | None:
         children = {name for name, _ in layer.named_children()} - {"np_component"}
         if children != _CHILDREN:
-            missing, extra = _CHILDREN - children, children - _CHILDREN
-            return f"not gpt2-like (missing {sorted(missing)}, unexpected {sorted(extra)})"
+            return Mismatch.of_children(self.name, children, _CHILDREN)
         for target in self.targets.values():
             reason = unsupported_linear(getattr(self.mlp(layer), target.attribute, None))
             if reason is not None:

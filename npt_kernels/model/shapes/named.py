@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..forward import first_output
 from ..linears import unsupported_linear
-from .base import LayerShape, Target
+from .base import LayerShape, Mismatch, Target
 
 __all__ = ["GATED", "NamedLayer"]
 
@@ -63,12 +63,11 @@ class NamedLayer(LayerShape):
     order: tuple[str, ...] = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
 
     def mismatch(self, layer: nn.Module) -> str | None:
-        norms = {self.input_norm, self.mlp_norm, self.post_attention, self.post_mlp} - {None}
-        wanted = {self.attention_child, self.mlp_child, *norms}
+        norms = {self.input_norm, self.mlp_norm, self.post_attention, self.post_mlp}
+        wanted = {self.attention_child, self.mlp_child, *(norm for norm in norms if norm is not None)}
         children = {name for name, _ in layer.named_children()} - {"np_component", *self.dropouts}
         if children != wanted:
-            missing, extra = wanted - children, children - wanted
-            return f"not {self.name} (missing {sorted(map(str, missing))}, unexpected {sorted(extra)})"
+            return Mismatch.of_children(self.name, children, wanted)
         if self.post_mlp is not None:
             return (
                 f"it has a norm behind its MLP ({self.post_mlp}), which would norm the attention's share with the MLP's output: "

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linears import unsupported_linear
-from .base import Target
+from .base import Mismatch, Target
 from .named import NamedLayer
 
 __all__ = ["OPEN_MLP"]
@@ -27,7 +27,7 @@ class OpenMlp(NamedLayer):
         wanted = {"self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"}
         children = {name for name, _ in layer.named_children()} - {"np_component", "activation_fn"}
         if children != wanted:
-            return f"not {self.name} (missing {sorted(wanted - children)}, unexpected {sorted(children - wanted)})"
+            return Mismatch.of_children(self.name, children, wanted)
         for name in ("fc1", "fc2"):
             reason = unsupported_linear(getattr(layer, name))
             if reason is not None:
