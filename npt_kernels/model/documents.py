@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forward import decoder_of
+from .forward import cache_in, decoder_of
 from .own_thread import OwnThread
 
 __all__ = ["isolated_documents", "packed_position_ids"]
@@ -36,7 +36,7 @@ class _DocumentPositions:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         ids = args[0] if args else kwargs.get("input_ids")
-        own = [kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values", "use_cache")]
+        own = [*(kwargs.get(name) for name in ("position_ids", "attention_mask", "use_cache")), cache_in(kwargs)]
         if len(args) > 1 or not isinstance(ids, Tensor) or any(x is not None and x is not False for x in own):
             return None
         # With a cache, transformers takes the sequence for one text.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..thread_locks import ThreadLock
 
-__all__ = ["decoder_of", "evaluating", "first_output"]
+__all__ = ["cache_in", "decoder_of", "evaluating", "first_output"]
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -22,6 +22,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def first_output(output: Any) -> Tensor:
     """Hidden states of an attention's or layer's output: the tensor itself or, by version and family, the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def cache_in(values: Any) -> Any:
+    """The key-value cache among the arguments or in the output of a decoder, ``None`` without: transformers 5.24 renamed
+    ``past_key_values`` to ``cache``."""
+    if not isinstance(values, Mapping):
+        return None
+    return next((values[name] for name in ("cache", "past_key_values") if values.get(name) is not None), None)
 
 
 class _Modes:

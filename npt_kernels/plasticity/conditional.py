@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import npt_factored_linear
+from ..model.forward import cache_in
 from .changes import LayerChange, Trigger
 from .hooks import Sites, decoder_of, linear_weight
 
@@ -84,7 +85,7 @@ class Gate:
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError("a conditional edit finds its subject in the token ids; pass input_ids, not inputs_embeds")
-        history, cache = ids, kwargs.get("past_key_values")
+        history, cache = ids, cache_in(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
         if past:
             before = self._histories.get(cache)
@@ -98,7 +99,7 @@ class Gate:
         self._seen = seen[:, history.shape[1] - ids.shape[1] :]
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_in(output)
         if cache is not None and self._ids is not None:
             self._remember(cache, self._ids)
         self._seen = self._ids = None

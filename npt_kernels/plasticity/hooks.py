@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.forward import decoder_of, evaluating, first_output
+from ..model.forward import cache_in, decoder_of, evaluating, first_output
 from ..model.head import OutputHead
 from ..model.install import converted_layers
 from ..model.linears import linear_bias, linear_shape, linear_weight, weight_source
@@ -192,7 +192,7 @@ def watching_tokens(model: nn.Module, begin: Callable[[Tensor, int], None]) -> I
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError("tokens are told apart by their ids; pass input_ids, not inputs_embeds")
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         begin(ids, 0 if cache is None else int(cache.get_seq_length()))
 
     handle = decoder_of(model).register_forward_pre_hook(before, with_kwargs=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -33,7 +35,13 @@ class GPT2Like(LayerShape):
         return layer.get_submodule("attn")
 
     def attention(self, layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = ("past_key_values", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "use_cache")
+        names = (
+            _cache_name(type(layer.attn)),
+            "attention_mask",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "use_cache",
+        )
         kwargs.update(zip(names, args, strict=False))
         if kwargs.pop("encoder_hidden_states", None) is not None:
             raise ValueError("a converted GPT-2 layer has no cross-attention; encoder_hidden_states must be None")
@@ -49,3 +57,9 @@ class GPT2Like(LayerShape):
 
     def after_down(self, mlp: nn.Module, out: Tensor) -> Tensor:
         return mlp.dropout(out)  # type: ignore[operator, no-any-return]
+
+
+@lru_cache(maxsize=None)
+def _cache_name(attention: type[nn.Module]) -> str:
+    """transformers 5.24 renamed ``past_key_values``, here passed by place, and warns where it is said by that name."""
+    return "cache" if "cache" in inspect.signature(attention.forward).parameters else "past_key_values"
