@@ -60,6 +60,6 @@ class GPT2Like(LayerShape):
 
 
 @lru_cache(maxsize=None)
-def _cache_name(attention: type[nn.Module]) -> str:
+def _cache_name(attention: Any) -> str:
     """transformers 5.24 renamed ``past_key_values``, here passed by place, and warns where it is said by that name."""
     return "cache" if "cache" in inspect.signature(attention.forward).parameters else "past_key_values"
