@@ -36,7 +36,7 @@ class GPT2Like(LayerShape):
 
     def attention(self, layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = (
-            _cache_name(type(self.attention_module(layer))),
+            _cache_name(type(self.attention_module(layer))),  # type: ignore[arg-type]
             "attention_mask",
             "encoder_hidden_states",
             "encoder_attention_mask",
