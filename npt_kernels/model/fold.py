@@ -114,8 +114,10 @@ def bottleneck_of_heads(component: NPComponent, projection: nn.Module, o: Tensor
     return F.linear(o.to(folded.dtype) if autocast_dtype(o) is None else o, folded, shift)
 
 
-def folded_weight(w_down: Tensor, projection: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """``w_downᵀ W_o [R, d_o]`` and ``w_downᵀ b_o [R]``."""
-    weight, bias = linear_weight(projection), linear_bias(projection)
-    rows = w_down.t().to(weight.dtype)
+def folded_weight(
+    w_down: Tensor, projection: nn.Module, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """``w_downᵀ W_o [R, d_o]`` and ``w_downᵀ b_o [R]``, computed in ``dtype``, or in the projection's."""
+    weight, bias = linear_weight(projection).to(dtype), linear_bias(projection)
+    rows, bias = w_down.t().to(weight.dtype), None if bias is None else bias.to(weight.dtype)
     return rows @ weight, None if bias is None else F.linear(bias, rows)

@@ -4,7 +4,8 @@ Before a layer reads its linears in place of calling them it asks some forty thi
 of its own? quantised? which backend?). When text is written token by token the questions cost more than the arithmetic. Their
 answers hold until something moves, and whether something moved is a short list of comparisons: the same modules in the same
 places, none with hooks, the same parameters. Anything else, training included, goes the long way (``layer.py``), and so does
-a module that is more than a plain ``Linear`` or ``Conv1D``. Both ways run the same operations and give the same bits.
+a module that is more than a plain ``Linear`` or ``Conv1D``. Both ways run the same operations and give the same bits, but for one
+token in half precision on a CPU, where this one rounds less (``one_row.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .fold import foldable, folded_weight, heads_output, output_projection
 from .linears import is_conv1d
 from .mlp import LayerPlan, plain_forward
 from .norms import norm_eps, norm_weight
+from .one_row import OneRow, serves
 from .own_thread import any_acts_here
 
 __all__ = ["ReadyHalf", "ready_half"]
@@ -103,6 +105,10 @@ class ReadyHalf:
         self.projection: nn.Module | None = None
         self.folded: tuple[Tensor, Tensor | None] | None = None
 
+        #: Whether calls of one token go to ``row``, made at the first.
+        self.serves_rows = False
+        self.row: OneRow | None = None
+
     # Set by _make.
     mlp: nn.Module
     norm: nn.Module
@@ -174,39 +180,61 @@ class ReadyHalf:
 
     def __call__(self, layer: nn.Module, component: NPComponent, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan, flat = self.plan, h.reshape(-1, h.shape[-1])
-        a = z = moved = None
-        if self._folds(layer, component, flat.shape[0]):
+        folds = self._folds(layer, component, flat.shape[0])
+        if folds:
             assert self.projection is not None
-            o = heads_output(layer, plan, self.projection, h, *args, **kwargs)
-            folded, shift = self.folded or folded_weight(component.w_down, self.projection)
-            z = F.linear(o.to(folded.dtype), folded, shift)
+            heard = heads_output(layer, plan, self.projection, h, *args, **kwargs)
+        else:
+            heard = plan.shape.attention(layer, h, *args, **kwargs).to(self.dtype)
+        if self.serves_rows and flat.shape[0] == 1:
+            out = self._row(component, h, flat, heard, folds)
+        else:
+            out = self._rows(component, h, flat, heard, folds)
+        return plan.shape.output(
+            layer, h, plan.shape.after_down(self.mlp, out.view(*h.shape[:-1], out.shape[-1])).to(h.dtype)
+        )
+
+    def _rows(self, component: NPComponent, h: Tensor, flat: Tensor, heard: Tensor, folds: bool) -> Tensor:
+        """The MLP's output ``[T, d]``, by the op."""
+        a = z = moved = None
+        if folds:
+            folded, shift = self.folded or folded_weight(component.w_down, self.projection)  # type: ignore[arg-type]
+            z = F.linear(heard.to(folded.dtype), folded, shift)
             z = z.reshape(-1, z.shape[-1])
         else:
-            a = plan.shape.attention(layer, h, *args, **kwargs).to(self.dtype)
-            a = a.reshape(-1, a.shape[-1])
+            a = heard.reshape(-1, heard.shape[-1])
         w_down = None if z is not None else self.w_down
-        if plan.matches_change:
+        if self.plan.matches_change:
             z = a @ k_contiguous(self.w_down) if z is None else z.to(self.dtype)  # type: ignore[operator]
             w_down, moved = None, z @ k_contiguous(self.value_down)  # type: ignore[arg-type]
-        scale = None
-        if plan.norm_match:
-            weight, bias = norm_weight(self.norm, plan.norm_kind), getattr(self.norm, "bias", None)
-            kind = plan.norm_kind.removesuffix("1")
-            u, scale = self.norm_steps.matched_norm(flat, a if moved is None else moved, weight, bias, kind, self.eps)  # type: ignore[arg-type]
-        else:
-            u = self.norm(h).to(self.dtype).reshape(flat.shape)
+        u, scale = self._normed(h, flat, a if moved is None else moved)
         gate, up, down = self.projections or self._projections()
         if moved is not None:
             down = down._replace(value=None)
         # Without a weight that has to be made dense first, and without gradients, the op is its passes.
-        out = forward(self.steps, Operands(u, a if z is None else z, scale, w_down, gate, up, down), self.spec, False)[
-            0
-        ]
+        operands = Operands(u, a if z is None else z, scale, w_down, gate, up, down)
+        out = forward(self.steps, operands, self.spec, False)[0]
         if moved is not None:
             out += moved
-        return plan.shape.output(
-            layer, h, plan.shape.after_down(self.mlp, out.view(*h.shape[:-1], out.shape[-1])).to(h.dtype)
-        )
+        return out
+
+    def _row(self, component: NPComponent, h: Tensor, flat: Tensor, heard: Tensor, folds: bool) -> Tensor:
+        """The same ``[1, d]`` for one token in half precision (``one_row.py``)."""
+        if self.row is None:
+            targets = {place.slot: target for target, place in self.plan.shape.targets.items()}
+            self.row = OneRow(component, targets, self.projection if self.folded is not None else None)
+        z = self.row.bottleneck(heard, folds)
+        moved = z @ self.row.values["down"] if self.plan.matches_change else None
+        a = heard.reshape(1, -1) if moved is None else moved.to(self.dtype)
+        u, scale = self._normed(h, flat, a)
+        return self.row.mlp(u, z, scale, self.projections or self._projections(), self.spec.act, moved)
+
+    def _normed(self, h: Tensor, flat: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not self.plan.norm_match:
+            return self.norm(h).to(self.dtype).reshape(flat.shape), None
+        weight, bias = norm_weight(self.norm, self.plan.norm_kind), getattr(self.norm, "bias", None)
+        kind = self.plan.norm_kind.removesuffix("1")
+        return self.norm_steps.matched_norm(flat, a, weight, bias, kind, self.eps)  # type: ignore[arg-type]
 
     def _folds(self, layer: nn.Module, component: NPComponent, tokens: int) -> bool:
         return (
@@ -268,7 +296,9 @@ def _made(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) 
     if _elsewhere(h, ready.casts):
         return None
     ready.eps = norm_eps(ready.norm)
-    ready.steps = get_steps(resolve_backend("mlp", None, h.device, h.dtype, act=plan.act, rule=component.rule_name))
+    backend = resolve_backend("mlp", None, h.device, h.dtype, act=plan.act, rule=component.rule_name)
+    ready.steps = get_steps(backend)
+    ready.serves_rows = backend == "eager" and serves(component.rule_name, h.dtype, h.device)
     ready.norm_steps = get_steps(resolve_backend("matched_norm", None, h.device, h.dtype))
     tensors = component.tensors(h.dtype)
     assert tensors.w_down is not None
