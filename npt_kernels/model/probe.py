@@ -57,7 +57,11 @@ def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> list[Lay
             first_of.setdefault(_kind(choice), choice)
     # Kind → (the projection that can be left out, whether in training too).
     folds: dict[Any, tuple[str | None, bool]] = {}
-    with _one_at_a_time, _random_numbers_restored(compute_device(choices[0].layer)), evaluating(model):
+    device = compute_device(choices[0].layer)
+    # Without autocast: it rounds parts of a float32 sum to bf16, and the layer may add them up in another order.
+    with (
+        _one_at_a_time, _random_numbers_restored(device), evaluating(model), torch.autocast(device.type, enabled=False)
+    ):  # fmt: skip
         calls = (_calls(model) if first_of else None) or {}
         for kind, choice in first_of.items() if calls else ():
             h, call = calls[choice.plan.index]

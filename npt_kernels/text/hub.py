@@ -16,6 +16,10 @@ from .sources import Source, TextEntry
 __all__ = ["check_hub_dataset", "choose_splits", "hub_sources", "is_title", "joined_rows", "load_splits"]
 
 
+#: What no dataset's name ends with.
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".md", ".csv")
+
+
 class _Lazy:
     """An iterable that calls ``make`` anew for every pass."""
 
@@ -84,10 +88,15 @@ def check_hub_dataset(entry: TextEntry, config: RunConfig) -> None:
     if entry.dataset_config is not None:
         cached /= entry.dataset_config
     # A stream reads from the hub itself; the cache holds what was downloaded whole.
-    if Path(name).expanduser().exists() or (cached.is_dir() and not config.data.streaming):
+    path, what = Path(name).expanduser(), f"{entry.key}.dataset_name={name!r}"
+    if path.is_file():
+        # datasets would take its name for one of the hub's, and ask there for half a minute.
+        raise ConfigError(
+            f"{what} is a file, not a dataset of the hub; for local text use {entry.files_key}=[{name!r}]"
+        )
+    if path.exists() or (cached.is_dir() and not config.data.streaming):
         return
-    what = f"{entry.key}.dataset_name={name!r}"
-    if name.startswith((".", "/", "~")):
+    if name.startswith((".", "/", "~")) or path.suffix.lower() in _TEXT_SUFFIXES:
         raise ConfigError(f"{what} does not exist; for local text use {entry.files_key}=[…]")
     check_hub_reachable(what, f"give local text with {entry.files_key}=[…], or use data.dataset_name=demo")
 

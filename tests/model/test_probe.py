@@ -11,6 +11,7 @@ from torch import nn
 
 from npt_kernels import NPTConfig, apply_npt, load_npt, remove_npt, save_npt
 from tests.support.helpers import MODELS, assert_unchanged, snapshot, tiny_model, token_ids
+from tests.support.tiny_families import build
 
 ALL = NPTConfig(layers="all", rank=8)
 SIZES = dict(
@@ -153,3 +154,12 @@ def test_a_bare_decoder_and_one_without_embeddings():
     model = tiny_model("llama").model
     model.get_input_embeddings = types.MethodType(lambda self: None, model)
     apply_npt(model, ALL)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "cohere", "phi", "llama", "gpt2", "opt", "phi3"])
+def test_autocast_refuses_nobody(model_type):
+    """As `npt train` converts where there are bf16 instructions. GPT-NeoX adds its terms in another order than the probe."""
+    model = build(model_type)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = apply_npt(model, ALL)
+    assert len(report.converted) == 2

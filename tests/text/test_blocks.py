@@ -258,6 +258,15 @@ def test_an_unreachable_hub_dataset_fails_fast(tmp_path: Path, monkeypatch: pyte
         check_sources(run_config(tmp_path, data={"dataset_name": "some/set"}, paths={"cache_dir": str(tmp_path)}))
 
 
+def test_a_file_given_as_a_dataset_is_told_apart_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "notes"
+    file.write_text("text")
+    with pytest.raises(ConfigError, match=r"notes' is a file, .* use data\.train_files=\['.*notes'\]"):
+        check_sources(run_config(tmp_path, data={"dataset_name": str(file)}))
+    with pytest.raises(ConfigError, match=r"'book\.txt' does not exist; for local text use data\.train_files"):
+        check_sources(run_config(tmp_path, data={"dataset_name": "book.txt"}))
+
+
 def test_a_dataset_from_disk(tmp_path: Path) -> None:
     """A dataset folder goes the way of a hub dataset: splits, columns, rows."""
     folder = tmp_path / "set"
