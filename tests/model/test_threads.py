@@ -308,8 +308,15 @@ def test_copies_made_while_it_is_served_and_measured():
         return logits(pickle.loads(pickle.dumps(model)))
 
     def saved():
-        stream = io.BytesIO()
-        torch.save(model, stream)
+        for _ in range(100):
+            stream = io.BytesIO()
+            try:
+                torch.save(model, stream)
+                break
+            except RuntimeError as error:
+                # torch walks through a module's hooks while `fidelity` registers one: it says so, once in a thousand times.
+                if "mutated during iteration" not in str(error):
+                    raise
         stream.seek(0)
         return logits(torch.load(stream, weights_only=False))
 
