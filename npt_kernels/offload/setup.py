@@ -24,6 +24,7 @@ from .weights import LayerWeights, layer_tensors
 __all__ = [
     "StreamMode",
     "free_host_memory",
+    "load_for_sharding",
     "load_for_streaming",
     "stream_mode",
     "streaming",
@@ -180,6 +181,22 @@ def load_for_streaming(
     if mode == "host":
         config.optimization.stream_layers = "host"
     return load(dtype)
+
+
+def load_for_sharding(
+    config: RunConfig, dtype: torch.dtype, model_config: Any, load: Callable[[torch.dtype | str], nn.Module]
+) -> nn.Module:
+    """A model whose layers are to be sharded (``model.shard_base``), in host memory with no more than one layer of it.
+
+    As :func:`load_for_streaming` with ``disk``: mapped in the dtype of its files; where another is asked for, the layers are cast
+    one at a time into mapped files of the cache folder, one copy per process, which vanish with the process.
+    """
+    if getattr(model_config, "quantization_config", None) is not None:
+        return load(dtype)  # stored quantised: sharding refuses it by name
+    model = load("auto")
+    _convert_on_disk(model, dtype, _folder(config))
+    model.config.dtype = dtype  # type: ignore[union-attr]
+    return model
 
 
 @torch.no_grad()
