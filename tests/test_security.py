@@ -15,9 +15,11 @@ import torch
 import yaml
 
 from npt_kernels.base_model.loading import load_model
-from npt_kernels.configs.schema import ConfigError, RunConfig
+from npt_kernels.configs.schema import ConfigError, RunConfig, default_cache_dir
 from npt_kernels.configs.yaml12 import YamlProblem, read_yaml
+from npt_kernels.durable_files import private_folder
 from tests.support.imports import ROOT, modules
+from tools.audit import judge
 
 #: Variables in which users keep secrets that the libraries below read.
 SECRETS = (
@@ -205,3 +207,38 @@ def test_code_that_comes_with_a_model_is_not_run(kind: str, base: Path, tmp_path
             load_model(run, "cpu")
         assert "\n" not in str(caught.value)
     assert not ran.exists()
+
+
+def test_caches_are_made_for_the_user_alone(tmp_path: Path) -> None:
+    """Whatever the umask; a folder that is there, such as one that several users share, stays as it is."""
+    shared = tmp_path / "shared"
+    before = os.umask(0)
+    try:
+        shared.mkdir(mode=0o775)
+        made = private_folder(shared / "npt_kernels" / "streaming")
+        private_folder(shared)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (made, made.parent, shared)] == [0o700, 0o700, 0o775]
+
+
+def test_caches_do_not_lie_where_all_users_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NPT_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert default_cache_dir() == Path("/home/somebody/.cache/npt_kernels")
+
+
+# ---- what others know of the pinned versions -------------------------------------------------------------------------
+
+
+def test_an_audit_fails_for_what_is_known_and_warns_for_what_was_not_asked() -> None:
+    good = {"name": "a", "version": "1", "vulns": []}
+    known = {"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["3"]}]}
+    skipped = {"name": "c", "skip_reason": "not found"}
+    assert judge({"dependencies": [good]}) == ("1 packages audited, nothing known", False)
+    text, bad = judge({"dependencies": [good, known, skipped]})
+    assert bad and "b 2: PYSEC-1, mended in 3" in text and "of 3 packages 1 were not audited (c" in text
+    text, bad = judge({"dependencies": [skipped]})
+    assert not bad and text.startswith("warning: ") and "packages audited" not in text
+    assert judge("no network") == ("warning: constraints.txt was not audited: no network", False)

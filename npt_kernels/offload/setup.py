@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import parse_rank
 from ..configs.schema import ConfigError, RunConfig
+from ..durable_files import private_folder
 from ..model.linears import linear_shape
 from ..model.select import find_layers
 from ..model.shapes import LAYER_SHAPES
@@ -136,9 +137,7 @@ def _settle_mode(config: RunConfig, mode: StreamMode, need: int) -> StreamMode:
 
 def _folder(config: RunConfig) -> Path:
     """For files of layers: the cache, since the system's temporary folder often is memory itself."""
-    folder = config.cache_dir / "streaming"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return private_folder(config.cache_dir / "streaming")
 
 
 def load_for_streaming(
