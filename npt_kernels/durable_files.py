@@ -73,7 +73,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def private_folder(path: Path) -> Path:
-    """The folder, made if it is not there, with what lacks above it, for nobody but the user; one that is there stays as it is."""
+    """The folder, made with what lacks above it for nobody but the user; one that is there stays as it is."""
     for missing in [*(p for p in reversed(path.parents) if not p.exists()), path]:
         missing.mkdir(mode=0o700, exist_ok=True)
     return path
