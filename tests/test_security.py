@@ -5,14 +5,18 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.utils.other import load as accelerate_load
+from safetensors.torch import load_file
 
 from npt_kernels.base_model.loading import load_model
 from npt_kernels.configs.schema import ConfigError, RunConfig, default_cache_dir
@@ -169,17 +173,28 @@ def test_nothing_in_the_package_can_run_what_it_reads() -> None:
 
 
 def test_what_a_run_writes_cannot_run_code(trained: tuple[Path, str]) -> None:
-    """Tensors as safetensors; the optimizer's state in a checkpoint is read with ``weights_only=True``."""
+    """Components as safetensors; what else a checkpoint holds is read by ``torch.load(weights_only=True)``."""
     files = [file for file in trained[0].rglob("*") if file.is_file()]
-    kinds = {file.suffix for file in files}
-    assert ".safetensors" in kinds and kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".png", ".pt"}, (
-        kinds
-    )
-    states = [file for file in files if file.suffix == ".pt"]
-    assert states and {file.name for file in states} == {"state.pt"}
-    for file in states:
-        assert torch.load(file, weights_only=True)
+    tensors = [file for file in files if file.suffix not in {".json", ".jsonl", ".yaml", ".md", ".png"}]
+    assert {f.name for f in tensors} == {"npt_model.safetensors", "state.pt", "optimizer.bin", "random_states_0.pkl"}
+    for file in tensors:
+        assert load_file(file) if file.suffix == ".safetensors" else accelerate_load(file, weights_only=True)
     assert not [file for file in files if file.stat().st_mode & stat.S_IWOTH]
+
+
+def test_what_accelerate_reads_of_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    """Its own loader, as ``load_state`` calls it for the optimizer and the random numbers: with no argument that says so."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save(Evil(), tmp_path / "random_states_0.pkl")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        accelerate_load(tmp_path / "random_states_0.pkl")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "random_states_0.pkl", weights_only=False)
+    assert (tmp_path / "ran").exists(), "the file must be one that can"
 
 
 @pytest.mark.parametrize("tag", ["python/object/apply:os.system", "python/name:os.system", "python/module:os"])
