@@ -33,6 +33,7 @@ from npt_kernels.model.shard_base import shard_base
 from npt_kernels.model.sharding import forget_broken_forward, gathered, is_sharded, local_part
 from npt_kernels.model.visits import tapped_layers, walk_layers
 from npt_kernels.offload import load_for_sharding
+from npt_kernels.offload.weights import is_mapped
 from npt_kernels.training import distributed
 from npt_kernels.training.distributed import OtherRankError, World
 from npt_kernels.training.objectives import (
@@ -205,6 +206,7 @@ def check_loading(world: World, directory: Path) -> dict[str, Any]:
 
     with memory_meter() as loading:
         model = load_for_sharding(config, torch.float32, None, load)
+    stays = all(is_mapped(p) for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1)
     with torch.no_grad():
         logits = load(torch.float32)(token_ids(2, 12) % 16).logits
     apply_npt(model, NPTConfig(layers="all", rank=2, init="published"))
@@ -212,9 +214,9 @@ def check_loading(world: World, directory: Path) -> dict[str, Any]:
     with torch.no_grad(), npt_disabled(model):
         same = torch.equal(model(token_ids(2, 12) % 16).logits, logits)
     layers = sum(p.numel() * 4 for n, p in load("auto").named_parameters() if ".layers." in n)
-    # Mappings of files count as allocations, though their pages are the files'.
+    # Mappings of files count as allocations, though their pages are the files'; ``mapped`` says that the layers are such.
     mapped = (folder / "model.safetensors").stat().st_size + layers
-    return {"original": same, "layers": layers, "held": loading[0].peak - mapped}
+    return {"original": same, "mapped": stays, "layers": layers, "held": loading[0].peak - mapped}
 
 
 def measure(world: World) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_a_base_in_another_dtype_is_never_whole_in_memory(two):
     """bfloat16 files, base in float32: each process casts a layer at a time, and the sharded model has the bits of the whole."""
     for results in two:
         facts = results["loading"]
-        assert facts["original"]
+        assert facts["original"] and facts["mapped"]
         assert facts["held"] < facts["layers"] / 2, facts
 
 
