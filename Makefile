@@ -11,7 +11,7 @@ OUT    ?= benchmarks/results
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated test-long threads faults test-install test-matrix fuzz gpu-check gpu-sanitize clean distclean
+.PHONY: help train test lint format bench bench-report check-triton check-cuda emulator check-emulated test-long threads faults test-install test-matrix audit fuzz gpu-check gpu-sanitize clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -46,6 +46,9 @@ test-install: | $(BIN)/python ## Build sdist and wheel, install them into fresh 
 
 test-matrix: | $(BIN)/python ## Models, files and commands with the oldest and the newest transformers, accelerate, peft …; a table
 	$(BIN)/python tools/version_matrix.py --jobs $(JOBS) $(ARGS)
+
+audit: | $(BIN)/python ## Known vulnerabilities in the versions of constraints.txt (pip-audit); a warning where nobody can be asked
+	$(BIN)/python tools/audit.py $(ARGS)
 
 fuzz: $(VENV)/.dev ## 100,000 drawn cases of ops, configurations, text, adapters, checkpoints; a table (ARGS="--seed 1")
 	$(BIN)/python -m tests.fuzz --jobs $(JOBS) $(ARGS)

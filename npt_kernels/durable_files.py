@@ -9,7 +9,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["AppendedFile", "disk_errors", "is_disk_error", "sha256", "sync_directory", "sync_file", "write_whole"]
+__all__ = [
+    "AppendedFile",
+    "disk_errors",
+    "is_disk_error",
+    "private_folder",
+    "sha256",
+    "sync_directory",
+    "sync_file",
+    "write_whole",
+]
 
 #: A disk that is full, over its quota, read-only, broken or somebody else's; a file that may not grow.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
@@ -61,6 +70,13 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def private_folder(path: Path) -> Path:
+    """The folder, made with what lacks above it for nobody but the user; one that is there stays as it is."""
+    for missing in [*(p for p in reversed(path.parents) if not p.exists()), path]:
+        missing.mkdir(mode=0o700, exist_ok=True)
+    return path
 
 
 class AppendedFile:

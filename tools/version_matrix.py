@@ -99,7 +99,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=["oldest", "newest"], choices=["oldest", "newest"])
     parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "npt-test-matrix", help="environments and logs"
+        # Not a name in a folder that all users share: what lies there is run.
+        "--work",
+        type=Path,
+        default=ROOT / "build" / "test-matrix",
+        help="environments and logs",
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("tests", nargs="*", help="these tests alone")

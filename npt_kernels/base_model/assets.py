@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..configs.schema import default_cache_dir
+from ..durable_files import private_folder
 
 __all__ = [
     "DEMO_MODEL",
@@ -297,7 +298,7 @@ def _under_construction(final: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes ``final`` in one rename, or vanishes when anything goes wrong (Ctrl-C too)."""
     cache_dir = final.parent
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        private_folder(cache_dir)
         _sweep(cache_dir)
         fresh = Path(tempfile.mkdtemp(dir=cache_dir, prefix=".partial-"))
     except OSError as error:

@@ -25,6 +25,7 @@ from .assets import demo_model_cached, demo_model_dir
 
 __all__ = [
     "DEMO_NAME",
+    "HostLoader",
     "HubUnreachable",
     "cached_file",
     "check_hub_reachable",
@@ -116,8 +117,8 @@ def load_model(
     Args:
         config: The run.
         device: Where the model will compute. It is there on return, unless ``to_host`` is given.
-        to_host: For a model whose layers will be streamed to ``device``: loads it into host memory, where it stays
-            (``functools.partial(npt_kernels.offload.load_for_streaming, config, device)``).
+        to_host: For a model whose layers will be streamed to ``device`` or sharded: loads it into host memory, where it stays
+            (``functools.partial(npt_kernels.offload.load_for_streaming, config, device)``, ``…load_for_sharding, config``).
 
     Raises:
         ConfigError: No such model, no network, no access, a model that is no causal language model, or sequences longer
@@ -143,6 +144,8 @@ def load_model(
         with suppress(ImportError):
             import_library("torchao")
     try:
+        # Left out, transformers asks on the terminal whether it may run what comes with a model.
+        hub = {**hub, "trust_remote_code": False}
         model_config = AutoConfig.from_pretrained(source, **hub)
         check_length(config, model_config.to_dict())
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)

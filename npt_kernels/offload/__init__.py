@@ -5,7 +5,7 @@ ahead; ``copy_speed.py`` is the arithmetic of transfer against work; ``setup.py`
 """
 
 from .copy_speed import TransferPlan, plan_transfer
-from .setup import StreamMode, load_for_streaming, stream_mode, streaming, streaming_notes
+from .setup import StreamMode, load_for_sharding, load_for_streaming, stream_mode, streaming, streaming_notes
 from .streamer import LayerStreamer, Transfers
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "StreamMode",
     "TransferPlan",
     "Transfers",
+    "load_for_sharding",
     "load_for_streaming",
     "plan_transfer",
     "stream_mode",

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import parse_rank
 from ..configs.schema import ConfigError, RunConfig
+from ..durable_files import private_folder
 from ..model.linears import linear_shape
 from ..model.select import find_layers
 from ..model.shapes import LAYER_SHAPES
@@ -24,6 +25,7 @@ from .weights import LayerWeights, layer_tensors
 __all__ = [
     "StreamMode",
     "free_host_memory",
+    "load_for_sharding",
     "load_for_streaming",
     "stream_mode",
     "streaming",
@@ -135,9 +137,7 @@ def _settle_mode(config: RunConfig, mode: StreamMode, need: int) -> StreamMode:
 
 def _folder(config: RunConfig) -> Path:
     """For files of layers: the cache, since the system's temporary folder often is memory itself."""
-    folder = config.cache_dir / "streaming"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return private_folder(config.cache_dir / "streaming")
 
 
 def load_for_streaming(
@@ -180,6 +180,22 @@ def load_for_streaming(
     if mode == "host":
         config.optimization.stream_layers = "host"
     return load(dtype)
+
+
+def load_for_sharding(
+    config: RunConfig, dtype: torch.dtype, model_config: Any, load: Callable[[torch.dtype | str], nn.Module]
+) -> nn.Module:
+    """A model whose layers are to be sharded (``model.shard_base``), in host memory with no more than one layer of it.
+
+    As :func:`load_for_streaming` with ``disk``: mapped in the dtype of its files; where another is asked for, the layers are cast
+    one at a time into mapped files of the cache folder, one copy per process, which vanish with the process.
+    """
+    if getattr(model_config, "quantization_config", None) is not None:
+        return load(dtype)  # stored quantised: sharding refuses it by name
+    model = load("auto")
+    _convert_on_disk(model, dtype, _folder(config))
+    model.config.dtype = dtype  # type: ignore[union-attr]
+    return model
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..durable_files import sync_file
+from ..durable_files import private_folder, sync_file
 from ..progress import progress_bar
 from .corpus import Corpus, fitting_length, sample_own_text, windows
 from .hooks import ReachedLayerError, Sites, decoder_of, device_of, evaluating, name_of
@@ -204,6 +204,7 @@ def cached_second_moments(
         advance(1)
     source = f"{len(text)} × {length} tokens of {corpus.source}; {len(own)} × {length} sampled from {name_of(model)}"
     found = collect_second_moments(model, torch.cat([text, own]), source=source, progress=progress)
+    private_folder(path.parent)
     found.save(path)
     return SecondMoments({layer: found.matrix(layer) for layer in layers}, found.tokens, found.source, found.digest)
 

@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..base_model.loading import load_model, quantization_notes, resolve_dtype
+from ..base_model.loading import HostLoader, load_model, quantization_notes, resolve_dtype
 from ..base_model.mixed_precision import settle_mixed_precision
 from ..configs.schema import RunConfig
 from ..model.documents import isolated_documents
-from ..offload import load_for_streaming, stream_mode, streaming, streaming_notes
+from ..offload import load_for_sharding, load_for_streaming, stream_mode, streaming, streaming_notes
 from ..text.blocks import TokenBlocks, check_sources, document_separator, load_token_blocks
 from ..training.distributed import World, choose_device
 from ..training.loop import TrainingError
@@ -87,7 +87,9 @@ def open_run(
         name = config.model.base_model_name
         console.print(f"loading {name} on {device if world.size == 1 else where}", markup=False)
         streamed = stream_mode(config, device) != "off"
-        to_host = functools.partial(load_for_streaming, config, device) if streamed else None
+        to_host: HostLoader | None = functools.partial(load_for_streaming, config, device) if streamed else None
+        if world.sharded:
+            to_host = functools.partial(load_for_sharding, config)
         # The first one downloads and fills caches.
         with world.main_first():
             model, tokenizer = load_model(config, "cpu" if world.sharded else device, to_host=to_host)

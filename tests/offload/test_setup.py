@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from npt_kernels.base_model import loading
 from npt_kernels.configs.schema import ConfigError, RunConfig
 from npt_kernels.model.select import find_layers
-from npt_kernels.offload import load_for_streaming, setup, stream_mode, streaming, streaming_notes
+from npt_kernels.offload import load_for_sharding, load_for_streaming, setup, stream_mode, streaming, streaming_notes
 from npt_kernels.offload.weights import is_mapped, layer_tensors
 from npt_kernels.run.run import run_training
 from tests.support.helpers import Words, tiny_model, token_ids
@@ -117,6 +117,21 @@ def test_offload_without_room_means_disk(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(setup, "free_host_memory", lambda: 2**40)
     load(run, folder, "cuda", torch.float32)
     assert run.optimization.stream_layers == "host"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_to_be_sharded_is_mapped_in_whatever_dtype(tmp_path, folder, dtype):
+    """In the dtype of its files it is the files; in another, the bits of the whole cast model, and nothing stays behind."""
+    from transformers import AutoModelForCausalLM
+
+    run = config(tmp_path)
+    model = load_for_sharding(run, dtype, None, lambda dtype: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
+    assert model.state_dict().keys() == whole.keys() and model.config.dtype == dtype
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == whole[name].dtype and torch.equal(tensor, whole[name]), name
+    assert len(matrices(model)) == 3 * 7 and all(is_mapped(t) for t in matrices(model))
+    assert not list((tmp_path / "cache" / "streaming").iterdir())
 
 
 def test_need_counts_every_tensor_once_and_pinned_powers_of_two(monkeypatch):

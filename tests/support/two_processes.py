@@ -26,11 +26,14 @@ from npt_kernels.configs.schema import RunConfig
 from npt_kernels.evaluation.fidelity import layer_fidelity
 from npt_kernels.evaluation.perplexity import evaluate, evaluate_base
 from npt_kernels.evaluation.samples import generate
+from npt_kernels.measure.allocations import memory_meter
 from npt_kernels.model.install import converted_layers
 from npt_kernels.model.save import adapter_state_dict
 from npt_kernels.model.shard_base import shard_base
 from npt_kernels.model.sharding import forget_broken_forward, gathered, is_sharded, local_part
 from npt_kernels.model.visits import tapped_layers, walk_layers
+from npt_kernels.offload import load_for_sharding
+from npt_kernels.offload.weights import is_mapped
 from npt_kernels.training import distributed
 from npt_kernels.training.distributed import OtherRankError, World
 from npt_kernels.training.objectives import (
@@ -184,6 +187,38 @@ def check_sharding(world: World, directory: Path) -> dict[str, Any]:
     return facts
 
 
+def check_loading(world: World, directory: Path) -> dict[str, Any]:
+    """A base in bfloat16 files, wanted in float32: what is held while it is loaded and sharded, and if its bits are right."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    folder = directory / "wide"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    if world.is_main:
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)).bfloat16().save_pretrained(folder)
+    world.barrier()
+    config = RunConfig.from_mapping(
+        {"optimization": {"distributed": "fsdp"}, "paths": {"cache_dir": str(directory / "cache")}}
+    )
+
+    def load(dtype: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+    with memory_meter() as loading:
+        model = load_for_sharding(config, torch.float32, None, load)
+    stays = all(is_mapped(p) for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1)
+    with torch.no_grad():
+        logits = load(torch.float32)(token_ids(2, 12) % 16).logits
+    apply_npt(model, NPTConfig(layers="all", rank=2, init="published"))
+    shard_base(model, world.device)
+    with torch.no_grad(), npt_disabled(model):
+        same = torch.equal(model(token_ids(2, 12) % 16).logits, logits)
+    layers = sum(p.numel() * 4 for n, p in load("auto").named_parameters() if ".layers." in n)
+    # Mappings of files count as allocations, though their pages are the files'; ``mapped`` says that the layers are such.
+    mapped = (folder / "model.safetensors").stat().st_size + layers
+    return {"original": same, "mapped": stays, "layers": layers, "held": loading[0].peak - mapped}
+
+
 def measure(world: World) -> dict[str, Any]:
     """Evaluation and samples: five sequences in batches of two, so that one process has a batch more than the other."""
     model = converted("llama", dtype=torch.float32)
@@ -290,6 +325,7 @@ def main(directory: Path) -> None:
     torch.set_num_threads(1)
     world = World.join(RunConfig())
     results: dict[str, Any] = {"world": check_world(world), "sharding": check_sharding(world, directory)}
+    results["loading"] = check_loading(world, directory)
     for wrap in ("accelerate", "fully_shard"):
         results[f"user: {wrap}"] = user_loop(wrap, world.rank, world.size, directory)
     for mode in MODES:

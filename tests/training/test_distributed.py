@@ -115,6 +115,14 @@ def test_a_sharded_base_computes_the_same_bits_and_is_held_in_parts(two):
         assert held == base - layers // 2
 
 
+def test_a_base_in_another_dtype_is_never_whole_in_memory(two):
+    """bfloat16 files, base in float32: each process casts a layer at a time, and the sharded model has the bits of the whole."""
+    for results in two:
+        facts = results["loading"]
+        assert facts["original"] and facts["mapped"]
+        assert facts["held"] < facts["layers"] / 2, facts
+
+
 def test_helpers_of_sharding_do_nothing_to_a_model_that_is_whole():
     model = converted("llama")
     assert not is_sharded(model)
