@@ -145,8 +145,10 @@ def draw(axes: Any, x: list[float], rows: list[dict[str, Any]], text: str, colou
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of the record, equal-cost.json")
-    parser.add_argument("--against", choices=[*POINTS], help="only these points; the others of the record stay")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the record, equal-cost.json; its points are not measured again"
+    )
+    parser.add_argument("--against", choices=[*POINTS], help="only these points")
     parser.add_argument("--figure", type=Path, help="a record to draw, instead of measuring")
     parser.add_argument("--png", type=Path, default=Path("docs/images/equal-cost.png"))
     args = parser.parse_args()
@@ -165,15 +167,12 @@ def main() -> None:
         teachers = {name: teacher for name, (_, teacher) in found.items()}
         path = args.out / "equal-cost.json"
         wanted = [args.against] if args.against else [*POINTS]
-        rows = (
-            [row for row in json.loads(path.read_text())["rows"] if row["against"] not in wanted]
-            if path.exists()
-            else []
-        )
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        done = {(row["against"], row["calibration"], row["tokens"], row["mean_rank"]) for row in rows}
         facts = environment(opened.world.device) | {"precision": config.optimization.mixed_precision}
         original = {name: result.to_dict() for name, (result, _) in found.items()}
         for against in wanted:
-            for point in POINTS[against]:
+            for point in [point for point in POINTS[against] if (against, *point) not in done]:
                 row = {"against": against, "environment": facts, **measure(opened, config, texts, teachers, point)}
                 kl = ", ".join(
                     f"{n} KL {v['kl']:.4f} ratio {v['perplexity_ratio']:.4f}" for n, v in row["texts"].items()
