@@ -28,7 +28,7 @@ the edit is DIR/edit.safetensors, the report DIR/report.json and DIR/report.png.
 
 \b
 rome         one layer, a gradient for the value (default)
-context      upper half, closed form, no gradients; leaks to other subjects
+context      upper fifth, closed form, no gradients
 conditional  the same per token, only once the subject has been mentioned
 
 [bold]Examples[/bold]
