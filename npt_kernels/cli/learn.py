@@ -168,11 +168,14 @@ def _print(console: Console, learned: Any) -> None:
 
     from ..plasticity.report import COLUMNS
 
-    table = Table(box=None, padding=(0, 2))
-    for name in ("", *(label for _, label in COLUMNS)):
-        table.add_column(name, justify="left" if not name else "right")
+    # 80 columns where output is no terminal: headings break between words, and what was not asked has no column.
+    columns = [(key, label) for key, label in COLUMNS if getattr(learned.after, key) is not None]
+    table = Table(box=None, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for _, label in columns:
+        table.add_column(label, justify="right", min_width=max(map(len, label.split())))
     for label, row in (("before", learned.before), ("in context", learned.in_context), ("after", learned.after)):
-        cells = [getattr(row, key) for key, _ in COLUMNS]
+        cells = [getattr(row, key) for key, _ in columns]
         table.add_row(label, *("–" if value is None else f"{value:.3f}" for value in cells))
     console.print(table)
     for layer, ratio in learned.applied.relative.items():
