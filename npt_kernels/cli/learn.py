@@ -105,7 +105,8 @@ def learn(
     earlier = [Edit.load(path) for path in on or ()]
     corpus = file_corpus(text) if text else None
     for entry in facts:
-        console.print(f"{entry.prompt!r} → {entry.answer!r}", markup=False, highlight=False)
+        shown = entry.prompt if len(entry.prompt) <= 100 else f"… {entry.prompt[-100:]}"
+        console.print(f"{shown!r} → {entry.answer!r}", markup=False, highlight=False)
     if threads is not None:
         import torch
 
