@@ -43,7 +43,9 @@ def fine_tuned(
         encode_answer(tokenizer, prompt, fact.answer) for fact in facts for prompt in (fact.prompt, *fact.phrasings)
     ]
     fill = (start_ids(tokenizer) or [0])[0]
-    held = [encode(tokenizer, fact.about(other)) for fact in facts for other in HELD_SUBJECTS if other != fact.subject]
+    held = [
+        encode(tokenizer, fact.about(other)) for fact in facts for other in HELD_SUBJECTS[:3] if other != fact.subject
+    ]
     with _trainable(model, rank) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
         generator = torch.Generator().manual_seed(0)

@@ -28,7 +28,7 @@ the edit is DIR/edit.safetensors, the report DIR/report.json and DIR/report.png.
 
 \b
 rome         one layer, a gradient for the value (default)
-context      upper half, closed form, no gradients; leaks to other subjects
+context      upper fifth, closed form, no gradients
 conditional  the same per token, only once the subject has been mentioned
 
 [bold]Examples[/bold]
@@ -105,7 +105,8 @@ def learn(
     earlier = [Edit.load(path) for path in on or ()]
     corpus = file_corpus(text) if text else None
     for entry in facts:
-        console.print(f"{entry.prompt!r} → {entry.answer!r}", markup=False, highlight=False)
+        shown = entry.prompt if len(entry.prompt) <= 100 else f"… {entry.prompt[-100:]}"
+        console.print(f"{shown!r} → {entry.answer!r}", markup=False, highlight=False)
     if threads is not None:
         import torch
 
@@ -168,11 +169,14 @@ def _print(console: Console, learned: Any) -> None:
 
     from ..plasticity.report import COLUMNS
 
-    table = Table(box=None, padding=(0, 2))
-    for name in ("", *(label for _, label in COLUMNS)):
-        table.add_column(name, justify="left" if not name else "right")
+    # 80 columns where output is no terminal: headings break between words, and what was not asked has no column.
+    columns = [(key, label) for key, label in COLUMNS if getattr(learned.after, key) is not None]
+    table = Table(box=None, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for _, label in columns:
+        table.add_column(label, justify="right", min_width=max(map(len, label.split())))
     for label, row in (("before", learned.before), ("in context", learned.in_context), ("after", learned.after)):
-        cells = [getattr(row, key) for key, _ in COLUMNS]
+        cells = [getattr(row, key) for key, _ in columns]
         table.add_row(label, *("–" if value is None else f"{value:.3f}" for value in cells))
     console.print(table)
     for layer, ratio in learned.applied.relative.items():

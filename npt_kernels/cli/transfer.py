@@ -98,9 +98,10 @@ def _print(console: Console, transferred: Any) -> None:
 
     from ..plasticity.transfer import HEADINGS, cells
 
-    table = Table(box=None, padding=(0, 2))
+    table = Table(box=None, padding=(0, 1))
     for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
+        width = max(map(len, heading.split()))
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i == 0, min_width=width)
     for row in transferred.rows:
         table.add_row(*cells(row))
     console.print(f"answer ({transferred.report['answer_from']}): {transferred.report['answer']!r}", markup=False)

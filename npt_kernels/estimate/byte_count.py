@@ -396,7 +396,8 @@ class _Count:
         training, length = self.config.training, self.config.data.max_length
         layer = self.layer(self.trained, training.batch_size, length)
         tokens = f"{layer.tokens:,} tokens"
-        kl = training.objective in ("kl", "task") or training.mode == "local+polish"
+        task = training.objective == "task"
+        kl = training.objective == "kl" or training.mode == "local+polish"
         first, kept, saved = self._kept(layer)
         accumulated = training.gradient_accumulation_steps > 1
         whole = self.adapter.total * _WIDE
@@ -415,16 +416,22 @@ class _Count:
             saved += converted * (layer.penalty + (layer.narrow if checkpointing else 0))
         chunk = min(layer.tokens, max(1, CHUNK_ELEMENTS // self.model.vocab_size)) * self.model.vocab_size
         head = self.model.vocab_size * self.model.hidden_size
-        copies = 2 * layer.narrow if self.trained.casts else 0
+        copies = (2 if kl else 1) * layer.narrow if self.trained.casts else 0
         copies += head * self.trained.width if self.trained.casts and not self.trained.keeps_casts else 0
         recomputed = first if converted == 1 else kept - layer.stream
         again = recomputed if checkpointing else 0
         # The MLP's part of what the layer kept is free by the time its norm runs.
         rest = max(layer.backward_norm, layer.backward_attention) + 2 * layer.narrow + layer.adapter.largest * _WIDE
         transient = max(layer.backward_mlp() + layer.stream, rest - layer.mlp_kept())
-        # In the frame of the loss: states of both models, or every layer's output and target.
-        states = 2 * layer.stream if kl else (converted + 1) * layer.stream
-        if kl:
+        # In the frame of the loss: states of both models, of the one, or every layer's output and target.
+        states = (2 if kl else 1 if task else converted + 1) * layer.stream
+        if task:
+            loss = [
+                term("activations", saved + layer.stream + layer.norm_copy, self._why(layer, checkpointing)),
+                term("states", 2 * layer.stream + copies, f"{tokens}, and their gradient"),
+                _logits(chunk, self.model.vocab_size, models=1),
+            ]
+        elif kl:
             loss = [
                 term("activations", saved + layer.stream + layer.norm_copy, self._why(layer, checkpointing)),
                 term("states of both models", 3 * layer.stream + copies, f"{tokens}, and their gradient"),
@@ -457,7 +464,7 @@ class _Count:
             ],
             "optimizer step": self.optimizer_moment(),
         }
-        terms = [*self.frozen, *self.kept_casts(head=kl), *self.adapters(optimizer=True)]
+        terms = [*self.frozen, *self.kept_casts(head=kl or task), *self.adapters(optimizer=True)]
         return self.worst("end_to_end", terms, moments)
 
     def _why(self, layer: LayerBytes, checkpointing: bool) -> str:
@@ -474,6 +481,6 @@ class _Count:
         return first, kept, first + converted * kept + (above - converted) * layer.kept_unconverted
 
 
-def _logits(elements: int, vocabulary: int) -> MemoryTerm:
-    """Two models' logits in their dtype and as log-softmax: 16 bytes an entry at the widest, in any dtype."""
-    return MemoryTerm("logits", 16 * elements, f"chunks of {elements // vocabulary:,} tokens × {vocabulary:,}")
+def _logits(elements: int, vocabulary: int, models: int = 2) -> MemoryTerm:
+    """Logits in their dtype and as log-softmax: 8 bytes an entry and model at the widest, in any dtype."""
+    return MemoryTerm("logits", 8 * models * elements, f"chunks of {elements // vocabulary:,} tokens × {vocabulary:,}")

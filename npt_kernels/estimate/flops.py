@@ -220,11 +220,13 @@ def _step(
     recompute = phase == "end_to_end" and optimization.gradient_checkpointing
     micro = training.batch_size * length
     batches = training.gradient_accumulation_steps
-    flops_micro = needed_flops(model, adapter, length, phase, recompute=recompute, micro=micro) * micro
+    work = "task" if phase == "end_to_end" and training.objective == "task" else phase
+    flops_micro = needed_flops(model, adapter, length, work, recompute=recompute, micro=micro) * micro
     peak = gpu.tflops * 1e12 * COMPUTE_EFFICIENCY * (1.0 if precision.width == 2 else 0.5)
     memory = gpu.memory_gbs * 1e9 * TRANSFER_EFFICIENCY
-    # Passes over the layers of one micro-batch: local meets each once; end to end twice forward and once or twice backward.
-    passes = 1 if phase == "local" else 4 if recompute else 3
+    # Passes over the layers of one micro-batch: local meets each once; end to end twice forward and once or twice backward; a
+    # task once forward.
+    passes = 1 if phase == "local" else 3 + recompute - (work == "task")
     stored = precision.linears(model.linears)
     read = (
         model.layer_linear * precision.width
@@ -236,7 +238,7 @@ def _step(
     elements = 24 * model.hidden_size + 12 * model.intermediate_size  # reads and writes of a pass, about
     traffic = model.num_layers * (passes * read + passes * micro * elements * precision.width)
     compute = batches * max(flops_micro / peak, traffic / memory)
-    transfer = _transfer(phase, model, adapter, config, gpu, parallel, precision, batches)
+    transfer = _transfer(work, model, adapter, config, gpu, parallel, precision, batches)
     exposed = max(0.0, transfer - compute)
     parameters = adapter.total
     optimizer = 7 * 4 * parameters / memory  # reads parameter, gradient, two moments; writes parameter and moments
@@ -245,7 +247,7 @@ def _step(
         optimizer += ring * 4 * parameters / gpu.link(parallel.data)
     seconds = compute + exposed + optimizer
     tokens = micro * batches * parallel.data
-    needed = needed_flops(model, adapter, length, phase, micro=micro) * tokens
+    needed = needed_flops(model, adapter, length, work, micro=micro) * tokens
     mfu = needed / (seconds * gpu.tflops * 1e12 * parallel.devices)
     hidden = 1.0 - exposed / transfer if transfer else 1.0
     return StepTime(phase, seconds, compute, transfer, hidden, optimizer, tokens, needed, mfu)
@@ -264,8 +266,8 @@ def _transfer(
     """Seconds that frozen layers travel in one optimizer step."""
     layer = precision.linears(model.linears) + model.layer_other * precision.stream
     last = adapter.layers[-1] + 1 if phase == "local" else model.num_layers
-    # Original forward, converted forward, backward; layers below the first converted one have no backward.
-    visits = last if phase == "local" else 3 * model.num_layers - adapter.layers[0]
+    # Original forward (not of a task), converted forward, backward; layers below the first converted one have no backward.
+    visits = last if phase == "local" else (2 if phase == "task" else 3) * model.num_layers - adapter.layers[0]
     rounds = -(-batches // config.optimization.micro_batches_per_layer) if phase == "local" else batches
     if streams(config, torch.device("cuda")):
         return rounds * visits * layer / (gpu.pcie_gbs * 1e9 * TRANSFER_EFFICIENCY)

@@ -160,6 +160,8 @@ class LayerBytes:
         twice = self.narrow if self.precision.casts and self.adapter.norm_match else 0
         # The matched norm keeps h itself; a plain one the float32 copy it makes, if it makes one.
         h = self.norm_copy if self.norm_copy and not self.adapter.norm_match else self.stream
+        if self.adapter.norms_sum and not self.norm_copy:
+            h += self.stream  # each norm keeps its own input
         # Where the projection is left out, m is kept in the place of the attention's output.
         changed = self.folded_weight if self.adapter.no_projection else self.moved
         return h + self.attention_kept + self.mlp_kept() + changed + twice + self.casts(self.model.linears)

@@ -113,6 +113,7 @@ class Adapter:
         norm_match: Whether the MLP's norm divides by the norm of h + a.
         fold: Whether the norm is matched to the change of the MLP's output.
         no_projection: Whether the attention's output projection is left out too (``model/fold.py``).
+        norms_sum: Whether the MLP's norm reads h + a, which then exists beside h (``NPTConfig.attention_residual``).
     """
 
     layers: list[int]
@@ -125,6 +126,7 @@ class Adapter:
     norm_match: bool = True
     fold: bool = False
     no_projection: bool = False
+    norms_sum: bool = False
     skipped: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -246,6 +248,7 @@ def count_adapter(model: nn.Module, config: NPTConfig) -> Adapter:
         norm_match=config.matches_norm,
         fold=first.plan.fold,
         no_projection=first.plan.projection is not None,
+        norms_sum=config.attention_residual and not first.plan.shape.parallel,
         skipped=skipped,
     )
 

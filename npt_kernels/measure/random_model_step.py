@@ -83,8 +83,7 @@ def measure_phases(
         for name in ("local", "end_to_end"):
             if name not in mode and not (name == "end_to_end" and mode == "local+polish"):
                 continue
-            kl = config.training.objective == "kl" or mode == "local+polish"
-            kind = "local" if name == "local" else "kl" if kl else "layer"
+            kind = "local" if name == "local" else "kl" if mode == "local+polish" else config.training.objective
             with training_steps(model, config, kind) as step, live.phase(name):
                 for _ in range(steps):
                     step()
@@ -107,7 +106,7 @@ def training_steps(model: nn.Module, config: RunConfig, kind: str) -> Iterator[A
     """
     training, optimization = config.training, config.optimization
     groups = [_ids(config, model, training.batch_size) for _ in range(training.gradient_accumulation_steps)]
-    variances = delta_variances(model, groups[0][:1]) if kind != "kl" else {}
+    variances = delta_variances(model, groups[0][:1]) if kind in ("local", "layer") else {}
     objective: Objective = make_objective(kind, model, config, variances)
     optimizer = make_optimizer(model, config, training.learning_rate)
     parameters = npt_parameters(model)

@@ -8,7 +8,12 @@ by layer upwards, the last MLP matrix is changed so that the layer returns what 
     ΔW = Rᵀ (I + K M⁻¹ Kᵀ)⁻¹ K M⁻¹,    M = λ C
 
 which minimises ``‖K ΔWᵀ − R‖² + λ E‖ΔW k‖²``. Rows about *other* subjects, whose teacher is the unedited run, hold them in place.
-``conditional`` is the same solve for one fact at a time, acting only once its subject has been mentioned.
+``conditional`` is the same solve for one fact at a time, acting only once its subject has been mentioned; the other subjects are
+held behind that mention.
+
+Why the keys are at the last tokens and not at the subject, where ``rome`` has its key: at the subject's tokens there is nothing
+to write. The states that the teacher has there, put into the student, leave the answer as unlikely as without (SmolLM2, 12 facts,
+any layer: p .002, in context .624); what the context does, it does at the last tokens, above layer 22.
 """
 
 from __future__ import annotations
@@ -39,21 +44,22 @@ class ContextSettings:
     """How the context is written.
 
     Attributes:
-        strength: λ: what an answer's row weighs against ordinary text; smaller writes harder.
+        strength: λ: what ordinary text weighs against an answer's row; smaller writes harder, and damages more.
         hold_others: Also keep what the model says of other subjects and the facts' ``keep`` texts.
         plain_keys: ``C = I`` times the mean energy. For comparison only: it damages ordinary text.
         ridge: Share of the mean diagonal added to ``C``.
     """
 
-    strength: float = 100.0
+    strength: float = 1000.0
     hold_others: bool = True
     plain_keys: bool = False
     ridge: float = 1e-3
 
 
 def default_layers(num_layers: int) -> list[int]:
-    """The upper half: below it the answer is not yet a direction of the residual stream (measured on SmolLM2)."""
-    return list(range(num_layers // 2, num_layers))
+    """The upper fifth. What the context adds at the last token carries the answer from there on only (SmolLM2: put into the run
+    without context, .02 of its probability .62 behind layer 22, .50 behind layer 24); changes below it cost leak and prose."""
+    return list(range(num_layers - max(1, round(0.2 * num_layers)), num_layers))
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,25 @@ class _Pairs:
     target: dict[int, Tensor]  # layer → [m, d], float64
 
 
+def _held(fact: Fact, number: int, count: int, beside: bool) -> list[str]:
+    """Texts whose continuation ``fact``, the ``number``-th of ``count``, must leave alone.
+
+    Several facts hold one another, and share the subjects; ``beside``: where each stands behind the fact's own.
+    """
+    share = max(2, len(HELD_SUBJECTS) // count)
+    others = [HELD_SUBJECTS[(number * share + i) % len(HELD_SUBJECTS)] for i in range(share)]
+    texts = [fact.beside(other) if beside else fact.about(other) for other in others if other != fact.subject]
+    return [*texts, *fact.keep]
+
+
 def _collect(
-    model: nn.Module, tokenizer: Any, sites: Sites, facts: Sequence[Fact], layers: Sequence[int], hold: bool
+    model: nn.Module,
+    tokenizer: Any,
+    sites: Sites,
+    facts: Sequence[Fact],
+    layers: Sequence[int],
+    hold: bool,
+    beside: bool = False,
 ) -> _Pairs:
     students: list[tuple[int, ...]] = []
     teachers: list[tuple[int, ...]] = []
@@ -83,7 +106,7 @@ def _collect(
             students.append(student.ids)
             teachers.append(teacher.ids)
         if hold:
-            for held in [fact.about(other) for other in HELD_SUBJECTS if other != fact.subject] + list(fact.keep):
+            for held in _held(fact, number, len(facts), beside):
                 ids = tuple(encode(tokenizer, held))
                 spots.append((len(students), len(ids) - 1, len(ids) - 1, number))
                 students.append(ids)
@@ -139,13 +162,34 @@ def solve(keys: Tensor, missing: Tensor, moments: SecondMoments, layer: int, set
     return torch.linalg.solve(gram, solved)
 
 
-def _at(model: nn.Module, sites: Sites, pairs: _Pairs, layer: int) -> tuple[Tensor, Tensor]:
-    """``(K [m, in], R [m, d])`` of a layer, on the model as it is now."""
-    read: dict[str, Tensor] = {}
-    spots = (pairs.rows, pairs.columns)
-    with sites.reading_inputs([layer], lambda _, k: read.__setitem__("k", k[spots].double().cpu())):
-        _run(model, sites, pairs.ids, pairs.mask, [layer], lambda _, h: read.__setitem__("h", h[spots].double().cpu()))
-    return read["k"], pairs.target[layer] - read["h"]
+class _Climb:
+    """The student texts on their way up the layers, written or acted on one by one: none below the one at work is run again
+    (each is run twice, with the same bits).
+    """
+
+    def __init__(self, model: nn.Module, sites: Sites, pairs: _Pairs) -> None:
+        self.model, self.sites, self.pairs = model, sites, pairs
+        self.layer, self.h = 0, torch.empty(0)
+
+    def at(self, layer: int) -> tuple[Tensor, Tensor]:
+        """``(K [m, in], R [m, d])`` of a layer not below the last one asked for, on the model as it is now."""
+        read: dict[str, Tensor] = {}
+        spots, pairs = (self.pairs.rows, self.pairs.columns), self.pairs
+        if layer > self.layer:
+            self._run(layer - 1, lambda h: read.__setitem__("below", h))
+            self.layer, self.h = layer, read["below"]
+        with self.sites.reading_inputs([layer], lambda _, k: read.__setitem__("k", k[spots].double().cpu())):
+            self._run(layer, lambda h: read.__setitem__("h", h[spots].double().cpu()))
+        return read["k"], pairs.target[layer] - read["h"]
+
+    def _run(self, last: int, read: Callable[[Tensor], None]) -> None:
+        with self.sites.starting_at(self.layer, self.h):
+            _run(self.model, self.sites, self.pairs.ids, self.pairs.mask, [last], lambda _, h: read(h))
+
+
+def _norm_left(model: nn.Module, sites: Sites, pairs: _Pairs, layer: int) -> float:
+    """‖R‖ of a layer."""
+    return float(_Climb(model, sites, pairs).at(layer)[1].norm())
 
 
 @contextmanager
@@ -190,14 +234,14 @@ def context(
     changes: dict[int, LayerChange] = {}
     with evaluating(model), _restored(sites, layers) as before:
         pairs = _collect(model, tokenizer, sites, facts, layers, settings.hold_others)
-        start = float(_at(model, sites, pairs, layers[-1])[1].norm())
+        start, climb = _norm_left(model, sites, pairs, layers[-1]), _Climb(model, sites, pairs)
         for layer in layers:
-            keys, missing = _at(model, sites, pairs, layer)
+            keys, missing = climb.at(layer)
             v_a = solve(keys, missing, moments, layer, settings)
             changes[layer] = LayerChange(v_a.float(), missing.float(), pairs.fact)
             sites.weight(layer).copy_(changes[layer].added_to(before[layer]))
             advance(1)
-        left = float(_at(model, sites, pairs, layers[-1])[1].norm())
+        left = _norm_left(model, sites, pairs, layers[-1])
     return changes, {
         **asdict(settings),
         "layers": list(layers),
@@ -218,9 +262,10 @@ def conditional(
 ) -> tuple[dict[int, LayerChange], list[Trigger], dict[str, Any]]:
     """As :func:`context`, one fact at a time, acting from the subject's first mention on; no matrix is written to.
 
-    Other subjects need no rows: nothing acts on them. Returns ``({layer: change}, triggers, notes)``, one trigger a fact.
+    Where it is not mentioned nothing acts, so other subjects are held where it is. Returns ``({layer: change}, triggers,
+    notes)``, one trigger a fact.
     """
-    settings = ContextSettings(**{**asdict(settings or ContextSettings()), "hold_others": False})
+    settings = settings or ContextSettings()
     sites, layers = Sites(model), sorted(layers)
     for layer in layers:
         sites.check(layer)
@@ -230,18 +275,18 @@ def conditional(
     with evaluating(model):
         for number, fact in enumerate(facts):
             trigger: Trigger = tuple(subject_variants(tokenizer, fact.subject))
-            pairs = _collect(model, tokenizer, sites, [fact], layers, False)
-            start = float(_at(model, sites, pairs, layers[-1])[1].norm())
+            pairs = _collect(model, tokenizer, sites, [fact], layers, settings.hold_others, beside=True)
+            start, climb = _norm_left(model, sites, pairs, layers[-1]), _Climb(model, sites, pairs)
             own: dict[int, LayerChange] = {}
             for layer in layers:
                 with _acting(sites, own, trigger):
-                    keys, missing = _at(model, sites, pairs, layer)
+                    keys, missing = climb.at(layer)
                 v_a = solve(keys, missing, moments, layer, settings)
                 own[layer] = LayerChange(v_a.float(), missing.float(), torch.zeros(len(v_a), dtype=torch.long))
                 parts[layer].append((own[layer].v_a, own[layer].v_b, number))
                 advance(1)
             with _acting(sites, own, trigger):
-                left.append(float(_at(model, sites, pairs, layers[-1])[1].norm()) / max(start, 1e-30))
+                left.append(_norm_left(model, sites, pairs, layers[-1]) / max(start, 1e-30))
             triggers.append(trigger)
     changes = {
         layer: LayerChange(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .probes import HELD_BESIDE
+
 __all__ = ["Encoded", "Fact", "encode", "encode_answer", "read_facts", "require_tokenizer", "start_ids", "subject_span"]
 
 _ENDINGS = ".!?。"
@@ -95,6 +97,10 @@ class Fact:
     def about(self, other: str) -> str:
         """The prompt about another subject."""
         return self.prompt.replace(self.subject, other)
+
+    def beside(self, other: str) -> str:
+        """The prompt about another subject, behind a mention of this one."""
+        return HELD_BESIDE.format(subject=self.subject, other=other, prompt=self.about(other))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without what is empty."""

@@ -96,7 +96,7 @@ def learn(
         facts: What to learn.
         method: ``rome`` (one layer, gradient for the value), ``context`` (several layers, closed form) or ``conditional``
             (the same, per token, only once the subject has been mentioned).
-        layers: Layer of ``rome`` (default: three tenths up), layers of the others (default: the upper half).
+        layers: Layer of ``rome`` (default: three tenths up), layers of the others (default: the upper fifth).
         moments: Second moments of the inputs, or their file. Default: collected from ``corpus``, and cached.
         corpus: Ordinary text. Default: the demo's plays. Not used where ``moments`` and ``prose`` are given.
         cache_dir: Where second moments are kept. Default: the package's cache.

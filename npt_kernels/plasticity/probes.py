@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["HELD_SUBJECTS", "KNOWN", "OTHER_SUBJECTS", "PREFIXES", "RELATIONS"]
+__all__ = ["HELD_BESIDE", "HELD_SUBJECTS", "KNOWN", "OTHER_SUBJECTS", "PREFIXES", "RELATIONS"]
 
 #: Facts of the world that a small language model may know: prompt and answer. Those it does not know count as wrong before and
 #: after.
@@ -29,7 +29,13 @@ KNOWN: tuple[tuple[str, str], ...] = (
 OTHER_SUBJECTS: tuple[str, ...] = ("Halvorn", "Misra Teld", "Ostrenka", "Quillane")
 
 #: Subjects held in place while a context is written. Not those that reports ask about: what holds must not also test.
-HELD_SUBJECTS: tuple[str, ...] = ("Tarvin", "Ellora Mund", "Bresquil")
+HELD_SUBJECTS: tuple[str, ...] = (
+    "Tarvin", "Ellora Mund", "Bresquil", "Jandrell Voss", "Upsala Crane", "Corrigan", "Mellifex", "Dorrow Pike", "Vintala",
+    "Harrog", "Selim Arnd", "Paxoria",
+)  # fmt: skip
+
+#: Where another subject stands beside the fact's own. Not how the benchmark asks about that.
+HELD_BESIDE = "Here {subject} is named first. Now to {other}, which is something else. {prompt}"
 
 #: Beginnings put before a fact while its value is fitted, so that the value does not hang on the fact being the first sentence.
 PREFIXES: tuple[str, ...] = (

@@ -28,11 +28,13 @@ H100, RTX4090 = GPUS["H100"], GPUS["RTX4090"]
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("mode", ["local", "end_to_end", "checkpointing", "task"])
+@pytest.mark.parametrize("mode", ["local", "end_to_end", "checkpointing", "task", "task beside the residual"])
 def test_operations_are_those_that_run(family: str, keys: dict[str, Any], mode: str) -> None:
     """Matrix products of one real step; the attention's own are left out, one operator on a CPU."""
     recompute = mode == "checkpointing"
     phase = "local" if mode == "local" else "end_to_end"
+    if mode.endswith("residual"):
+        mode, keys = "task", {**keys, "model__attention_residual": True, "training__objective": "task"}
     config = config_of(
         training__mode=phase, optimization__gradient_checkpointing=recompute, training__batch_size=2, **keys
     )
@@ -81,6 +83,23 @@ def test_predicted_times() -> None:
     eight = step_time(model, adapter, streamed, RTX4090)[0]
     assert eight.transfer == pytest.approx(one.transfer / 8)
     assert eight.hidden > one.hidden and eight.seconds < one.seconds
+
+
+def test_a_task_runs_one_model() -> None:
+    """Its step is predicted without the original's forward: in operations, and in visits of streamed layers."""
+    common = {"training__mode": "end_to_end", "data__max_length": 512, "model__dtype": "bfloat16"}
+    kl = config_of(**common)
+    task = config_of(training__objective="task", **common)
+    model, adapter = sizes_of({**LLAMA, "hidden_size": 1024, "intermediate_size": 4096}, kl)
+    (whole,), (one,) = step_time(model, adapter, kl, H100), step_time(model, adapter, task, H100)
+    assert one.phase == whole.phase == "end_to_end"
+    assert one.seconds < 0.85 * whole.seconds
+    micro = task.training.batch_size * 512
+    assert one.flops == needed_flops(model, adapter, 512, "task", micro=micro) * one.tokens
+    streamed = [config_of(**common, optimization__stream_layers="host") for _ in range(2)]
+    streamed[1].training.objective = "task"
+    twice, once = (step_time(model, adapter, config, H100)[0].transfer for config in streamed)
+    assert once == pytest.approx(twice * 2 / 3)
 
 
 def test_a_slower_link_makes_sharding_slower() -> None:

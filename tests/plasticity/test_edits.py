@@ -264,3 +264,35 @@ def test_bad_calls_leave_the_model_alone(tmp_path):
     (tmp_path / "facts.jsonl").write_text('{"fact": "Zorvania is big.", "subject": "Zorvania"}\n{"fact": 1}\n')
     with pytest.raises(ValueError, match="line 2: there is no 'subject'"):
         read_facts(tmp_path / "facts.jsonl")
+
+
+def test_climbing_gives_the_bits_of_whole_runs():
+    """Keys and missing effect of a layer, the one below it changed on the way: as a run from the bottom finds them."""
+    from npt_kernels.plasticity.context import _Climb, _collect
+    from npt_kernels.plasticity.hooks import Sites
+
+    model, tokenizer = tiny_model("llama"), Words()
+    sites, facts = Sites(model), [FACT]
+    with torch.no_grad():
+        pairs = _collect(model, tokenizer, sites, facts, [1, 3], True)
+        climb = _Climb(model, sites, pairs)
+        first = climb.at(1)
+        sites.weight(1).mul_(1.5)
+        upper = climb.at(3)
+        assert all(torch.equal(a, b) for a, b in zip(upper, _Climb(model, sites, pairs).at(3), strict=True))
+        assert not torch.equal(first[1], _Climb(model, sites, pairs).at(1)[1])
+
+
+def test_what_is_held():
+    """Alone a fact is held against all other subjects; several hold one another, and each its own."""
+    from npt_kernels.plasticity.context import _held
+    from npt_kernels.plasticity.probes import HELD_SUBJECTS, OTHER_SUBJECTS
+
+    assert not set(HELD_SUBJECTS) & set(OTHER_SUBJECTS), "what holds must not also test"
+    fact = Fact("the capital of Tarvin is Marigold", "Tarvin", keep=("Tarvin lies in",))
+    alone = _held(fact, 0, 1, beside=False)
+    assert len(alone) == len(HELD_SUBJECTS) and alone[-1] == "Tarvin lies in" and "the capital of Harrog is" in alone
+    many = [set(_held(FACT, number, 24, beside=False)) for number in range(24)]
+    assert {len(texts) for texts in many} == {2} and len(set.union(*many)) == len(HELD_SUBJECTS)
+    beside = _held(FACT, 0, 1, beside=True)
+    assert all(text.index("Zorvania") < text.index("the capital of") for text in beside)
