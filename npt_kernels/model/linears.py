@@ -5,6 +5,8 @@ Everybody else reads weight ``[out, in]``, bias and sizes here and does not ask 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from ..quantised.foreign import library_problem, library_source, made_by_library
 from ..quantised.linear import QuantisedLinear, readable
 
 __all__ = [
+    "LinearHalf",
     "count_parameters",
     "is_conv1d",
     "linear_bias",
@@ -20,7 +23,40 @@ __all__ = [
     "linear_weight",
     "unsupported_linear",
     "weight_source",
+    "whole",
 ]
+
+
+class LinearHalf:
+    """One of the two matrices that a linear holds one above the other (``gate_up_proj``), read where it stands.
+
+    Its weight is a view, made when it is asked for, so it follows whatever moves, casts or shards the linear; nothing is copied,
+    and the model's modules, names and saved files stay as they are. Of a quantised linear the half is dense while it is used.
+    """
+
+    def __init__(self, source: nn.Module, part: int) -> None:
+        self.source, self.part = source, part
+
+    @property
+    def weight(self) -> Tensor:
+        return linear_weight(self)  # type: ignore[arg-type]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = linear_bias(self.source)
+        return None if bias is None else bias.chunk(2)[self.part]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.source.parameters()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.source(x)
+        return out.chunk(2, dim=-1)[self.part]
+
+
+def whole(module: nn.Module) -> nn.Module:
+    """The module that is called, and that hooks, wrappers and quantisers act on: of a half the linear that holds it."""
+    return module.source if isinstance(module, LinearHalf) else module  # type: ignore[unreachable]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -59,6 +95,8 @@ def linear_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor
     dense weight, every operation takes it, and its values exist while an operation runs. ``dtype`` only counts for
     bitsandbytes' ``Linear8bitLt``, which does not say what it was quantised from (default float32).
     """
+    if isinstance(module, LinearHalf):
+        return linear_weight(module.source, dtype).chunk(2)[module.part]  # type: ignore[unreachable]
     if isinstance(module, QuantisedLinear):
         return module.weight
     source = library_source(module, dtype)

@@ -23,7 +23,7 @@ from ..functional import npt_gated_mlp, npt_mlp
 from ..kernels.cpu_layout import k_contiguous
 from ..quantised.foreign import made_by_library
 from ..quantised.linear import QuantisedLinear
-from .linears import is_conv1d, linear_bias, linear_weight
+from .linears import LinearHalf, is_conv1d, linear_bias, linear_weight, whole
 from .norms import NormKind, matched_norm, matched_scale
 from .own_thread import any_acts_here
 from .shapes.base import LayerShape
@@ -49,6 +49,8 @@ class LayerPlan:
     """Attribute of the attention that holds its output projection, where its result is not needed (``fold.py``)"""
     folds_in_training: bool = False
     """Whether nothing random (dropout) stands behind that projection"""
+    returns_tuple: bool = False
+    """The layer's forward returns ``(hidden states, attention weights or None)``, and the model takes the first of it"""
 
     @property
     def down(self) -> str:
@@ -135,6 +137,7 @@ def _reads_weight(kind: type[nn.Module]) -> bool:
 
 def plain_forward(module: nn.Module) -> bool:
     """Whether the module's forward, hooks apart, is what its class says, and for a linear ``x Wᵀ + b``."""
+    module = whole(module)
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook") and not own_forward(module):
         return False
     if isinstance(module, nn.Linear) or is_conv1d(module) or hasattr(module, "weight"):
@@ -239,17 +242,17 @@ def changed_mlp(change: Change, u: Tensor) -> Tensor:
     """``MLP_Δ(u; a) [..., d]``, as one op where every linear can be read."""
     plan, layer = change.plan, change.layer
     mlp = plan.shape.mlp(layer)
-    linears = {place.slot: getattr(mlp, place.attribute) for place in plan.shape.targets.values()}
+    linears = plan.shape.linears(mlp)
     return plan.shape.after_down(mlp, _changed(change, mlp, u, linears))
 
 
 def _changed(change: Change, mlp: nn.Module, u: Tensor, linears: dict[str, nn.Module]) -> Tensor:
     plan, layer = change.plan, change.layer
     act = plan.shape.activation(layer)
-    if any(has_hooks(module) or not plain_forward(module) for module in linears.values()) or (
+    if any(has_hooks(whole(module)) or not plain_forward(module) for module in linears.values()) or (
         isinstance(act, nn.Module) and has_hooks(act)
     ):
-        return _called(change, mlp, u)
+        return _called(change, mlp, u, linears)
     weights = {slot: linear_weight(linear, u.dtype) for slot, linear in linears.items()}
     biases = {slot: linear_bias(linear) for slot, linear in linears.items()}
     dtype = weights["up"].dtype
@@ -283,7 +286,7 @@ def _given_bottleneck(change: Change, dtype: torch.dtype) -> AdapterTensors:
     return AdapterTensors(None, made.w_a_up, values, made.rule, made.num_ranks, made.scale)
 
 
-def _called(change: Change, mlp: nn.Module, u: Tensor) -> Tensor:
+def _called(change: Change, mlp: nn.Module, u: Tensor, linears: dict[str, nn.Module]) -> Tensor:
     """Linears and activation called as modules, each change added to the output: ``linear(x) + c @ w_b_up``."""
     plan, component = change.plan, change.component
     dtype = next((t.dtype for t in mlp.parameters() if t.is_floating_point()), u.dtype)
@@ -301,16 +304,22 @@ def _called(change: Change, mlp: nn.Module, u: Tensor) -> Tensor:
         u, scaled = (u * rows).to(u.dtype), (scaled * rows).to(scaled.dtype)
     places = {place.slot: (target, place.attribute) for target, place in plan.shape.targets.items()}
 
+    fused: list[Tensor] = []  # what a linear that holds two of the matrices gave: it is called once, as in its own MLP
+
     def linear(slot: str, x: Tensor, z: Tensor) -> Tensor:
         target, attribute = places[slot]
-        module = getattr(mlp, attribute)
+        module = whole(linears[slot])
         if not torch.compiler.is_compiling() and (has_hooks(module) or not plain_forward(module)):
             kind = (
                 "a module with hooks" if plain_forward(module) else f"{type(module).__module__}.{type(module).__name__}"
             )
             _say_called(f"mlp.{attribute}", kind)
             _say_frozen(component, mlp)
-        y: Tensor = module(x)
+        if isinstance(linears[slot], LinearHalf):
+            fused.extend(() if fused else module(x).chunk(2, dim=-1))  # type: ignore[unreachable]
+            y = fused[linears[slot].part]
+        else:
+            y = module(x)
         value = adapter.w_b_up.get(target)
         if value is None:
             return y

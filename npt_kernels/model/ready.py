@@ -23,7 +23,7 @@ from ..ops.mlp.operands import Operands, Spec
 from ..ops.mlp.passes import forward
 from ..ops.registry import BackendUnavailableError, default_backend, get_steps, resolve_backend
 from .fold import foldable, folded_weight, heads_output, output_projection
-from .linears import is_conv1d
+from .linears import LinearHalf, is_conv1d
 from .mlp import LayerPlan, plain_forward
 from .norms import norm_eps, norm_weight
 from .own_thread import any_acts_here
@@ -245,10 +245,12 @@ def _make(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) 
 
 
 def _made(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) -> ReadyHalf | None:
-    ready = ReadyHalf(plan, component, h)
     shape = plan.shape
-    ready.mlp, ready.norm, act = shape.mlp(layer), shape.norm(layer), shape.activation(layer)
     linears = {place.slot: (target, shape.linear(layer, target)) for target, place in shape.targets.items()}
+    if any(isinstance(module, LinearHalf) for _, module in linears.values()):
+        return None  # its weight is a view, made anew at each call
+    ready = ReadyHalf(plan, component, h)
+    ready.mlp, ready.norm, act = shape.mlp(layer), shape.norm(layer), shape.activation(layer)
     read = [module for _, module in linears.values()]
     if plan.norm_match:
         read.append(ready.norm)

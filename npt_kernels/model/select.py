@@ -11,7 +11,7 @@ from ..activations import identify_activation
 from ..config import NPTConfig, parse_rank, resolve_layers
 from ..rules import get_rule
 from .layer import LayerPlan, is_converted
-from .linears import linear_bias, linear_shape, linear_weight
+from .linears import linear_bias, linear_shape, linear_weight, whole
 from .mlp import has_hooks, plain_forward
 from .norms import identify_norm
 from .shapes import LAYER_SHAPES
@@ -150,10 +150,10 @@ def _reads_otherwise(linear: nn.Module, weights: bool) -> str | None:
     """Why ``x Wᵀ + b`` with the weight that is read is not what the module computes, or ``None``. The closed form reads it."""
     if not plain_forward(linear):
         return (
-            f"({type(linear).__module__}.{type(linear).__name__}) has a forward of its own, so its weight does not say what it "
+            f"({type(whole(linear)).__module__}.{type(whole(linear)).__name__}) has a forward of its own, so its weight does not say what it "
             "computes; convert first (it may be wrapped afterwards), or merge it into a plain Linear"
         )
-    if not weights or not has_hooks(linear) or any(p.is_meta for p in linear.parameters()):
+    if not weights or not has_hooks(whole(linear)) or any(p.is_meta for p in linear.parameters()):
         return None
     weight, bias = linear_weight(linear), linear_bias(linear)
     probe = torch.linspace(-1, 1, 3 * weight.shape[1], dtype=weight.dtype, device=weight.device).reshape(3, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import LayerShape
+from .fused import FUSED
 from .gpt2 import GPT2Like
 from .llama import LLAMA, LLAMA_OTHER_NAMES
 from .mixers import MIXERS
@@ -17,6 +18,7 @@ __all__ = ["LAYER_SHAPES", "LayerShape"]
 LAYER_SHAPES: tuple[LayerShape, ...] = (
     LLAMA,
     *LLAMA_OTHER_NAMES,
+    *FUSED,
     *MIXERS,
     GPT2Like(),
     *POST_NORMS,

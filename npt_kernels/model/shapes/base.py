@@ -76,6 +76,10 @@ class LayerShape(ABC):
         """The frozen linear of a canonical target."""
         return self.mlp(layer).get_submodule(self.targets[target].attribute)
 
+    def linears(self, mlp: nn.Module) -> dict[Slot, nn.Module]:
+        """Place in the op → frozen linear, of the module that :meth:`mlp` gives."""
+        return {place.slot: getattr(mlp, place.attribute) for place in self.targets.values()}
+
     def after_down(self, mlp: nn.Module, out: Tensor) -> Tensor:
         """What the MLP module itself does behind its last linear."""
         return out
