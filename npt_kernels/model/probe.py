@@ -233,7 +233,7 @@ def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> tuple[str | No
 
 
 def _weights_or_none(second: Any, hidden: Tensor) -> bool:
-    """Whether it is attention weights ``[batch, heads, seq, seq]``, which a model reports and does not compute with, or nothing."""
+    """Whether it is nothing, or attention weights ``[batch, heads, seq, seq]``, which a model only reports."""
     if second is None:
         return True
     return isinstance(second, Tensor) and second.dim() == 4 and second.shape[2:] == (hidden.shape[1],) * 2

@@ -149,8 +149,9 @@ def _choose(layer: nn.Module, shape: LayerShape, index: int, config: NPTConfig, 
 def _reads_otherwise(linear: nn.Module, weights: bool) -> str | None:
     """Why ``x Wᵀ + b`` with the weight that is read is not what the module computes, or ``None``. The closed form reads it."""
     if not plain_forward(linear):
+        kind = type(whole(linear))
         return (
-            f"({type(whole(linear)).__module__}.{type(whole(linear)).__name__}) has a forward of its own, so its weight does not say what it "
+            f"({kind.__module__}.{kind.__name__}) has a forward of its own, so its weight does not say what it "
             "computes; convert first (it may be wrapped afterwards), or merge it into a plain Linear"
         )
     if not weights or not has_hooks(whole(linear)) or any(p.is_meta for p in linear.parameters()):

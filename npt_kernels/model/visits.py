@@ -173,7 +173,7 @@ _recording = ThreadLock()
 
 
 def _record_batch(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[LayerCall]] | None:
-    """:func:`record_calls` of one batch, whether the model takes hidden states from its layers alone or as the first of a pair."""
+    """:func:`record_calls` of one batch, of a model whose layers return hidden states alone or as the first of a pair."""
     try:
         found = _record_as(model, ids, returns_tuple=False)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:

@@ -1,7 +1,7 @@
 """Gated MLPs whose gate and up are one linear, ``gate_up_proj``, the gate above: Phi-3, Phi-4, GLM.
 
-Each half is read as a view (:class:`~..linears.LinearHalf`); where the linear has hooks or is wrapped it is called once, as in the
-layer's own MLP. Dropout on the residual stream is for the probe to refuse where it is not 0.
+Each half is read as a view (:class:`~..linears.LinearHalf`); where the linear has hooks or is wrapped it is called once, as
+in the layer's own MLP. Dropout on the residual stream is for the probe to refuse where it is not 0.
 """
 
 from __future__ import annotations
