@@ -59,7 +59,7 @@ def test_a_norm_inside_the_mlp():
 def test_layers_that_return_tuples():
     # GPT-Neo's pairs are converted: tests/model/test_fused.py
     old = tf.OpenAIGPTConfig(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    refused(tf.OpenAIGPTLMHeadModel(old).eval(), "return hidden states")
+    refused(tf.OpenAIGPTLMHeadModel(old).eval(), "not hidden states")
 
 
 def patched(change):
