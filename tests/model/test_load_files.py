@@ -255,3 +255,10 @@ def test_a_refused_load_keeps_an_earlier_conversion(tmp_path):
         load_npt(model, tmp_path)
     assert_unchanged(model, before)
     assert torch.equal(logits(model), want)
+
+
+def test_a_matrix_that_is_not_in_the_file_is_refused(tmp_path):
+    big = torch.ones(1, 1).expand(10**6, 10**6)
+    for number, strange in enumerate((big, torch.ones(D, 4).to_sparse(), torch.ones(D, 4, device="meta"))):
+        payload = low_rank(wrapped=False) | {"layer_0_A": strange}
+        check_refused(save(payload, tmp_path, f"{number}.pt"), "layer_0_A of shape .* is not stored as a plain matrix")
