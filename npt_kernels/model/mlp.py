@@ -317,7 +317,7 @@ def _called(change: Change, mlp: nn.Module, u: Tensor, linears: dict[str, nn.Mod
             _say_frozen(component, mlp)
         if isinstance(linears[slot], LinearHalf):
             fused.extend(() if fused else module(x).chunk(2, dim=-1))  # type: ignore[unreachable]
-            y = fused[linears[slot].part]
+            y = fused[linears[slot].part]  # type: ignore[index]
         else:
             y = module(x)
         value = adapter.w_b_up.get(target)
