@@ -104,21 +104,30 @@ class NPTLayer(Swapped):
                 )
         if not (component.enabled if npt_enabled is None else npt_enabled):
             return self.npt_original_class.forward(self, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+        if self.npt_plan.returns_tuple and kwargs.get("output_attentions"):
+            raise ValueError(
+                f"layer {self.npt_plan.index} is converted and returns no attention weights; use output_attentions=False, or "
+                "npt_disabled(model)"
+            )
         own = (
             "npt_student" in self.__dict__ or "npt_attention" in self.__dict__
         )  # replaced on the instance: nothing is left out
         if npt_folded is None and not own:
             ready = ready_half(self, self.npt_plan, component, hidden_states)  # type: ignore[arg-type]
             if ready is not None:
-                return ready(self, component, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
+                return self._as_own(ready(self, component, hidden_states, *args, **kwargs))  # type: ignore[arg-type]
         projection = output_projection(self, self.npt_plan) if npt_folded and not own else None  # type: ignore[arg-type]
         if npt_folded is None and not own:
             projection = skippable_projection(self, self.npt_plan, component, hidden_states)  # type: ignore[arg-type]
         if projection is None:
-            return self.npt_student(hidden_states, self.npt_attention(hidden_states, *args, **kwargs))
+            return self._as_own(self.npt_student(hidden_states, self.npt_attention(hidden_states, *args, **kwargs)))
         o = heads_output(self, self.npt_plan, projection, hidden_states, *args, **kwargs)  # type: ignore[arg-type]
         z = bottleneck_of_heads(component, projection, o)
-        return student_output(self, self.npt_plan, component, hidden_states, z=z)  # type: ignore[arg-type]
+        return self._as_own(student_output(self, self.npt_plan, component, hidden_states, z=z))  # type: ignore[arg-type]
+
+    def _as_own(self, output: Tensor) -> Any:
+        """What the original's forward would return it in."""
+        return (output, None) if self.npt_plan.returns_tuple else output
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "gradient_checkpointing", False) and self.training:  # type: ignore[attr-defined]

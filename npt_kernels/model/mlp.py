@@ -49,6 +49,8 @@ class LayerPlan:
     """Attribute of the attention that holds its output projection, where its result is not needed (``fold.py``)"""
     folds_in_training: bool = False
     """Whether nothing random (dropout) stands behind that projection"""
+    returns_tuple: bool = False
+    """The layer's forward returns ``(hidden states, attention weights or None)``, and the model takes the first of it"""
 
     @property
     def down(self) -> str:

@@ -57,6 +57,7 @@ def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> list[Lay
             first_of.setdefault(_kind(choice), choice)
     # Kind → (the projection that can be left out, whether in training too).
     folds: dict[Any, tuple[str | None, bool]] = {}
+    tuples: set[Any] = set()
     device = compute_device(choices[0].layer)
     # Without autocast: it rounds parts of a float32 sum to bf16, and the layer may add them up in another order.
     with (
@@ -65,11 +66,13 @@ def check_forwards(model: nn.Module, choices: Sequence[LayerChoice]) -> list[Lay
         calls = (_calls(model) if first_of else None) or {}
         for kind, choice in first_of.items() if calls else ():
             h, call = calls[choice.plan.index]
-            reason = None if is_converted(choice.layer) else _mismatch(choice, h, call)
+            reason, in_tuple = (None, False) if is_converted(choice.layer) else _mismatch(choice, h, call)
+            if in_tuple:
+                tuples.add(kind)
             if reason is not None:
                 raise ValueError(f"layer {choice.plan.index} cannot be converted: {reason}")
             folds[kind] = _folding(choice, h, call)
-    return [_with_folding(choice, folds) for choice in choices]
+    return [_with_findings(choice, folds, tuples) for choice in choices]
 
 
 def _to_be_folded(choice: LayerChoice) -> bool:
@@ -77,15 +80,17 @@ def _to_be_folded(choice: LayerChoice) -> bool:
     return is_converted(choice.layer) and choice.plan.fold and not choice.layer.npt_plan.fold  # type: ignore[union-attr]
 
 
-def _with_folding(choice: LayerChoice, folds: dict[Any, tuple[str | None, bool]]) -> LayerChoice:
+def _with_findings(choice: LayerChoice, folds: dict[Any, tuple[str | None, bool]], tuples: set[Any]) -> LayerChoice:
     plan = choice.plan
+    returns_tuple = choice.layer.npt_plan.returns_tuple if is_converted(choice.layer) else _kind(choice) in tuples  # type: ignore[union-attr]
     if is_converted(choice.layer) and not _to_be_folded(choice):
         known: LayerPlan = choice.layer.npt_plan  # type: ignore[assignment]
         found = (known.projection, known.folds_in_training)
     else:
         found = folds.get(_kind(choice), (None, False))
     projection, in_training = found if plan.fold else (None, False)
-    return replace(choice, plan=replace(plan, projection=projection, folds_in_training=in_training))
+    plan = replace(plan, projection=projection, folds_in_training=in_training, returns_tuple=bool(returns_tuple))
+    return replace(choice, plan=plan)
 
 
 def _folding(choice: LayerChoice, h: Tensor, call: LayerCall) -> tuple[str | None, bool]:
@@ -150,7 +155,7 @@ def _calls(model: nn.Module) -> dict[int, tuple[Tensor, LayerCall]] | None:
         recorded = record_calls(model, [ids])
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError) as error:
         raise ValueError(
-            f"{type(model).__name__} cannot run with layers that return hidden states [batch, seq, d] and nothing else "
+            f"{type(model).__name__} cannot run with layers that return hidden states [batch, seq, d], alone or first of a pair "
             f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
         ) from error
     # A model that does something between its layers is run as it is, all of it.
@@ -182,11 +187,13 @@ def _calls_of_a_run(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, LayerCa
     return [found[index] for index in sorted(found)]
 
 
-def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
+def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> tuple[str | None, bool]:
+    """Why the layer is not what its shape says, or ``None``; and whether its hidden states are the first of a pair."""
     layer, shape = choice.layer, choice.plan.shape
     device = compute_device(layer)
     h = h.to(device)
     attention: list[Tensor] = []
+    pairs: list[bool] = []
 
     def run(training: bool) -> str | None:
         layer.train(training)
@@ -194,6 +201,9 @@ def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
         seen = tapped_outputs([shape.attention_module(layer)], lambda _, a: attention.append(a))
         with _own_numbers(training), seen:
             own = layer(h, *call.args, **call.kwargs)
+        if isinstance(own, tuple) and len(own) == 2 and isinstance(own[0], Tensor) and _weights_or_none(own[1], own[0]):
+            pairs.append(True)
+            own = own[0]
         if not isinstance(own, Tensor):
             return f"its forward returns a {type(own).__name__}, not hidden states [batch, seq, d]"
         if len(attention) != 1:
@@ -222,7 +232,14 @@ def _mismatch(choice: LayerChoice, h: Tensor, call: LayerCall) -> str | None:
         if reason is None and any(isinstance(m, nn.Dropout) and m.p for m in layer.modules()):
             reason = run(True)
         layer.train(False)
-    return reason
+    return reason, bool(pairs)
+
+
+def _weights_or_none(second: Any, hidden: Tensor) -> bool:
+    """Whether it is nothing, or attention weights ``[batch, heads, seq, seq]``, which a model only reports."""
+    if second is None:
+        return True
+    return isinstance(second, Tensor) and second.dim() == 4 and second.shape[2:] == (hidden.shape[1],) * 2
 
 
 class _OwnNumbers(TorchDispatchMode):
@@ -266,7 +283,7 @@ def _mlp_mismatch(choice: LayerChoice, h: Tensor) -> str | None:
     u, _ = mlp_input(layer, plan, h, torch.zeros_like(h), "eager")
     pairs = [(f"norm {type(plan.shape.norm(layer)).__name__}", u, own)]
     mlp = plan.shape.mlp(layer)
-    if any(made_by_library(plan.shape.linear(layer, target)) for target in plan.shape.targets):
+    if any(made_by_library(plan.shape.called(layer, target)[0]) for target in plan.shape.targets):
         return None  # a library's own product rounds the activations too, ours does not
     pairs.append(
         (

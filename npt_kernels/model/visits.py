@@ -10,6 +10,7 @@ All of them see what their own thread runs. Others may use the model meanwhile, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -128,8 +129,9 @@ class _Recorder(nn.Module):
     To other threads, and to whoever copies the model, it is the layer.
     """
 
-    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, LayerCall]]) -> None:
+    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, LayerCall]], returns_tuple: bool) -> None:
         super().__init__()
+        self.returns_tuple = returns_tuple
         # A submodule, so that whoever looks for its layers during this forward (FSDP2 does so in its first) finds them all.
         self.recorded = layer
         self.calls = calls
@@ -159,7 +161,7 @@ class _Recorder(nn.Module):
             return self.recorded(*args, **kwargs)
         hidden_states: Tensor = args[0] if args else kwargs.pop("hidden_states")
         self.calls.append((hidden_states, LayerCall(args[1:], kwargs)))
-        return hidden_states
+        return (hidden_states, None) if self.returns_tuple else hidden_states
 
 
 def _itself(layer: nn.Module) -> nn.Module:
@@ -171,14 +173,30 @@ _recording = ThreadLock()
 
 
 def _record_batch(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[LayerCall]] | None:
-    """:func:`record_calls` of one batch."""
+    """:func:`record_calls` of one batch, of a model whose layers return hidden states alone or as the first of a pair."""
+    try:
+        found = _record_as(model, ids, returns_tuple=False)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        found = _record_pairs(model, ids)
+        if found is None:
+            raise error
+    return found or _record_pairs(model, ids)
+
+
+def _record_pairs(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[LayerCall]] | None:
+    with contextlib.suppress(TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return _record_as(model, ids, returns_tuple=True)
+    return None
+
+
+def _record_as(model: nn.Module, ids: Tensor, *, returns_tuple: bool) -> tuple[Tensor, list[LayerCall]] | None:
     _, layers = find_layers(model)
     calls: list[tuple[Tensor, LayerCall]] = []
     with _recording:
         originals = list(layers)
         try:
             for index, layer in enumerate(originals):
-                layers[index] = _Recorder(layer, calls)
+                layers[index] = _Recorder(layer, calls, returns_tuple)
             decoder_of(model)(input_ids=ids, use_cache=False)
         finally:
             for index, layer in enumerate(originals):

@@ -32,7 +32,8 @@ _FOUR = {"num_hidden_layers": 4}
 #: Layers of the kinds that two layers of the generic sizes do not have: dense ones beside experts, attention beside others.
 TYPE_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"first_k_dense_replace": 1}, "deepseek_v3": {"first_k_dense_replace": 1, "head_dim": 4},
-    "axk1": {"head_dim": 4}, "youtu": {"head_dim": 4}, "glm4_moe_lite": {"head_dim": 4}, "longcat_flash": {"head_dim": 4},
+    "axk1": {"head_dim": 4}, "youtu": {"head_dim": 4}, "glm4_moe_lite": {"head_dim": 4}, 
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]}, "longcat_flash": {"head_dim": 4},
     "xglm": {"activation_dropout": 0.0}, "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama4_text": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 48},

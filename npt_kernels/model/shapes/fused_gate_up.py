@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ...quantised.foreign import made_by_library
-from ...quantised.linear import QuantisedLinear
-from ..linears import linear_shape
+from ..linears import linear_bias, linear_shape, linear_weight
 from .base import Target
 from .named import GATED, NamedLayer
 
@@ -27,12 +25,12 @@ class _Rows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[f, d]``, a view."""
-        return self.whole[0].weight[self.rows]  # type: ignore[index, return-value]
+        """``[f, d]``, a view; of a quantised linear made dense."""
+        return linear_weight(self.whole[0])[self.rows]
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.whole[0].bias  # type: ignore[assignment]
+        bias = linear_bias(self.whole[0])
         return None if bias is None else bias[self.rows]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,8 +46,6 @@ class FusedGateUp(NamedLayer):
         if reason is not None:
             return reason
         whole = getattr(self.mlp(layer), _FUSED)
-        if isinstance(whole, QuantisedLinear) or made_by_library(whole):
-            return f"mlp.{_FUSED} is quantised: its halves cannot be read apart; quantise nothing, or another model"
         if linear_shape(whole)[1] % 2:
             return f"mlp.{_FUSED} has {linear_shape(whole)[1]} outputs, not two equal halves"
         return None

@@ -104,6 +104,10 @@ class NamedLayer(LayerShape):
     def mlp(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.mlp_child)
 
+    def after_down(self, mlp: nn.Module, out: Tensor) -> Tensor:
+        dropout = mlp._modules.get("dropout") if mlp.training else None
+        return out if dropout is None else dropout(out)
+
     def activation(self, layer: nn.Module) -> Any:
         return getattr(self.mlp(layer), self.act) if isinstance(self.act, str) else self.act
 
