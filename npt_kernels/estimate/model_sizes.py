@@ -259,7 +259,9 @@ def _ranks(config: NPTConfig, choices: Sequence[LayerChoice]) -> list[int]:
         return ranks
     mean, width = int(parse_rank(config.rank)[1]), choices[0].hidden_size
     if mean > width:
-        raise ValueError(f"rank={config.rank!r} exceeds the hidden size {width}")
+        raise ValueError(
+            f"rank={config.rank!r} exceeds the hidden size {width}; set model.rank=auto:{max(1, width // 4)}, say"
+        )
     if config.rule != "self_key":
         raise ValueError(
             f"rank={config.rank!r} is allotted by the closed form, which rule={config.rule!r} has not; name a rank"
