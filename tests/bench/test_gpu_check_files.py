@@ -63,6 +63,8 @@ def test_no_goal_is_unverified_where_a_record_has_its_figure(collected: Collecte
         "perplexity NPT ÷ original, conversion alone, all layers",
         "perplexity NPT ÷ original, and KL, held-out text, all layers",
         "the same at 1.10 × the original's multiplications (o_proj folded)",
+        "on a CPU: ÷ the fastest of K-concatenation, torch.compile and LoRA of the same rank",
+        "on a CPU: forward ÷ frozen", "the same for one token",
     }  # fmt: skip
     (strongest,) = [v for v in verdicts(collected) if v.goal.what.startswith("against the strongest")]
     assert strongest.measured.endswith("torch.compile not measured")

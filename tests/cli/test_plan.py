@@ -92,6 +92,15 @@ def eight(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_small_model_is_planned_at_settings_that_it_can_have(tmp_path: Path) -> None:
+    """`optimized` asks for rank 1024 and 2048 tokens."""
+    numbers = dict(KNOWN_MODELS["openai-community/gpt2"]) | {"n_embd": 64, "n_head": 4, "n_positions": 128}
+    (tmp_path / "config.json").write_text(json.dumps(numbers))
+    found = as_json("--model", str(tmp_path), "--gpu-memory", "24GiB")
+    assert found["config"]["model"]["rank"] == "auto:16" and found["config"]["data"]["max_length"] == 128
+    assert as_json("--model", str(tmp_path), "--cpu", "model.rank=8")["config"]["model"]["rank"] == 8
+
+
 def test_dry_run_of_the_published_configuration(eight: Path, tmp_path: Path) -> None:
     """The issue's example: `npt train optimized --dry-run` with a config_optimized-style file, from a local config.json."""
     file = tmp_path / "config_optimized.yaml"
