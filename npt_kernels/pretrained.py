@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import nn
 
 from ._version import __version__
 from .base_model.assets import default_cache_dir
-from .base_model.loading import DEMO_NAME, HubUnreachable, cached_file, find_model, hub_problem, looks_local
+from .base_model.loading import DEMO_NAME, PICKLED, HubUnreachable, cached_file, find_model, hub_problem, looks_local
 from .messages import first_line, shown
 from .model.adapter_files import CONFIG_NAME, WEIGHTS_NAME, base_model_of
 from .model.install import converted_layers, npt_config, require_converted
@@ -186,8 +187,9 @@ def _base(name: str, revision: str | None, token: str | bool | None, arguments: 
     private = {"token": token} if found.on_hub and token is not None else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(found.source, **{**found.arguments, **private, **arguments})
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{what} could not be loaded: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, UnpicklingError) as error:
+        problem = PICKLED if isinstance(error, UnpicklingError) else first_line(error)
+        raise ValueError(f"{what} could not be loaded: {problem}") from error
     model.config._name_or_path = found.recorded
     return model
 

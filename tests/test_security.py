@@ -18,7 +18,7 @@ import yaml
 from accelerate.utils.other import load as accelerate_load
 from safetensors.torch import load_file
 
-from npt_kernels.base_model.loading import load_model
+from npt_kernels.base_model.loading import hub_problem, load_model
 from npt_kernels.configs.schema import ConfigError, RunConfig, default_cache_dir
 from npt_kernels.configs.yaml12 import YamlProblem, read_yaml
 from npt_kernels.durable_files import private_folder
@@ -222,6 +222,39 @@ def test_code_that_comes_with_a_model_is_not_run(kind: str, base: Path, tmp_path
             load_model(run, "cpu")
         assert "\n" not in str(caught.value)
     assert not ran.exists()
+
+
+def test_pickled_weights_of_a_model_cannot_run_code(base: Path, tmp_path: Path) -> None:
+    """One line, and not torch's own, which advises to read the file without its protection."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in base.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    run = RunConfig.from_mapping({"model": {"base_model_name": str(folder)}, "data": {"max_length": 16}})
+    for write in (lambda value, path: path.write_bytes(pickle.dumps(value)), torch.save):
+        write({"lm_head.weight": Evil()}, folder / "pytorch_model.bin")
+        with pytest.raises(
+            ConfigError, match=r"could not be loaded: its pickled weights .* take a copy with safetensors$"
+        ):
+            load_model(run, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_password_in_the_address_of_the_hub_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://someone:secret@127.0.0.1:9")
+    problem = hub_problem()
+    assert (
+        problem is not None and problem.startswith("http://127.0.0.1:9 cannot be reached") and "secret" not in problem
+    )
 
 
 def test_caches_are_made_for_the_user_alone(tmp_path: Path) -> None:

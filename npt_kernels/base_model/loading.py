@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import threading
 import urllib.error
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from .assets import demo_model_cached, demo_model_dir
 
 __all__ = [
     "DEMO_NAME",
+    "PICKLED",
     "HostLoader",
     "HubUnreachable",
     "cached_file",
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 DEMO_NAME = "demo"
+PICKLED = "its pickled weights hold more than tensors, or are damaged; take a copy with safetensors"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -165,6 +169,9 @@ def load_model(
             model = load(dtype if quantization is None or placement else "auto")
     except ConfigError:
         raise
+    except UnpicklingError as error:
+        # torch's own words advise to read the file without its protection.
+        raise ConfigError(f"model.base_model_name={name!r} could not be loaded: {PICKLED}") from error
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ConfigError(f"model.base_model_name={name!r} could not be loaded: {_first_line(error)}") from error
     if placement:
@@ -308,16 +315,19 @@ def hub_problem(timeout: float = 2.0) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return _OFFLINE
     outcome: list[str | None] = []
+    endpoint = re.sub(
+        r"//[^/@]+@", "//", constants.ENDPOINT
+    )  # a user and a password in the address are nobody's business
 
     def probe() -> None:
-        outcome.append(_probe(constants.ENDPOINT, timeout))
+        outcome.append(_probe(endpoint, timeout))
 
     # In a thread, because a name look-up has no time limit of its own.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(timeout)
     problem = outcome[0] if outcome else f"no answer within {timeout:g} s"
-    return None if problem is None else f"{constants.ENDPOINT} cannot be reached ({problem})"
+    return None if problem is None else f"{endpoint} cannot be reached ({problem})"
 
 
 def _probe(endpoint: str, timeout: float) -> str | None:

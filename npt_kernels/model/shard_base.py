@@ -60,6 +60,8 @@ def shard_base(model: nn.Module, device: torch.device | str, mesh: Any = None) -
             "with distributed=fsdp, or distributed=ddp"
         )
     rest = {p for p in model.parameters() if p not in matrices}
+    # FSDP2 lets go of a whole matrix when nobody refers to it any more: this set would keep all of them to the last layer.
+    del matrices
     for parameter in rest:
         parameter.data = parameter.data.to(device)
     for module in model.modules():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,22 @@ def check_loading(world: World, directory: Path) -> dict[str, Any]:
     return {"original": same, "mapped": stays, "layers": layers, "held": loading[0].peak - mapped}
 
 
+def check_memory(world: World) -> list[int]:
+    """How many of the first layer's whole matrices are referred to when it is its turn, and when it is the second's."""
+    model = converted("llama", dtype=torch.float32)
+    own = set(npt_parameters(model))
+    matrices = [weakref.ref(p) for p in model.model.layers[0].parameters() if p.dim() > 1 and p not in own]
+    alive: list[int] = []
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in matrices))
+        return fully_shard(*arguments, **settings)
+
+    with mock.patch("torch.distributed.fsdp.fully_shard", counted):
+        shard_base(model, world.device)
+    return alive[:2]
+
+
 def measure(world: World) -> dict[str, Any]:
     """Evaluation and samples: five sequences in batches of two, so that one process has a batch more than the other."""
     model = converted("llama", dtype=torch.float32)
@@ -325,6 +342,7 @@ def main(directory: Path) -> None:
     torch.set_num_threads(1)
     world = World.join(RunConfig())
     results: dict[str, Any] = {"world": check_world(world), "sharding": check_sharding(world, directory)}
+    results["memory"] = check_memory(world)
     results["loading"] = check_loading(world, directory)
     for wrap in ("accelerate", "fully_shard"):
         results[f"user: {wrap}"] = user_loop(wrap, world.rank, world.size, directory)

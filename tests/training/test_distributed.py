@@ -123,6 +123,11 @@ def test_a_base_in_another_dtype_is_never_whole_in_memory(two):
         assert facts["held"] < facts["layers"] / 2, facts
 
 
+def test_a_layer_that_is_sharded_is_whole_nowhere_when_the_next_one_is(two):
+    """Else a device that sharding has to fit would hold the whole model for a moment."""
+    assert [results["memory"] for results in two] == [[7, 0], [7, 0]]
+
+
 def test_helpers_of_sharding_do_nothing_to_a_model_that_is_whole():
     model = converted("llama")
     assert not is_sharded(model)
