@@ -211,16 +211,19 @@ def line(row: dict[str, Any]) -> str:
 
 def write(path: Path, rows: list[dict[str, Any]], seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {
+    write_json(path, {"about": about() | {"seconds": round(seconds, 1)}, "rows": rows})
+
+
+def about() -> dict[str, Any]:
+    """What a record of SmolLM2 was measured on."""
+    return {
         "model": "SmolLM2-135M-Instruct, float32",
         "cpu": cpu(),
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
         "npt_kernels": __version__,
         "torch": torch.__version__,
-        "seconds": round(seconds, 1),
     }
-    write_json(path, {"about": about, "rows": rows})
 
 
 def cpu() -> str:

@@ -7,17 +7,15 @@ construction. Here it is named first and the question is about another: "{subjec
 from __future__ import annotations
 
 import argparse
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from npt_kernels import __version__
 from npt_kernels.plasticity import Fact
 from npt_kernels.plasticity.facts import encode_answer
 from npt_kernels.plasticity.recall import answers
 from npt_kernels.plasticity.token_maps import write_json
 
-from .__main__ import SETTINGS, Bench, cpu
+from .__main__ import SETTINGS, Bench, about
 from .facts import facts
 
 
@@ -62,13 +60,7 @@ def main() -> None:
             flush=True,
         )
     if options.out is not None:
-        about = {
-            "model": "SmolLM2-135M-Instruct, float32",
-            "cpu": cpu(),
-            "date": date.today().isoformat(),
-            "npt_kernels": __version__,
-        }
-        write_json(options.out / "plasticity-beside.json", {"about": about, "facts": options.facts, "rows": rows})
+        write_json(options.out / "plasticity-beside.json", {"about": about(), "facts": options.facts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,20 +7,18 @@ context.
 from __future__ import annotations
 
 import argparse
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from npt_kernels import __version__
 from npt_kernels.base_model.loading import load_model
 from npt_kernels.configs.schema import RunConfig
 from npt_kernels.plasticity.token_maps import write_json
 from npt_kernels.plasticity.transfer import Carried, transfer
 from npt_kernels.training.distributed import choose_device
 
-from .__main__ import cpu
+from .__main__ import about
 from .facts import facts
 
 
@@ -58,13 +56,7 @@ def main() -> None:
             flush=True,
         )
     if options.out is not None:
-        about = {
-            "model": "SmolLM2-135M-Instruct, float32",
-            "cpu": cpu(),
-            "date": date.today().isoformat(),
-            "npt_kernels": __version__,
-        }
-        write_json(options.out / "plasticity-carried.json", {"about": about, "facts": options.facts, "rows": rows})
+        write_json(options.out / "plasticity-carried.json", {"about": about(), "facts": options.facts, "rows": rows})
 
 
 if __name__ == "__main__":
