@@ -39,7 +39,10 @@ TOKENS = 32768
 #: What KL is set against → points: calibration text, its tokens, mean rank.
 POINTS = {
     "minutes": [("plays", tokens, 184) for tokens in (8192, 16384, 32768, 81920)],
-    "multiplications": [(text, TOKENS, rank) for text in ("plays", "both") for rank in RANKS],
+    "multiplications": [
+        *(("plays", TOKENS, rank) for rank in RANKS),
+        *(("both", TOKENS, rank) for rank in (184, 128, 256)),
+    ],
 }
 #: The end of the reference that is held out.
 HELD_OUT = 0.3
@@ -109,6 +112,7 @@ def figure(record: Path, png: Path) -> None:
     for text, colour in colours.items():
         for calibration, style in styles.items():
             mine = [r for r in rows if r["against"] == "multiplications" and r["calibration"] == calibration]
+            mine.sort(key=lambda row: row["multiplications"])
             label = f"{text}, calibrated on {'plays' if calibration == 'plays' else 'both texts'}"
             draw(left, [r["multiplications"] for r in mine], mine, text, colour, style, label)
         mine = [r for r in rows if r["against"] == "minutes"]
