@@ -64,6 +64,7 @@ TRAIN = """Training steps of the package's own loop on random weights at a model
 npt bench train --dry-run
 npt bench train --shape smollm2-135m
 npt bench train --shape 8b --mode local --setting resident,streamed
+npt bench train --shape 8b --mode local --micro-batch 4       the same step in fewer, larger passes
 npt bench train --setting "published form,published loop"
 
 [bold]Names[/bold]

@@ -49,7 +49,19 @@ SUITES = ("kernels", "memory", "train", "check")
 KEY_FIELDS = {
     "kernels": ("op", "shape", "mode", "tokens", "rank", "rule", "dtype", "launch", "provider"),
     "memory": ("op", "shape", "mode", "tokens", "rank", "rule", "dtype", "provider"),
-    "train": ("model", "converted", "mode", "setting", "rule", "rank", "batch", "sequence", "dtype"),
+    "train": (
+        "model",
+        "converted",
+        "mode",
+        "setting",
+        "rule",
+        "rank",
+        "batch",
+        "sequence",
+        "dtype",
+        "micro_batch",
+        "backend",
+    ),
     "check": ("kind", "case", "provider", "launch"),
 }
 

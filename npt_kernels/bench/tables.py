@@ -106,7 +106,8 @@ def print_train_plan(rows: Sequence[TrainRow], seconds: Sequence[float], device:
         about = "–" if reason else duration(cost)
         size_and_time = predict(row, device)
         table.add_row(
-            row.model.title, row.converted, row.mode, row.setting, f"{row.batch} × {row.sequence}", str(row.rank), about,
+            row.model.title, row.converted, row.mode, row.setting, f"{row.batch} × {row.sequence}{row.at_once}", str(row.rank),
+            about,
             *_predicted(size_and_time),
         )  # fmt: skip
     console.print(table)

@@ -62,6 +62,7 @@ def plan_rows(
     converted: Sequence[str] = (),
     tokens: Sequence[int] = (),
     ranks: Sequence[int] = (),
+    micro_batch: int = 1,
 ) -> list[TrainRow]:
     """The rows of a run. Raises :class:`BenchError` for what does not exist."""
     for option, values, known in (
@@ -93,10 +94,14 @@ def plan_rows(
                     ):
                         continue
                     batch = setting.batch.get(size, setting.batch["small"])
+                    if micro_batch < 1 or batch % micro_batch:
+                        raise BenchError(
+                            f"--micro-batch {micro_batch} must divide the {batch} sequences of a step ({name})"
+                        )
                     for sequence in tokens or [setting.sequence[size]]:
                         for rank in ranks or [setting.rank[size]]:
                             length = min(sequence, model.longest)
-                            rows.append(TrainRow(model, layers, mode, name, rank, batch, length, dtype))
+                            rows.append(TrainRow(model, layers, mode, name, rank, batch, length, dtype, micro_batch))
     if not rows:
         raise BenchError("nothing to run: no setting has that --mode and --converted; name them with --setting")
     return list(dict.fromkeys(rows))

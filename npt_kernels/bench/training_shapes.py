@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..configs.models import KNOWN_MODELS
 from ..configs.schema import RunConfig
+from ..ops.registry import default_backend
 from .results import unknown_name
 
 __all__ = [
@@ -156,8 +157,8 @@ class TrainSetting:
         rule, targets: Of the conversion; ``()``: all targets.
         optimization: Keys of the run configuration's section.
         converted, modes: Which rows run unasked.
-        batch, sequence, rank: Per size; ``batch`` is sequences per optimizer step, in micro-batches of one. A setting without a
-            batch for a size runs there only when asked for.
+        batch, sequence, rank: Per size; ``batch`` is sequences per optimizer step, in micro-batches of one unless
+            ``--micro-batch`` says otherwise. A setting without a batch for a size runs there only when asked for.
         applied: Context around the training of a converted model.
         randomised: Whether the NP parameters start from large random numbers and what ``applied`` puts in place of the layers'
             own MLP is compared with it.
@@ -217,6 +218,7 @@ class TrainRow:
         setting: A key of ``training_shapes.SETTINGS``.
         rank, batch, sequence: R, sequences per step, tokens per sequence.
         dtype: Of the frozen base.
+        micro_batch: Sequences that go through the model at once; divides ``batch``.
     """
 
     model: TrainShape
@@ -227,16 +229,25 @@ class TrainRow:
     batch: int
     sequence: int
     dtype: torch.dtype
+    micro_batch: int = 1
 
     def __str__(self) -> str:
         layers = "all layers" if self.converted == "all" else f"{self.converted} layers"
-        return f"{self.model.title} {layers} {self.mode} {self.setting} {self.batch}x{self.sequence} r={self.rank}"
+        return f"{self.model.title} {layers} {self.mode} {self.setting} {self.batch}x{self.sequence}{self.at_once} r={self.rank}"
+
+    @property
+    def at_once(self) -> str:
+        """`` by 4``: sequences that go through the model at once, where it is more than one."""
+        return "" if self.micro_batch == 1 else f" by {self.micro_batch}"
 
     def row(self) -> dict[str, Any]:
         return {
             "model": self.model.title, "converted": self.converted, "mode": self.mode, "setting": self.setting,
             "rule": SETTINGS[self.setting].rule, "rank": self.rank, "batch": self.batch, "sequence": self.sequence,
             "dtype": str(self.dtype).removeprefix("torch."),
+            # Without what is usual, as in the files from before there was a choice.
+            **({} if self.micro_batch == 1 else {"micro_batch": self.micro_batch}),
+            **({"backend": default_backend()} if default_backend() else {}),
         }  # fmt: skip
 
 
@@ -258,7 +269,7 @@ def run_config(row: TrainRow) -> RunConfig:
         targets = ["c_fc"]  # a plain MLP has no gate; its first projection stands where the gate does
     # A streamed layer comes in once for all micro-batches of a local step.
     once = "stream_layers" in setting.optimization and row.mode == "local"
-    visits = {"micro_batches_per_layer": row.batch} if once else {}
+    visits = {"micro_batches_per_layer": row.batch // row.micro_batch} if once else {}
     return RunConfig.from_mapping(
         {
             "model": {
@@ -266,7 +277,8 @@ def run_config(row: TrainRow) -> RunConfig:
                 "init": "published" if setting.rule == "rank1" else "small",
             },
             "training": {
-                "mode": row.mode, "batch_size": 1, "gradient_accumulation_steps": row.batch,
+                "mode": row.mode, "batch_size": row.micro_batch,
+                "gradient_accumulation_steps": row.batch // row.micro_batch,
                 "learning_rate": 1e-4, "lr_scheduler": "constant",
                 "objective": "layer" if setting.rule == "rank1" else "kl",
             },

@@ -190,6 +190,9 @@ def train(
         _Names, typer.Option("--tokens", metavar="N,…", help="Tokens per sequence.", show_default=False)
     ] = None,
     rank: _Rank = None,
+    micro_batch: Annotated[
+        int, typer.Option("--micro-batch", metavar="N", help="Sequences that go through the model at once.")
+    ] = 1,
     dtype: _Dtype = None,
     device: _Device = None,
     small: _Small = False,
@@ -205,7 +208,7 @@ def train(
     where, size = _where(device, small)
     rows = plan_rows(
         size, _dtype(dtype, where), shapes=_words(shape), modes=_words(mode), settings=_words(setting),
-        converted=_words(converted), tokens=_numbers("--tokens", tokens), ranks=_numbers("--rank", rank),
+        converted=_words(converted), tokens=_numbers("--tokens", tokens), ranks=_numbers("--rank", rank), micro_batch=micro_batch,
     )  # fmt: skip
     seconds = [estimate_row(row, where) for row in rows]
     chosen = settings_of_part(rows, _part(part), seconds)

@@ -244,6 +244,18 @@ def test_an_interrupted_run_keeps_what_is_finished(monkeypatch, tmp_path):
     assert len(data["rows"]) == 1 and data["not_run"] == [str(rows[1]), str(rows[2])] and not data["complete"]
 
 
+def test_several_sequences_at_once(tmp_path):
+    (row,) = plan_rows(
+        "small", torch.float32, shapes=["8b"], modes=["local"], settings=["resident"], converted=["4"], micro_batch=2
+    )
+    measured = measure_row(row, CPU, CEILINGS)
+    assert measured["status"] == "ok" and measured["micro_batch"] == 2 and " by 2 " in str(row)
+    accelerate = run_config(row).training
+    assert (accelerate.batch_size, accelerate.gradient_accumulation_steps) == (2, 1)
+    with pytest.raises(BenchError, match="--micro-batch 3 must divide the 2 sequences"):
+        plan_rows("small", torch.float32, shapes=["8b"], micro_batch=3)
+
+
 def test_plans():
     rows = plan_rows("full", torch.bfloat16)
     assert {r.model.title for r in rows} == {"GPT-2", "SmolLM2-135M", "Llama-3.2-1B", "Llama-3.1-8B"}
