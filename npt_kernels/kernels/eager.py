@@ -5,12 +5,15 @@ Any device and dtype. Also what the fused backends fall back to, and the stronge
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import get_activation
 from ..rules import Rule, get_rule
+from . import native_row
 from .backend import Backend
 from .cpu_layout import k_contiguous
 from .steps import Bottleneck, Low, Projection, Spec, Steps
@@ -41,6 +44,12 @@ def key_grad(dp: Tensor, u: Tensor, rule: Rule) -> Tensor:
 
 class EagerSteps(Steps):
     """See :class:`.steps.Steps` for what each step is."""
+
+    def mlp_row(self, operands: Any, spec: Spec) -> Tensor | None:
+        # The backends that inherit these steps have kernels of their own, also where they are emulated on a CPU.
+        return (
+            native_row.mlp_row(operands, spec) if type(self) is EagerSteps and operands.x.device.type == "cpu" else None
+        )
 
     # ---- targets --------------------------------------------------------------------------------------------------------
 

@@ -101,6 +101,10 @@ class Steps(ABC):
     #: Whether :meth:`activate_backward` can write over the saved gate and up.
     overwrites_saved: bool = False
 
+    def mlp_row(self, operands: Any, spec: Spec) -> Tensor | None:
+        """The op ``mlp`` for one token without gradients, ``[1, d_out]``, where there is something better than its steps."""
+        return None
+
     # ---- targets: mlp and factored_linear -------------------------------------------------------------------------------
 
     @abstractmethod

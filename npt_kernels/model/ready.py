@@ -5,7 +5,7 @@ of its own? quantised? which backend?). When text is written token by token the 
 answers hold until something moves, and whether something moved is a short list of comparisons: the same modules in the same
 places, none with hooks, the same parameters. Anything else, training included, goes the long way (``layer.py``), and so does
 a module that is more than a plain ``Linear`` or ``Conv1D``. Both ways run the same operations and give the same bits, but for one
-token in half precision on a CPU, where this one rounds less (``one_row.py``).
+token on a CPU, where this one rounds less (``one_row.py``).
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ class ReadyHalf:
         self.projection: nn.Module | None = None
         self.folded: tuple[Tensor, Tensor | None] | None = None
 
-        #: Whether calls of one token go to ``row``, made at the first.
+        #: Whether calls of one token go to ``row``, made at the first; what its compiled code reads beside the component.
         self.serves_rows = False
+        self.frozen: list[Tensor] = []
         self.row: OneRow | None = None
 
     # Set by _make.
@@ -219,15 +220,35 @@ class ReadyHalf:
         return out
 
     def _row(self, component: NPComponent, h: Tensor, flat: Tensor, heard: Tensor, folds: bool) -> Tensor:
-        """The same ``[1, d]`` for one token in half precision (``one_row.py``)."""
+        """The same ``[1, d]`` for one token (``one_row.py``)."""
         if self.row is None:
             targets = {place.slot: target for target, place in self.plan.shape.targets.items()}
             self.row = OneRow(component, targets, self.projection if self.folded is not None else None)
+        if not folds or self.folded is not None:
+            native = self.row.native(folds, self._describe)
+            if native is not None:
+                if self.plan.norm_match:
+                    return native(flat.contiguous(), heard.to(self.dtype).contiguous())
+                return native(None, heard.to(self.dtype).contiguous(), self.norm(h).to(self.dtype).contiguous())
         z = self.row.bottleneck(heard, folds)
         moved = z @ self.row.values["down"] if self.plan.matches_change else None
         a = heard.reshape(1, -1) if moved is None else moved.to(self.dtype)
         u, scale = self._normed(h, flat, a)
         return self.row.mlp(u, z, scale, self.projections or self._projections(), self.spec.act, moved)
+
+    def _describe(self) -> dict[str, Any]:
+        """What ``native_row`` asks of a layer beside its component."""
+        plan = self.plan
+        told: dict[str, Any] = {
+            "projections": self.projections or self._projections(), "act": self.spec.act, "dtype": self.dtype,
+            "norm": "given", "watched": self.frozen,
+        }  # fmt: skip
+        if plan.norm_match:
+            told |= {
+                "norm": plan.norm_kind, "norm_weight": getattr(self.norm, "weight", None),
+                "norm_bias": getattr(self.norm, "bias", None), "eps": self.eps, "matches_change": plan.matches_change,
+            }  # fmt: skip
+        return told
 
     def _normed(self, h: Tensor, flat: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.plan.norm_match:
@@ -295,6 +316,7 @@ def _made(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) 
         return None
     if _elsewhere(h, ready.casts):
         return None
+    ready.frozen = [tensor for module in read for tensor in module._parameters.values() if tensor is not None]
     ready.eps = norm_eps(ready.norm)
     backend = resolve_backend("mlp", None, h.device, h.dtype, act=plan.act, rule=component.rule_name)
     ready.steps = get_steps(backend)

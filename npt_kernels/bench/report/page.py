@@ -267,7 +267,8 @@ def _train(collected: Collected) -> str:
         )
         rows.append([
             _escape(r["model"]), r["converted"], r["mode"], _escape(r["setting"]), r["rule"], _number(r["rank"], ",d"),
-            f"{r['batch']} × {r['sequence']}" + (f" by {r['micro_batch']}" if "micro_batch" in r else ""), r["dtype"], _number(r.get("tokens_per_s"), ",.1f"),
+            f"{r['batch']} × {r['sequence']}" + (f" by {r['micro_batch']}" if "micro_batch" in r else ""),
+            r["dtype"], _number(r.get("tokens_per_s"), ",.1f"),
             _spread(r, "tokens_per_s", ",.1f"),
             _percent(r.get("mfu")), (human_bytes(r["peak_bytes"]), float(r["peak_bytes"])) if "peak_bytes" in r else ("", None),
             _number(r.get("predicted_seconds"), ".3f"),
