@@ -12,6 +12,7 @@ import torch
 
 from ._version import __version__
 from .base_model.assets import default_cache_dir, demo_model_cached, demo_texts_cached
+from .kernels import native_row
 from .ops.registry import BACKENDS, Call
 
 __all__ = ["describe"]
@@ -94,16 +95,21 @@ def _cpu_name() -> str:
 
 
 def _backends() -> dict[str, str]:
-    """Name → what it is, whether it runs here, and whether it has been verified on hardware."""
+    """Name → what it is, whether it runs here, and when it is chosen."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = {}
     for backend in BACKENDS.values():
         reasons = {backend.check(Call(op, device, torch.float32)) for op in backend.ops} - {None}
         here = f"not on this {device.type}: {reasons.pop()}" if reasons else f"runs on this {device.type}"
         verified = (
-            "verified, chosen automatically" if backend.automatic else "not verified on hardware: only when asked for"
-        )
+            f"chosen unasked for {backend.unasked}" if backend.unasked
+            else "chosen unasked" if backend.automatic else "only when asked for"
+        )  # fmt: skip
         facts[backend.name] = f"{backend.summary}; {here}; {verified}"
+    rows = native_row.available()
+    facts["one token on a CPU"] = (
+        f"compiled ({rows})" if rows else "torch alone: csrc/cpu is not built (g++, then pip install)"
+    )
     return facts
 
 

@@ -315,7 +315,13 @@ def _mlp(
         if differ(row_scale.shape, leading):
             raise ValueError(f"{op}: row_scale has shape {list(row_scale.shape)}, expected [...] = {list(leading)}")
         row_scale = row_scale.reshape(-1)
-    chosen = resolve_backend("mlp", backend, x.device, x.dtype, act=act, rule=adapter.rule)
+    sizes: tuple[int, ...] = ()
+    if x.is_cuda and not torch.compiler.is_compiling():
+        sizes = (*up_weight.shape[::-1], *(value.shape[0] for value in values if value is not None))
+    chosen = resolve_backend(
+        "mlp", backend, x.device, x.dtype, act=act, rule=adapter.rule, tokens=flat.shape[0] if sizes else 0, sizes=sizes,
+        trains=torch.is_grad_enabled(),
+    )  # fmt: skip
     gate, up, down = map(
         Projection,
         (gate_weight, up_weight, down_weight),

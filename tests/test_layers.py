@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "run": ("_version", *_RUN_INPUTS, "training", "evaluation", "estimate", *_MODEL),
     "measure": ("kernels", *_RUN_INPUTS, "training", "evaluation", "estimate", *_MODEL),
     "pretrained": ("_version", "base_model", "messages", "model"),
-    "environment": ("_version", "ops", "base_model"),
+    "environment": ("_version", "kernels", "ops", "base_model"),
     "bench": ("_version", "kernels", *_RUN_INPUTS, "training", "evaluation", "estimate", "run", "measure", *_MODEL),
     "cli": (
         "_version",

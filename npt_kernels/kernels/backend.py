@@ -28,6 +28,12 @@ class Call(NamedTuple):
     act: str | None = None
     #: Rule of the op by name; ``None`` for ops without one.
     rule: str | None = None
+    #: Rows of the input; 0: not known, as under a compiler.
+    tokens: int = 0
+    #: ``mlp``: widths (d, f, R); empty: not known.
+    sizes: tuple[int, ...] = ()
+    #: Whether a backward may follow.
+    trains: bool = True
 
 
 def _always(call: Call) -> str | None:
@@ -43,11 +49,12 @@ class Backend:
         load: Gives the steps; called at the first use, so that naming a backend imports nothing of it.
         summary: One line for ``npt env``.
         automatic: Whether it may be chosen without being asked for: a bool, or a function of the call. True only where a
-            committed run on such a device has verified it.
+            committed run on such a device has verified it and found it no slower.
         check: ``(Call) -> reason it cannot run, or None``; asked only about ops that it implements.
         ops: Ops whose steps it has.
         absent: Op → why it has none of it, for ops that are not in ``ops``.
         rules: Rules that its kernels know; ``None``: whatever ``Rule`` there is, by the rule's own code.
+        unasked: Where it is chosen unasked, in words, if ``automatic`` is a function.
     """
 
     name: str
@@ -58,6 +65,7 @@ class Backend:
     ops: tuple[str, ...] = OPS
     absent: dict[str, str] = field(default_factory=dict)
     rules: frozenset[str] | None = None
+    unasked: str = ""
 
     @cached_property
     def steps(self) -> Steps:

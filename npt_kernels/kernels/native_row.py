@@ -6,6 +6,7 @@ addresses, so dtypes, strides and devices are checked here. Who keeps a :class:`
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..rules import get_rule
 from .steps import Projection
 
 try:  # after torch: it looks for torch's OpenMP runtime
-    from .. import _cpu  # type: ignore[attr-defined]
+    _cpu: Any = importlib.import_module("npt_kernels._cpu")
 except ImportError:
     _cpu = None
 

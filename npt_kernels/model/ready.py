@@ -24,7 +24,7 @@ from ..ops.mlp.operands import Operands, Spec
 from ..ops.mlp.passes import forward
 from ..ops.registry import BackendUnavailableError, default_backend, get_steps, resolve_backend
 from .fold import foldable, folded_weight, heads_output, output_projection
-from .linears import is_conv1d
+from .linears import is_conv1d, linear_shape
 from .mlp import LayerPlan, plain_forward
 from .norms import norm_eps, norm_weight
 from .one_row import OneRow, serves
@@ -105,6 +105,9 @@ class ReadyHalf:
         self.projection: nn.Module | None = None
         self.folded: tuple[Tensor, Tensor | None] | None = None
 
+        #: Of the op, and the widths that the automatic choice asks for.
+        self.backend = ""
+        self.sizes: tuple[int, ...] = ()
         #: Whether calls of one token go to ``row``, made at the first; what its compiled code reads beside the component.
         self.serves_rows = False
         self.frozen: list[Tensor] = []
@@ -120,6 +123,13 @@ class ReadyHalf:
     w_down: Tensor
     value_down: Tensor | None
     linears: dict[str, tuple[nn.Module, slice | None, Tensor | None, Tensor | None]]
+
+    def choice(self, h: Tensor, component: NPComponent) -> str:
+        """Name of the backend for a call of as many tokens."""
+        return resolve_backend(
+            "mlp", None, self.device, self.dtype, act=self.plan.act, rule=component.rule_name, tokens=h.shape[:-1].numel(),
+            sizes=self.sizes, trains=False,
+        )  # fmt: skip
 
     # ---- what must not have moved ---------------------------------------------------------------------------------------
 
@@ -165,6 +175,8 @@ class ReadyHalf:
             if not _unmoved(module, kind):
                 return False
         if _settings(component) != self.settings or norm_eps(self.norm) != self.eps or _elsewhere(h, self.casts):
+            return False
+        if h.is_cuda and self.choice(h, component) != self.backend:
             return False
         try:
             for tensor, version, at in self.versions:
@@ -318,7 +330,10 @@ def _made(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) 
         return None
     ready.frozen = [tensor for module in read for tensor in module._parameters.values() if tensor is not None]
     ready.eps = norm_eps(ready.norm)
-    backend = resolve_backend("mlp", None, h.device, h.dtype, act=plan.act, rule=component.rule_name)
+    _, up, part = linears["up"]
+    d, f = linear_shape(up)
+    ready.sizes = d, f if part is None else part.stop - part.start, component.total_rank
+    ready.backend = backend = ready.choice(h, component)
     ready.steps = get_steps(backend)
     ready.serves_rows = backend == "eager" and serves(component.rule_name, h.dtype, h.device)
     ready.norm_steps = get_steps(resolve_backend("matched_norm", None, h.device, h.dtype))

@@ -10,7 +10,8 @@ something else in silence:
   warning says so once, and :func:`explain` always. An op that it does implement but refuses here (a dtype, a device, a missing
   build) still raises: that is what the user wanted to know. Sizes are no reason of an op: a *step* of it that the kernels cannot
   read (``cuda``: a width or rank that is no multiple of 8) runs on the vendor's GEMM, with one warning that names the size.
-* **Nobody**: the first that can run the call, and only ever one that was verified on such hardware.
+* **Nobody**: the first that can run the call, and only ever one that was verified on such hardware and found no slower for
+  such a call: its tokens, its widths, with or without gradients.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class BackendUnavailableError(RuntimeError):
 #: In order of preference for the automatic choice.
 BACKENDS: dict[str, Backend] = backends()
 
+NOT_UNASKED = "it is used only when asked for by name: it was not found faster on such hardware"
+
 _DEFAULT_BACKEND: str | None = os.environ.get("NPT_BACKEND") or None
 
 
@@ -89,16 +92,20 @@ def resolve_backend(
     *,
     act: str | None = None,
     rule: str | None = None,
+    tokens: int = 0,
+    sizes: tuple[int, ...] = (),
+    trains: bool = True,
 ) -> str:
     """Name of the backend that will run ``op``; see the module's docstring for who gets what.
 
     Args:
         requested: The backend that was asked for; ``None``: ``NPT_BACKEND``, else the first that can.
+        act, rule, tokens, sizes, trains: As in :class:`~..kernels.backend.Call`.
 
     Raises:
         BackendUnavailableError: The backend asked for cannot run the call (with its reason), or none can.
     """
-    call = Call(op, device, dtype, act, rule)
+    call = Call(op, device, dtype, act, rule, tokens, sizes, trains)
     for_all = requested is None
     requested = requested or _DEFAULT_BACKEND
     if requested is not None:
@@ -121,6 +128,14 @@ def resolve_backend(
 def _say_elsewhere(requested: str, op: str, missing: str, chosen: str) -> None:
     """Once a process for each op."""
     warnings.warn(f"npt_kernels: {op} runs on {chosen!r}, not on {requested!r}: {missing}", stacklevel=3)
+
+
+def _facts_of(op: str, tensors: tuple[torch.Tensor, ...]) -> tuple[int, tuple[int, ...], bool]:
+    """``tokens``, ``sizes`` and ``trains`` of a call with these tensors, as far as they tell."""
+    if op != "mlp" or len(tensors) < 3:
+        return 0, (), torch.is_grad_enabled()
+    x, _, weight = tensors[:3]
+    return x.shape[:-1].numel(), (*weight.shape[::-1], 0), torch.is_grad_enabled()
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,8 @@ def explain(
 
     Args:
         op: ``"linear"``, ``"factored_linear"``, ``"mlp"`` or ``"matched_norm"``; the public names (``npt_linear``, ...) too.
-        tensors: Arguments of the call; device and dtype are those of the first.
+        tensors: Arguments of the call, in its order; device and dtype are those of the first. The choice for an MLP depends on
+            tokens and widths too, and on whether gradients are enabled.
         device, dtype: Instead of tensors; default to ``cpu`` and torch's default dtype.
         act: The activation, for ops that have one.
         rule: The rule by name, for ops that have one.
@@ -177,6 +193,7 @@ def explain(
         dtype or (tensors[0].dtype if tensors else torch.get_default_dtype()),
         act,
         rule,
+        *_facts_of(name, tensors),
     )
     requested = backend or _DEFAULT_BACKEND
     for_all = backend is None
@@ -194,7 +211,7 @@ def explain(
         if reason is None and requested is not None and candidate.name != requested:
             reason = f"{requested!r} was asked for"
         elif reason is None and requested is None and not candidate.chosen_unasked(call):
-            reason = "it is used only when asked for by name: it was never verified on such hardware"
+            reason = f"unasked it runs only {candidate.unasked}" if candidate.unasked else NOT_UNASKED
         elif reason is None and chosen is not None:
             reason = f"{chosen!r} comes first"
         if reason is None:

@@ -36,9 +36,20 @@ needs_build = pytest.mark.skipif(not BUILT, reason="npt_kernels._cuda is not bui
 
 
 # ------------------------------------------------------------------------------------- registry and reasons
-def test_never_chosen_by_itself() -> None:
-    assert BACKENDS["cuda"].automatic is False
+def test_chosen_unasked_only_where_it_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sm_90a" in BACKENDS["cuda"].summary
+    large = Call("mlp", torch.device("cuda", 0), torch.bfloat16, "silu", "self_key", 1024, (4096, 14336, 64), False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    unasked = BACKENDS["cuda"].chosen_unasked
+    assert unasked(large)
+    for other in (
+        {"op": "matched_norm"}, {"device": torch.device("cpu")}, {"dtype": torch.float16}, {"trains": True}, {"tokens": 1023},
+        {"tokens": 0}, {"sizes": ()}, {"sizes": (4096, 14336, 60)}, {"sizes": (2048, 8192, 64)}, {"tokens": 1},
+    ):  # fmt: skip
+        assert not unasked(large._replace(**other)), other
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert unasked(large._replace(tokens=1)) and unasked(large._replace(tokens=16)) and unasked(large)
+    assert not unasked(large._replace(tokens=17)) and not unasked(large._replace(tokens=1, trains=True))
 
 
 @pytest.mark.parametrize(

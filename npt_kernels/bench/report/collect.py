@@ -12,7 +12,7 @@ from typing import Any
 
 from ..results import load_results, newest_rows, repository
 
-__all__ = ["OURS", "Collected", "Source", "best_of_ours", "collect"]
+__all__ = ["OURS", "Collected", "Source", "best_of_ours", "collect", "on_a_cpu"]
 
 #: Providers that are ours, in order of preference where several were measured.
 OURS = ("cuda", "triton", "eager")
@@ -26,6 +26,17 @@ _MEASURED_PATHS = {
     "train": (*_OPS, *_MODEL, "npt_kernels/offload"),
     "run": (*_OPS, *_MODEL, "npt_kernels/conversion"),
 }  # fmt: skip
+#: What of it never runs on the other kind of device.
+_ON_CPUS = (
+    "csrc/cpu",
+    "npt_kernels/kernels/native_row.py",
+    "npt_kernels/kernels/cpu_layout.py",
+    "npt_kernels/model/one_row.py",
+)
+_ON_GPUS = (
+    "csrc/*.cpp", "csrc/*.h", "csrc/common", "csrc/decode", "csrc/gemm", "csrc/inst", "csrc/low_rank", "csrc/norm",
+    "npt_kernels/kernels/cuda", "npt_kernels/kernels/triton",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,12 +121,21 @@ def _source(result: dict[str, Any], folder: Path) -> Source:
     name = str(path.relative_to(folder)) if folder.is_dir() and path.is_relative_to(folder) else path.name
     return Source(
         name, result["suite"], result["environment"], result.get("size", ""),
-        staleness(result["suite"], result["environment"].get("commit", "")), ", ".join(notes),
+        staleness(result["suite"], result["environment"].get("commit", ""), result["environment"].get("device", "")),
+        ", ".join(notes),
     )  # fmt: skip
 
 
-def staleness(suite: str, commit: str) -> str | None:
-    """Why figures measured at ``commit`` no longer describe the code here; ``None`` if they do or nothing is known."""
+def on_a_cpu(device: str) -> bool:
+    """Whether a result's device is a CPU."""
+    return not any(name in device for name in ("NVIDIA", "AMD Instinct", "GPU")) or "no GPU" in device
+
+
+def staleness(suite: str, commit: str, device: str = "") -> str | None:
+    """Why figures measured at ``commit`` no longer describe the code here; ``None`` if they do or nothing is known.
+
+    ``device``: the name in the result; a change of what runs on the other kind of device takes nothing from a figure.
+    """
     root = repository()
     if root is None:
         return None
@@ -124,9 +144,10 @@ def staleness(suite: str, commit: str) -> str | None:
     git = ["git", "-C", str(root)]
     if subprocess.run([*git, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True).returncode:
         return f"commit {commit[:9]} is not in this repository"
-    log = subprocess.run(
-        [*git, "log", "--format=%h", f"{commit}..HEAD", "--", *_MEASURED_PATHS[suite]], capture_output=True, text=True
-    )
+    elsewhere = () if not device else _ON_GPUS if on_a_cpu(device) else _ON_CPUS
+    paths = [*_MEASURED_PATHS[suite], *(f":(exclude,glob){path}" for path in elsewhere if "*" in path),
+             *(f":(exclude){path}" for path in elsewhere if "*" not in path)]  # fmt: skip
+    log = subprocess.run([*git, "log", "--format=%h", f"{commit}..HEAD", "--", *paths], capture_output=True, text=True)
     newer = log.stdout.split()
     if not newer:
         return None
@@ -156,7 +177,7 @@ def _training_runs(folder: Path) -> list[dict[str, Any]]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
         facts = {name: data.get(name, "") for name in ("device", "date", "commit")} | data.get("versions", {})
-        stale = staleness("run", _full_commit(str(facts["commit"])))
+        stale = staleness("run", _full_commit(str(facts["commit"])), str(facts["device"]))
         source = Source(str(path.relative_to(folder)), "run", facts, "", stale, str(data.get("note", "")))
         runs.append(
             {"name": path.stem, "command": data.get("command", ""), "source": source, "base": base,

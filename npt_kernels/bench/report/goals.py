@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..results import BenchError, human_bytes
-from .collect import Collected, best_of_ours
+from .collect import Collected, best_of_ours, on_a_cpu
 from .cpu_goals import added_operations, one_token, strongest_peer
 
 __all__ = ["GOALS", "Goal", "Verdict", "markdown_table", "replace_table", "verdicts"]
@@ -230,7 +230,7 @@ def verdicts(collected: Collected) -> list[Verdict]:
     for goal in GOALS:
         verdict = Verdict(goal, UNVERIFIED, None)
         for device in names:
-            if _is_cpu(device) and not goal.on_cpu:
+            if on_a_cpu(device) and not goal.on_cpu:
                 continue
             answer = goal.find(collected, device)
             if answer is not None:
@@ -246,10 +246,6 @@ def _stale(collected: Collected, goal: Goal, device: str) -> bool:
     if goal.suite == "run":
         return any(s.stale for s in collected.sources if s.suite == "run" and s.facts.get("device") == device)
     return any(row["stale"] for row in collected.of(goal.suite, device))  # also rows that a check measured
-
-
-def _is_cpu(device: str) -> bool:
-    return not any(name in device for name in ("NVIDIA", "AMD Instinct", "GPU")) or "no GPU" in device
 
 
 def markdown_table(collected: Collected) -> str:
