@@ -1,5 +1,6 @@
 #include "one_row.h"
 
+#include <cstdlib>
 #include <vector>
 
 #include "loops.h"
@@ -14,17 +15,25 @@ NPT_LOOPS(avx2, __attribute__((target("avx2,fma"))))
 NPT_LOOPS(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
 #endif
 
-const Loops& loops() {
+// The widest that this CPU has and torch's own switch allows (ATEN_CPU_CAPABILITY=default, avx2, avx512).
+const Loops& widest() {
 #if defined(__x86_64__)
-  static const Loops& found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-                                  ? avx512::loops
-                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::loops
-                                                                                                : generic::loops;
-  return found;
+  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
+  const auto is = [&](const char* name) { return asked != nullptr && std::strcmp(asked, name) == 0; };
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (is("default") || !has_avx2) return generic::loops;
+  if (!is("avx2") && has_avx512) return avx512::loops;
+  return avx2::loops;
 #else
   return generic::loops;
 #endif
+}
+
+const Loops& loops() {
+  static const Loops& found = widest();
+  return found;
 }
 
 // Multiply-adds below which another thread costs more than it does.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from tests.support.helpers import assert_within_twice
 
 pytestmark = pytest.mark.skipif(native_row._cpu is None, reason="npt_kernels._cpu is not built (no C++ compiler)")
 
+ROOT = str(Path(__file__).resolve().parents[2])
 #: d, f, width of what is heard, R: SmolLM2's, odd ones, one of everything, and more columns than a tile of the loops.
 SIZES = {"real": (576, 1536, 576, 78), "odd": (35, 51, 35, 7), "ones": (1, 1, 1, 1), "wide": (64, 4099, 64, 5)}
 
@@ -255,6 +259,27 @@ def test_the_op_keeps_to_torch_where_numbers_are_not_there(monkeypatch):
         npt_gated_mlp(x, a, *weights, rank1)
 
 
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instructions(capability):
+    """What this CPU would not choose by itself, for the tests above that compare numbers."""
+    tests = "definition or ends_of_float32 or threads or nan"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests],
+        capture_output=True, text=True, timeout=280, cwd=ROOT, env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    code = "from npt_kernels.kernels import native_row; print(native_row.available())"
+    name = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+    ).stdout
+    if platform.machine() == "x86_64":
+        assert name.startswith("avx2" if capability == "avx2" else "generic")
+
+
 def test_threads_of_a_forked_process():
     """OpenMP's threads do not survive a fork: the child must not wait for them."""
     code = """
@@ -271,8 +296,7 @@ if pid == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 print("same")
 """
-    root = str(__import__("pathlib").Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", code.format(root=root)], capture_output=True, text=True, timeout=120, cwd=root
+        [sys.executable, "-c", code.format(root=ROOT)], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
     assert done.stdout == "same\n", done.stderr
