@@ -32,6 +32,12 @@ NPT_INLINE float wide(uint16_t v) {
   return f;
 }
 
+// The next four rows while these are added: rows are short, and a hardware prefetcher has to find each anew (a quarter of the time
+// in bfloat16, a tenth in float32; in add_rows it costs as much).
+NPT_INLINE void prefetch(const void* from, int64_t bytes) {
+  for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(static_cast<const char*>(from) + k);
+}
+
 // Four rows at a time: four independent sums, and x is loaded once for them.
 template <class W>
 NPT_INLINE void dot_rows(float* y, const W* m, int64_t pitch, const float* x, int64_t n, int64_t rows) {
@@ -39,6 +45,7 @@ NPT_INLINE void dot_rows(float* y, const W* m, int64_t pitch, const float* x, in
   for (; j + 4 <= rows; j += 4) {
     const W *a = m + j * pitch, *b = a + pitch, *c = b + pitch, *d = c + pitch;
     float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    if (pitch == n && j + 8 <= rows) prefetch(d + pitch, 4 * pitch * sizeof(W));
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
     for (int64_t i = 0; i < n; ++i) {
       const float v = x[i];
