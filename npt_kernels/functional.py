@@ -62,7 +62,8 @@ def npt_linear(
         BackendUnavailableError: The backend asked for cannot run this call.
     """
     op = "npt_linear"
-    _require_tensors(op, x=x, weight=weight, v_a=v_a, v_b=v_b)
+    for name, tensor in (("x", x), ("weight", weight), ("v_a", v_a), ("v_b", v_b)):
+        _require_tensor(op, name, tensor)
     if autocast_dtype(x) is not None:
         x, weight, v_a, v_b, bias = _cast(x, weight, v_a, v_b, bias)  # type: ignore[assignment]
     check_tensors(op, (("weight", weight), ("v_a", v_a), ("v_b", v_b), ("bias", bias)), x)
@@ -132,7 +133,8 @@ def npt_factored_linear(
     """
     op = "npt_factored_linear"
     rule_ = get_rule(rule)
-    _require_tensors(op, x=x, z=z, weight=weight, w_b_up=w_b_up)
+    for name, tensor in (("x", x), ("z", z), ("weight", weight), ("w_b_up", w_b_up)):
+        _require_tensor(op, name, tensor)
     x, z, weight, w_a_up, w_b_up, bias = _cast(x, z, weight, w_a_up, w_b_up, bias)  # type: ignore[assignment]
     check_tensors(op, (("z", z), ("weight", weight), ("w_a_up", w_a_up), ("w_b_up", w_b_up), ("bias", bias)), x)
     leading, d_in, d_out = _check_linear(op, x, weight, bias)
@@ -255,39 +257,38 @@ def _mlp(
     """Both MLPs; the three slots are (gate, up, down), the first absent for a plain MLP."""
     from .component import as_adapter_tensors
 
-    get_activation(act)
-    bias_names = ("gate_bias", "up_bias", "down_bias") if weight_names[0] else ("", "c_fc_bias", "c_proj_bias")
-    _require_tensors(op, x=x, a=a, **{weight_names[1]: up_weight, weight_names[2]: down_weight})
-    if weight_names[0]:
-        _require_tensors(op, **{weight_names[0]: gate_weight})
-    dtype = autocast_dtype(x) or x.dtype
-    adapter = as_adapter_tensors(adapter, dtype, tuple(t for t in targets if t))
-    keys = [adapter.w_a_up.get(t) for t in targets]
-    values = [adapter.w_b_up.get(t) for t in targets]
-    w_down = adapter.w_down
-    if autocast_dtype(x) is not None:
+    _require_tensor(op, "x", x)
+    cast_to = autocast_dtype(x)
+    adapter = as_adapter_tensors(adapter, cast_to or x.dtype, targets if targets[0] else targets[1:])
+    by_key, by_value, w_down = adapter.w_a_up, adapter.w_b_up, adapter.w_down
+    keys, values = [by_key.get(t) for t in targets], [by_value.get(t) for t in targets]
+    if cast_to is not None:
         cast: list[Any] = _cast(
             x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down, *keys, *values
         )
         x, a, key_scale, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down = cast[:10]
         keys, values = cast[10:13], cast[13:]
-    tensors = (
-        gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, a, key_scale, w_down, *keys, *values
-    )  # fmt: skip
     signature = None
     if not torch.compiler.is_compiling():
-        ranks = adapter.num_ranks
         # The type too: True is 1, and no number of ranks. Whatever is no tensor is refused by the check, and so never kept.
-        signature = (
-            op, x.dtype, x.device, x.shape[-1:], adapter.rule, type(ranks), ranks if isinstance(ranks, int) else None, targets,
-            *(
-                type(t) if not isinstance(t, Tensor)
-                else (t.shape[-1:] if t is a else () if t is key_scale else t.shape, t.dtype, t.device)
-                for t in tensors
-            ),
+        try:
+            signature = (
+                op, act, x.dtype, x.device, x.shape[-1], adapter.rule, type(adapter.num_ranks), adapter.num_ranks,
+                (a.shape[-1], a.dtype, a.device), None if key_scale is None else (key_scale.dtype, key_scale.device),
+                *[
+                    t if t is None else (t.shape, t.dtype, t.device)
+                    for t in (gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, w_down, *keys, *values)
+                ],
+            )  # fmt: skip
+            known = signature in _checked
+        except (AttributeError, IndexError, TypeError):  # no tensors, no last dimension, or a value that has no hash
+            signature, known = None, False
+    if signature is None or not known:
+        get_activation(act)
+        tensors = (
+            gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, a, key_scale, w_down, *keys, *values
         )  # fmt: skip
-    if signature is None or signature not in _checked:
-        _check_mlp(op, weight_names, bias_names, targets, x, tensors, adapter)
+        _check_mlp(op, weight_names, targets, x, tensors, adapter)
         if signature is not None:
             if len(_checked) >= _CHECKED_AT_MOST:
                 _checked.clear()
@@ -322,13 +323,9 @@ def _mlp(
         "mlp", backend, x.device, x.dtype, act=act, rule=adapter.rule, tokens=flat.shape[0] if sizes else 0, sizes=sizes,
         trains=torch.is_grad_enabled(),
     )  # fmt: skip
-    gate, up, down = map(
-        Projection,
-        (gate_weight, up_weight, down_weight),
-        (gate_bias, up_bias, down_bias),
-        keys,
-        values,
-    )
+    gate = Projection(gate_weight, gate_bias, keys[0], values[0])
+    up = Projection(up_weight, up_bias, keys[1], values[1])
+    down = Projection(down_weight, down_bias, keys[2], values[2])
     operands = Operands(flat, a_flat, key_scale, w_down, gate, up, down, row_scale)
     spec = Spec(act, adapter.rule, adapter.num_ranks, adapter.scale)
     out = mlp(operands, spec, torch.is_grad_enabled(), chosen)
@@ -344,13 +341,16 @@ _CHECKED_AT_MOST = 4096
 def _check_mlp(
     op: str,
     weight_names: tuple[str, str, str],
-    bias_names: tuple[str, str, str],
     targets: tuple[str, str, str],
     x: Tensor,
     tensors: tuple[Any, ...],
     adapter: AdapterTensors,
 ) -> None:
-    """Dtypes, devices and shapes, all but the leading dimensions of per-token tensors."""
+    """Types, dtypes, devices and shapes, all but the leading dimensions of per-token tensors."""
+    gated = bool(weight_names[0])
+    bias_names = ("gate_bias", "up_bias", "down_bias") if gated else ("", "c_fc_bias", "c_proj_bias")
+    for name, tensor in (("a", tensors[6]), *list(zip(weight_names, tensors, strict=False))[not gated :]):
+        _require_tensor(op, name, tensor)
     gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, a, _, w_down = tensors[:9]
     keys, values = tensors[9:12], tensors[12:]
     names = (
@@ -380,10 +380,9 @@ def _check_mlp(
             raise ValueError(f"{op}: w_a_up[{target}] is given without w_b_up[{target}]; give both or neither")
 
 
-def _require_tensors(op: str, **tensors: object) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+def _require_tensor(op: str, name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
 def _check_linear(

@@ -28,13 +28,13 @@ class Op:
 
     name: str
     function: type[torch.autograd.Function]
-    forward: Callable[..., tuple[Tensor, ...]]
+    forward: Callable[..., tuple[Any, ...]]
     library_op: Any
     library_backward: Any
     #: ``function.apply`` below ``torch.func``'s layer, which looks at every argument twice: 45 of 300 us for the MLP's 22.
-    apply: Callable[..., tuple[Tensor, ...]]
+    apply: Callable[..., tuple[Any, ...]]
 
-    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
         if torch.compiler.is_compiling():
             return self.library_op(*args)
         if not torch.is_grad_enabled():
@@ -61,6 +61,7 @@ def define_op(
     num_outputs: int = 1,
     schema: str | None = None,
     backward_schema: str | None = None,
+    eager_forward: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Op:
     """Build an :class:`Op`.
 
@@ -77,7 +78,9 @@ def define_op(
         fake_backward: Shapes of ``raw_backward``.
         num_outputs: How many leading outputs are differentiable; the rest is only saved.
         schema, backward_schema: torch.library's, without the name, instead of inferred ones.
+        eager_forward: ``forward`` with ``None`` for what is not there to be saved, which torch.library does not allow.
     """
+    eager = eager_forward or forward
     library_op = torch.library.custom_op(f"npt_kernels::{name}", forward, mutates_args=(), schema=schema)
     library_op.register_fake(fake)
     library_backward = torch.library.custom_op(
@@ -88,7 +91,7 @@ def define_op(
     def shared_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[num_outputs:])
+        ctx.mark_non_differentiable(*[made for made in output[num_outputs:] if made is not None])
         setup_context(ctx, inputs, output)
 
     def run_backward(ctx: Any, grads: Sequence[Tensor | None], run: Callable[..., list[Tensor]]) -> Any:
@@ -114,10 +117,10 @@ def define_op(
         {
             "__doc__": f"Eager autograd of ``npt_kernels::{name}``; see ops/custom_op.py.",
             # ``*args``: Function.apply binds the signature of what it finds here on every call, 0.3 ms for 22 named arguments.
-            "forward": staticmethod(lambda *args: forward(*args)),
+            "forward": staticmethod(lambda *args: eager(*args)),
             "setup_context": staticmethod(shared_setup),
             "backward": staticmethod(torch.autograd.function.once_differentiable(eager_backward)),
         },
     )
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    return Op(name, function, forward, library_op, library_backward, apply)
+    return Op(name, function, eager, library_op, library_backward, apply)

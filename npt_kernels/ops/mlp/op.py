@@ -41,11 +41,15 @@ def _run(o: Operands, spec: Spec, save: bool, backend: str) -> tuple[Tensor, Sav
         return forward(get_steps(backend), _with_weights(o, weights), spec, save)
 
 
+def _eager_forward(*args: Any) -> tuple[Tensor | None, ...]:
+    act, rule, num_ranks, scale, save, backend = args[NUM_TENSORS:]
+    out, made = _run(Operands.of(args[:NUM_TENSORS]), Spec(act, rule, num_ranks, scale), save, backend)
+    return (out, *made)
+
+
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    o, (*spec, save, backend) = Operands.of(args[:NUM_TENSORS]), args[NUM_TENSORS:]
-    out, made = _run(o, Spec(*spec), save, backend)
-    # An empty tensor of its own for each that is not there: torch.library refuses outputs that share memory.
-    return (out, *(o.x.new_empty(0) if t is None else t for t in made))
+    # An empty tensor of its own for each that is not there: torch.library refuses outputs that share memory, and None.
+    return tuple(args[0].new_empty(0) if t is None else t for t in _eager_forward(*args))
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
@@ -117,7 +121,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dout: Tensor, run: Callable[..., list[Tensor]]) -> list[Tensor]:
     needs, saved = list(ctx.needs_input_grad[:NUM_TENSORS]), ctx.saved_tensors
-    overwrite = run is _raw_backward and may_overwrite(saved, _WIDE)
+    overwrite = run is _raw_backward and get_steps(ctx.backend).overwrites_saved and may_overwrite(saved, _WIDE)
     return run(dout, *saved, ctx.sizes, needs, *ctx.spec, ctx.backend, overwrite)
 
 
@@ -126,6 +130,7 @@ OP = define_op(
     "mlp",
     num_tensors=NUM_TENSORS,
     forward=_forward,
+    eager_forward=_eager_forward,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -13,8 +13,6 @@ from ...kernels.steps import Projection, Spec
 
 __all__ = ["BACKWARD_SCHEMA", "FORWARD_SCHEMA", "NUM_SAVED", "NUM_TENSORS", "Operands", "Projection", "Saved", "Spec"]
 
-_WIDTH = len(Projection._fields)
-
 
 class Operands(NamedTuple):
     """``x [T, d]``, ``a [T, d_a]``, ``key_scale [T]`` or ``None``, ``w_down [d_a, R]``; a plain MLP has an empty ``gate``.
@@ -35,10 +33,15 @@ class Operands(NamedTuple):
     @classmethod
     def of(cls, flat: Iterable[Any]) -> Operands:
         """From the flat order of the schema."""
-        *flat, row_scale = flat
-        gate, up, down = (Projection._make(flat[i : i + _WIDTH]) for i in range(4, len(flat), _WIDTH))
-        x, a, key_scale, w_down = flat[:4]
-        return cls(x, a, key_scale, w_down, gate, up, down, row_scale)
+        # Spelled out: five of these are made in a training step, 3 us each as a loop.
+        (
+            x, a, key_scale, w_down, gate_weight, gate_bias, gate_key, gate_value, up_weight, up_bias, up_key, up_value,
+            down_weight, down_bias, down_key, down_value, row_scale,
+        ) = flat  # fmt: skip
+        return cls(
+            x, a, key_scale, w_down, Projection(gate_weight, gate_bias, gate_key, gate_value),
+            Projection(up_weight, up_bias, up_key, up_value), Projection(down_weight, down_bias, down_key, down_value), row_scale,
+        )  # fmt: skip
 
     def flat(self) -> tuple[Any, ...]:
         """In the order of the schema."""

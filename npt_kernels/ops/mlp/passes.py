@@ -83,20 +83,19 @@ def keep(need: Operands, o: Operands, made: Saved, spec: Spec) -> tuple[Operands
     want = Wants.of(need, o.gate.weight is not None, (o.gate.value is not None, o.up.value is not None), spec)
 
     def kept(target: Projection, reads_weight: bool) -> Projection:
-        bias = target.bias if want.row_scale and target is not o.down else None
-        return target._replace(
-            weight=target.weight if reads_weight else None, bias=bias, key=target.key if reads_weight else None
-        )
+        weight, bias, key, value = target
+        bias = bias if want.row_scale and target is not o.down else None
+        return Projection(weight, bias, key, value) if reads_weight else Projection(None, bias, None, value)
 
     reads_x = need.gate.weight or need.up.weight or need.gate.key or need.up.key
     operands = Operands(
         o.x if reads_x else None, o.a if need.w_down else None, o.key_scale, o.w_down if need.a else None,
         kept(o.gate, need.x), kept(o.up, need.x), kept(o.down, want.inter),
     )  # fmt: skip
-    wide = want.inter or want.inter_again
-    if o.w_down is None:
-        made = made._replace(z=o.a)
-    return operands, made._replace(gate=made.gate if wide else None, up=made.up if wide else None)
+    z, p_gate, p_up, p_down, gate, up = made
+    if not (want.inter or want.inter_again):
+        gate = up = None
+    return operands, Saved(o.a if o.w_down is None else z, p_gate, p_up, p_down, gate, up)
 
 
 def backward(
