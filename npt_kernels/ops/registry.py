@@ -111,6 +111,8 @@ def resolve_backend(
     if requested is not None:
         backend = get_backend(requested)
         missing = backend.lacks(op) if for_all else None
+        if missing is None and for_all and op == "matched_norm" and torch.is_autocast_enabled(device.type):
+            missing = backend.reason(call)  # the stream's dtype is autocast's choice, not the user's
         if missing is None:
             reason = backend.reason(call)
             if reason is not None:

@@ -200,6 +200,33 @@ def test_a_backend_named_for_one_call_is_that_one_or_an_error(partial):
     assert explained.chosen is None and "no implementation" in explained.reasons["partial"]
 
 
+def test_the_norms_dtype_is_autocasts_choice(monkeypatch):
+    """Under autocast the residual stream stays float32: a backend for everything that has no such norm leaves it to another."""
+    half = backends.Backend(
+        "half", EagerSteps, "for this test", False,
+        lambda call: "float32 is not supported" if call.dtype == torch.float32 else None,
+    )  # fmt: skip
+    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "half": half})
+    monkeypatch.setattr(backends, "_DEFAULT_BACKEND", "half")
+    backends._say_elsewhere.cache_clear()
+    cpu, resolve = torch.device("cpu"), backends.resolve_backend
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.warns(UserWarning, match="matched_norm runs on 'eager', not on 'half'"),
+    ):
+        assert resolve("matched_norm", None, cpu, torch.float32) == "eager"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert resolve("matched_norm", None, cpu, torch.bfloat16) == "half"
+        for refused in (
+            lambda: resolve("mlp", None, cpu, torch.float32),
+            lambda: resolve("matched_norm", "half", cpu, torch.float32),
+        ):
+            with pytest.raises(BackendUnavailableError, match="float32 is not supported"):
+                refused()
+    with pytest.raises(BackendUnavailableError, match="float32 is not supported"):
+        resolve("matched_norm", None, cpu, torch.float32)
+
+
 def test_nothing_automatic_for_an_op_that_the_named_backend_lacks(partial, monkeypatch):
     monkeypatch.setattr(backends, "BACKENDS", {"partial": partial})
     monkeypatch.setattr(backends, "_DEFAULT_BACKEND", "partial")

@@ -11,6 +11,7 @@ import torch._dynamo.testing
 
 from npt_kernels import BackendUnavailableError, npt_linear
 from npt_kernels.activations import ACTIVATIONS
+from npt_kernels.kernels import triton as backend
 from npt_kernels.kernels.triton import launch as runtime
 from npt_kernels.kernels.triton import support
 from npt_kernels.kernels.triton.launch import TileConfig, addressable, describe
@@ -21,8 +22,18 @@ from tests.triton.test_triton_ops import mlp_functions, mlp_tensors
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_never_chosen_by_itself():
-    assert not BACKENDS["triton"].automatic
+def test_chosen_unasked_only_where_it_was_measured_faster(monkeypatch):
+    norm, unasked = Call("matched_norm", CUDA, torch.bfloat16), BACKENDS["triton"].chosen_unasked
+    monkeypatch.setattr(backend, "_capability", lambda index: (9, 0))
+    assert unasked(norm)
+    assert not any(
+        unasked(norm._replace(**other)) for other in ({"op": "mlp"}, {"device": CPU}, {"dtype": torch.float32})
+    )
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not unasked(norm)
+    monkeypatch.undo()
+    monkeypatch.setattr(backend, "_capability", lambda index: (8, 0))
+    assert not unasked(norm)
     assert resolve_backend("linear", None, CPU, torch.float32) == "eager"
 
 
@@ -64,7 +75,7 @@ def test_explicit_choice_raises_with_the_reason():
 
 def test_explain():
     by_itself = explain("npt_gated_mlp", randn(2, 2, dtype=torch.float16), act="silu")
-    assert by_itself.chosen == "eager" and "only when asked for by name" in by_itself.reasons["triton"]
+    assert by_itself.chosen == "eager" and "unasked it runs only matched_norm" in by_itself.reasons["triton"]
     assert "mlp on cpu, float16: eager" in str(by_itself) and "not triton:" in str(by_itself)
     asked = explain("linear", dtype=torch.float16, backend="triton")
     assert asked.chosen == "triton" and asked.reasons["eager"] == "'triton' was asked for"

@@ -26,6 +26,11 @@ _MEASURED_PATHS = {
     "train": (*_OPS, *_MODEL, "npt_kernels/offload"),
     "run": (*_OPS, *_MODEL, "npt_kernels/conversion"),
 }  # fmt: skip
+#: Who is chosen unasked: a row names who ran.
+_CHOICE = (
+    "npt_kernels/ops/registry.py", "npt_kernels/kernels/backend.py", "npt_kernels/kernels/__init__.py",
+    "npt_kernels/kernels/cuda/__init__.py", "npt_kernels/kernels/triton/__init__.py",
+)  # fmt: skip
 #: What of it never runs on the other kind of device.
 _ON_CPUS = (
     "csrc/cpu",
@@ -144,7 +149,7 @@ def staleness(suite: str, commit: str, device: str = "") -> str | None:
     git = ["git", "-C", str(root)]
     if subprocess.run([*git, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True).returncode:
         return f"commit {commit[:9]} is not in this repository"
-    elsewhere = () if not device else _ON_GPUS if on_a_cpu(device) else _ON_CPUS
+    elsewhere = (*_CHOICE, *(() if not device else _ON_GPUS if on_a_cpu(device) else _ON_CPUS))
     paths = [*_MEASURED_PATHS[suite], *(f":(exclude,glob){path}" for path in elsewhere if "*" in path),
              *(f":(exclude){path}" for path in elsewhere if "*" not in path)]  # fmt: skip
     log = subprocess.run([*git, "log", "--format=%h", f"{commit}..HEAD", "--", *paths], capture_output=True, text=True)
