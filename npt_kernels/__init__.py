@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .conversion.apply import apply_npt
     from .functional import npt_factored_linear, npt_gated_mlp, npt_linear, npt_mlp
     from .model.apply_report import ApplyReport
+    from .model.extra import add_extra, remove_extra
     from .model.install import npt_disabled, npt_parameters, npt_scale, remove_npt
     from .model.save import load_npt, save_npt
     from .ops.registry import BackendUnavailableError, available_backends, explain
@@ -30,6 +31,7 @@ _LAZY = {
     "NPComponent": ".component",
     "NPTConfig": ".config",
     "NPTModelForCausalLM": ".pretrained",
+    "add_extra": ".model.extra",
     "apply_npt": ".conversion.apply",
     "available_backends": ".ops.registry",
     "explain": ".ops.registry",
@@ -41,6 +43,7 @@ _LAZY = {
     "npt_mlp": ".functional",
     "npt_parameters": ".model.install",
     "npt_scale": ".model.install",
+    "remove_extra": ".model.extra",
     "remove_npt": ".model.install",
     "save_npt": ".model.save",
 }
@@ -53,6 +56,7 @@ __all__ = [
     "NPTConfig",
     "NPTModelForCausalLM",
     "__version__",
+    "add_extra",
     "apply_npt",
     "available_backends",
     "explain",
@@ -64,6 +68,7 @@ __all__ = [
     "npt_mlp",
     "npt_parameters",
     "npt_scale",
+    "remove_extra",
     "remove_npt",
     "save_npt",
 ]

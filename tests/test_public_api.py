@@ -13,10 +13,10 @@ import npt_kernels
 
 PUBLIC = [
     "AdapterTensors", "ApplyReport", "BackendUnavailableError", "NPComponent", "NPTConfig", "NPTModelForCausalLM",
-    "__version__", "apply_npt", "available_backends",
+    "__version__", "add_extra", "apply_npt", "available_backends",
     "explain",
     "load_npt", "npt_disabled", "npt_factored_linear", "npt_gated_mlp", "npt_linear", "npt_mlp", "npt_parameters", "npt_scale",
-    "remove_npt", "save_npt",
+    "remove_extra", "remove_npt", "save_npt",
 ]  # fmt: skip
 
 

@@ -89,6 +89,16 @@ class ModelSection(_Section):
         False,
         description="Keep the attention residual; ΔW is an extra change of the original, for training.objective=task.",
     )
+    extra_rank: int = Field(
+        0,
+        ge=0,
+        description="Rank of a second change beside the frozen component, for training.objective=task; 0: none.",
+    )
+    extra_rule: str = Field("diagonal", description="Its form: self_key, rank1, diagonal, anchored.")
+    extra_layers: str | list[int] | None = Field(
+        None, description="Its layers, as npt_layers; None: all converted ones."
+    )
+    extra_targets: list[str] | None = Field(None, description="Linears that it changes; None: all of the MLP.")
     init: str = Field("auto", description="auto, closed_form, small or published.")
     basis: str = Field("fisher", description="Directions the closed form keeps: fisher or pca.")
     refit: bool = Field(True, description="Closed form: fit each layer on the converted stream, mending earlier drift.")
@@ -350,6 +360,8 @@ class RunConfig(_Section):
                 "model.attention_residual=true leaves the original as it is, which needs no equivalence training; set "
                 "training.objective=task"
             )
+        if self.model.extra_rank:
+            self._check_extra()
         if (d.prompt_field is None) != (d.response_field is None):
             missing = "response_field" if d.response_field is None else "prompt_field"
             raise ValueError(f"data.{missing} is missing: prompts and responses are named together")
@@ -363,6 +375,21 @@ class RunConfig(_Section):
                     "data.prompt_field reads .jsonl files named in data.train_files, without data.sources and data.streaming"
                 )
         return self
+
+    def _check_extra(self) -> None:
+        o = self.optimization
+        if self.training.objective != "task":
+            raise ValueError(
+                "model.extra_rank is trained on a task, away from equivalence; set training.objective=task, or extra_rank=0"
+            )
+        try:
+            NPTConfig(rule=self.model.extra_rule)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model.extra_rule: {error}") from error
+        if o.stream_layers != "off" or o.use_cpu_offload:
+            raise ValueError(
+                "model.extra_rank: layers with an extra change cannot be streamed; set optimization.stream_layers=off"
+            )
 
     def npt_config(self) -> NPTConfig:
         """The conversion settings as :class:`npt_kernels.NPTConfig`."""

@@ -232,6 +232,10 @@ def _notes(config: RunConfig, device: torch.device) -> list[str]:
         notes.append(slow_bf16(why))
     if uses_closed_form(config) and config.model.num_ranks > 1:
         notes.append("model.num_ranks > 1 with self_key: the same form as one term of rank num_ranks × rank")
+    if config.model.extra_rank:
+        notes.append(
+            "model.extra_rank: parameters and time of the extra change are not counted; those of the component are"
+        )
     if config.training.mode == "none" and not uses_closed_form(config):
         notes.append("training.mode=none without the closed form: the converted model will be far from the original")
     return notes

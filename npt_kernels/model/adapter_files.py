@@ -45,6 +45,7 @@ class AdapterFiles:
         layers, ranks: Indices and the rank of each, as many.
         tensors: ``layers.{i}.{name}`` → tensor.
         base: What :func:`npt_kernels.model.base_identity.check_base` compares; ``None`` where nothing was saved.
+        extra: What the header says of the extra change (``extra.py``); ``None`` without.
     """
 
     config: NPTConfig
@@ -52,6 +53,7 @@ class AdapterFiles:
     ranks: list[int]
     tensors: dict[str, Tensor]
     base: dict[str, Any] | None = None
+    extra: Any = None
 
 
 def read_adapter(path: Path) -> AdapterFiles:
@@ -126,7 +128,7 @@ def _read_directory(path: Path) -> AdapterFiles:
             stacklevel=4,
         )
     base = header.get("base")
-    return AdapterFiles(*contents, tensors, base if isinstance(base, dict) else None)
+    return AdapterFiles(*contents, tensors, base if isinstance(base, dict) else None, header.get("extra"))
 
 
 def _parsed(data: bytes, path: Path) -> dict[str, Any]:

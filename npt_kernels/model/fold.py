@@ -58,6 +58,8 @@ class NPTOutputProjection(Swapped):
 
 def skippable_projection(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) -> nn.Module | None:
     """The output projection of a converted layer, if the layer can do without its result in this call, and had better."""
+    if "np_extra" in layer._modules:  # which hears the attention output itself
+        return None
     # The attention's own mode: checkpointing puts nothing but the layer into training.
     if plan.projection is None or (plan.shape.attention_module(layer).training and not plan.folds_in_training):
         return None

@@ -196,8 +196,12 @@ def _chosen(model: nn.Module, layers: str | Sequence[int] | None) -> list[NPComp
 
 
 def npt_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters, layer by layer. Raises ``ValueError`` if the model is not converted."""
-    return [parameter for layer in require_converted(model).values() for parameter in layer.np_component.parameters()]
+    """The trainable parameters, layer by layer: those of the components, or of the extra changes beside them (``extra.py``),
+    where there are any. Raises ``ValueError`` if the model is not converted."""
+    layers = require_converted(model).values()
+    extra = [layer._modules["np_extra"] for layer in layers if "np_extra" in layer._modules]
+    components = extra or [layer.np_component for layer in layers]
+    return [parameter for component in components for parameter in component.parameters()]
 
 
 def npt_config(model: nn.Module) -> NPTConfig:

@@ -193,4 +193,5 @@ def restore_layer(layer: nn.Module) -> None:
         if isinstance(module, NPTOutputProjection):
             restore_class(module)
     restore_class(layer)
+    layer._modules.pop("np_extra", None)
     del layer.np_component, layer.npt_plan

@@ -23,6 +23,7 @@ from ..functional import npt_gated_mlp, npt_mlp
 from ..kernels.cpu_layout import k_contiguous
 from ..quantised.foreign import made_by_library
 from ..quantised.linear import QuantisedLinear
+from ..rules import get_rule
 from .linears import is_conv1d, linear_bias, linear_weight
 from .norms import NormKind, matched_norm, matched_scale
 from .own_thread import any_acts_here
@@ -72,6 +73,7 @@ class Change:
         z: ``[..., R]``, the bottleneck where it is made already.
         moved: ``m [..., d]``, the last linear's change of output, where it is made already.
         key_scale: ``[...]`` or ``None``.
+        heard: ``a`` for the layer's extra change (``extra.py``), which it cannot do without.
         row_scale: ``[...]`` of ones that carry the gradient of 1/ρ_T where ``key_scale`` and the input do not, or ``None``.
         backend: By name, or ``None``.
     """
@@ -88,9 +90,11 @@ class Change:
         z: Tensor | None = None,
         moved: Tensor | None = None,
         row_scale: Tensor | None = None,
+        heard: Tensor | None = None,
     ) -> None:
         self.layer, self.plan, self.component, self.a, self.key_scale = layer, plan, component, a, key_scale
         self.backend, self.z, self.moved, self.row_scale = backend, z, moved, row_scale
+        self.heard = heard if "np_extra" in layer._modules else None
 
 
 class NPTMlp(Swapped):
@@ -188,7 +192,16 @@ def make_change(
     else:
         u, key_scale = mlp_input(layer, plan, h, _heard(plan, component, a) if moved is None else moved, backend)
     change = Change(
-        layer, plan, component, None if z is not None else a, key_scale, backend, z=z, moved=moved, row_scale=row_scale
+        layer,
+        plan,
+        component,
+        None if z is not None else a,
+        key_scale,
+        backend,
+        z=z,
+        moved=moved,
+        row_scale=row_scale,
+        heard=a,
     )
     return u, change
 
@@ -247,9 +260,14 @@ def changed_mlp(change: Change, u: Tensor) -> Tensor:
 def _changed(change: Change, mlp: nn.Module, u: Tensor) -> Tensor:
     plan, layer = change.plan, change.layer
     shape, act = plan.shape, plan.shape.activation(layer)
-    if any(
-        has_hooks(module) or not plain_forward(module) for module, _ in map(partial(shape.called, layer), shape.targets)
-    ) or (isinstance(act, nn.Module) and has_hooks(act)):
+    if (
+        "np_extra" in layer._modules
+        or any(
+            has_hooks(module) or not plain_forward(module)
+            for module, _ in map(partial(shape.called, layer), shape.targets)
+        )
+        or (isinstance(act, nn.Module) and has_hooks(act))
+    ):
         return _called(change, mlp, u)
     linears = {place.slot: shape.linear(layer, target) for target, place in shape.targets.items()}
     weights = {slot: linear_weight(linear, u.dtype) for slot, linear in linears.items()}
@@ -291,7 +309,6 @@ def _called(change: Change, mlp: nn.Module, u: Tensor) -> Tensor:
     dtype = next((t.dtype for t in mlp.parameters() if t.is_floating_point()), u.dtype)
     u = u.to(dtype)
     adapter = component.tensors(dtype)
-    rule = component.rule
     if change.z is not None:
         z = change.z.to(dtype)
     else:
@@ -303,6 +320,17 @@ def _called(change: Change, mlp: nn.Module, u: Tensor) -> Tensor:
         u, scaled = (u * rows).to(u.dtype), (scaled * rows).to(scaled.dtype)
     places = {place.slot: (target, place.attribute) for target, place in plan.shape.targets.items()}
     fused: Tensor | None = None
+    extra: NPComponent | None = change.layer._modules.get("np_extra")  # type: ignore[assignment]
+    extra_tensors = z_extra = None
+    if extra is not None:
+        if change.heard is None:
+            raise RuntimeError(
+                f"layer {plan.index} has an extra change, which needs the attention output, not the bottleneck of it"
+            )
+        extra_tensors = extra.tensors(dtype)
+        z_extra = change.heard.to(dtype) @ extra_tensors.w_down  # type: ignore[operator]
+        if change.row_scale is not None:
+            raise RuntimeError(f"layer {plan.index} has an extra change; its component does not train, locally neither")
 
     def linear(slot: str, x: Tensor, z: Tensor) -> Tensor:
         nonlocal fused
@@ -319,18 +347,23 @@ def _called(change: Change, mlp: nn.Module, u: Tensor) -> Tensor:
         else:  # gate and up read the same x: one call, as in the original
             fused = module(x) if fused is None else fused
             y = fused[..., part]
-        value = adapter.w_b_up.get(target)
-        if value is None:
-            return y
-        key = adapter.w_a_up.get(target)
-        p = None if key is None else F.linear(x.to(key.dtype), key if rule.key == "matrix" else key.unsqueeze(0))
-        c = rule.coefficients(z, p, component.num_ranks, component.scale)
-        return y + (c.to(value.dtype) @ value).to(y.dtype)
+        y = _plus_change(y, x, z, adapter, target)
+        return y if extra_tensors is None else _plus_change(y, x, z_extra, extra_tensors, target)  # type: ignore[arg-type]
 
     act = plan.shape.activation(change.layer)
     up = linear("up", u, scaled)
     inter = act(linear("gate", u, scaled)) * up if "gate" in places else act(up)
     return linear("down", inter, z)
+
+
+def _plus_change(y: Tensor, x: Tensor, z: Tensor, adapter: AdapterTensors, target: str) -> Tensor:
+    """``y + c @ w_b_up``; ``y`` itself where the target does not change."""
+    value, key, rule = adapter.w_b_up.get(target), adapter.w_a_up.get(target), get_rule(adapter.rule)
+    if value is None:
+        return y
+    p = None if key is None else F.linear(x.to(key.dtype), key if rule.key == "matrix" else key.unsqueeze(0))
+    c = rule.coefficients(z, p, adapter.num_ranks, adapter.scale)
+    return y + (c.to(value.dtype) @ value).to(y.dtype)
 
 
 def _say_frozen(component: NPComponent, mlp: nn.Module) -> None:

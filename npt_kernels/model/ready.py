@@ -294,7 +294,13 @@ _NONE = Projection()
 
 
 def _make(layer: nn.Module, plan: LayerPlan, component: NPComponent, h: Tensor) -> ReadyHalf | None:
-    if plan.attention_residual or type(h) is not Tensor or h.is_meta or _elsewhere(h, casts=False):
+    if (
+        plan.attention_residual
+        or "np_extra" in layer._modules
+        or type(h) is not Tensor
+        or h.is_meta
+        or _elsewhere(h, casts=False)
+    ):
         return None
     # Of a norm that is matched to more than the last linear's change, only the long way knows.
     if component.strength != 1.0:

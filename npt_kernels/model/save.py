@@ -33,6 +33,7 @@ from .adapter_files import (
 )
 from .apply_report import ApplyReport, make_report
 from .base_identity import check_base, describe_base
+from .extra import ExtraSpec, extra_tensors, fill_extra, put_extra, spec_of, split_tensors
 from .install import converted_layers, install, make_component, npt_config, remove_npt
 from .linears import count_parameters
 from .probe import check_forwards
@@ -43,12 +44,15 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_state_dict", "find_adapter", 
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """``layers.{i}.w_down``, ``layers.{i}.w_a_up.{target}``, ``layers.{i}.w_b_up.{target}`` → tensor (not copied)."""
-    return {
+    """``layers.{i}.w_down``, ``layers.{i}.w_a_up.{target}``, ``layers.{i}.w_b_up.{target}`` → tensor (not copied), and the same
+    behind ``extra.`` of the extra changes."""
+    layers = converted_layers(model)
+    own = {
         f"layers.{index}.{name}": parameter.detach()
-        for index, layer in converted_layers(model).items()
+        for index, layer in layers.items()
         for name, parameter in layer.np_component.named_parameters()
     }
+    return own | (extra_tensors(model) if layers else {})
 
 
 def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -77,6 +81,8 @@ def save_npt(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "targets": list(next(iter(layers.values())).np_component.target_shapes),
         "base": describe_base(model, [(layer, layer.npt_plan) for layer in layers.values()]),
     }
+    if (extra := spec_of(model)) is not None:
+        header["extra"] = extra.to_dict()
     # Components that FSDP2 has sharded too, in a user's own loop, are gathered; every process then saves the same.
     tensors = {name: whole(tensor).cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
     final = [path / WEIGHTS_NAME, path / CONFIG_NAME]
@@ -134,11 +140,15 @@ def load_npt(model: nn.Module, source: str | os.PathLike[str], *, fold: bool | N
     choices = check_forwards(model, choices)
     _check_sizes(path, choices, found)
     components = [make_component(choice, config, rank) for choice, rank in zip(choices, found.ranks, strict=True)]
-    _fill(path, choices, components, found.tensors)
+    own, beside = split_tensors(found.tensors)
+    _fill(path, choices, components, own)
+    extra = _extra(path, choices, components, found.extra, beside)
     if converted:
         remove_npt(model)
     base_parameters = count_parameters(model)
     install(model, config, choices, components)
+    if extra:
+        put_extra(converted_layers(model), extra)
     return make_report(choices, components, skipped, total, base_parameters, {})
 
 
@@ -165,6 +175,34 @@ def _check_sizes(path: Path, choices: list[LayerChoice], found: AdapterFiles) ->
             )
         if tensor is None:
             raise ValueError(f"{path} does not fit this model and configuration; missing 1: {name}")
+
+
+def _extra(
+    path: Path, choices: list[LayerChoice], components: list[NPComponent], entry: Any, tensors: dict[str, Tensor]
+) -> dict[int, NPComponent]:
+    """The extra changes that an adapter holds beside its components; empty without."""
+    if entry is None:
+        if tensors:
+            raise ValueError(f"{path}: it has {len(tensors)} tensors of an extra change, and its configuration none")
+        return {}
+    places = [
+        (choice.plan.index, choice.layer, choice.plan.shape, component)
+        for choice, component in zip(choices, components, strict=True)
+    ]
+    try:
+        spec = ExtraSpec.from_dict(entry)
+        total = spec.rank * spec.num_ranks
+        for index in spec.layers:  # before memory is asked for
+            tensor = tensors.get(f"layers.{index}.w_down")
+            if tensor is None or tensor.dim() != 2 or tensor.shape[1] != total:
+                raise ValueError(
+                    f"extra.layers.{index}.w_down is missing or has not the rank {total} of the configuration"
+                )
+        extra = fill_extra(places, spec)
+    except (TypeError, ValueError) as error:
+        raise ValueError(shortened(f"{path} does not fit this model: {error}")) from error
+    _fill(path, [choice for choice in choices if choice.plan.index in extra], list(extra.values()), tensors)
+    return extra
 
 
 @torch.no_grad()

@@ -23,7 +23,10 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def base_fingerprint(model: nn.Module) -> dict[str, int]:
     """Name → sum of the bit patterns, for all that is stored and no NP component's (quantised weights too): equal if nothing
     moved. A sharded parameter has the sum of its shards, which is that of the whole; every process must call this then."""
-    own = {id(p) for layer in converted_layers(model).values() for p in layer.np_component.parameters()}
+    parts = [
+        layer._modules.get(name) for layer in converted_layers(model).values() for name in ("np_component", "np_extra")
+    ]
+    own = {id(p) for part in parts if part is not None for p in part.parameters()}
     return {
         name: _bit_sum(t)
         for name, t in stored_tensors(model)

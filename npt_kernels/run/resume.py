@@ -86,6 +86,7 @@ def _checkpoint_folders(path: Path) -> list[Path]:
 _FIXED = {
     "model.base_model_name", "model.npt_layers", "model.rank", "model.modulation_scale", "model.rule", "model.num_ranks",
     "model.targets", "model.norm_match", "model.attention_residual", "model.fold",
+    "model.extra_rank", "model.extra_rule", "model.extra_layers", "model.extra_targets",
     "training.seed", "data.streaming",
 }  # fmt: skip
 #: How a run looks and where it writes, and what only a conversion reads.

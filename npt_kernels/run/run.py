@@ -37,6 +37,7 @@ from ..training.precision import autocast
 from .checkpoints import Checkpoint, list_checkpoints, load_optimizer
 from .display import Pace, TrainingDisplay
 from .evaluation import Measured, RunEvaluation, timed
+from .extra import settle_extra
 from .fingerprint import base_fingerprint, text_fingerprint
 from .oom import memory_advice
 from .open import computing, make_accelerator, threads
@@ -270,6 +271,7 @@ class Run:
             report = self.world.on_main(self._convert_here)
             self.world.copy_adapter(self.model)
             report = self.world.broadcast(report)
+            settle_extra(self.model, self.config, self.world.size)
         assert report is not None
         self.recorder.say(str(report))
         return report
@@ -463,8 +465,7 @@ class Run:
         go_on = f"Go on with: npt train --resume {shlex.quote(str(self.config.output_dir))}"
         last = f"the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint"
         updating, together = self.state.progress.updating, self.world.all_here()
-        if together:
-            updating = bool(self.world.agree(updating)[0])
+        updating = bool(self.world.agree(updating)[0]) if together else updating
         if updating:
             return f"; it stopped in the middle of an update, which cannot be saved, and {last}. {go_on}"
         if not together:
