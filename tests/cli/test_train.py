@@ -82,7 +82,7 @@ def test_env() -> None:
     facts = json.loads(npt("env", "--json").stdout)
     assert facts["npt_kernels"]["version"] == npt_kernels.__version__
     assert facts["backends"]["eager"].endswith("; chosen unasked")
-    assert "chosen unasked for the mlp in bfloat16" in facts["backends"]["cuda"]
+    assert "chosen unasked for the mlp in bfloat16: from 1,024" in facts["backends"]["cuda"]
     assert facts["backends"]["one token on a CPU"]
     assert facts["hardware"]["cpu"] and facts["caches"]["npt_kernels"]
     assert "not downloaded" in npt("env").stdout or "ready" in npt("env").stdout

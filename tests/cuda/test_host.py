@@ -41,10 +41,11 @@ def test_chosen_unasked_only_where_it_was_measured_faster(monkeypatch: pytest.Mo
     large = Call("mlp", torch.device("cuda", 0), torch.bfloat16, "silu", "self_key", 1024, (4096, 14336, 64), False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     unasked = BACKENDS["cuda"].chosen_unasked
-    assert unasked(large)
+    assert unasked(large) and unasked(large._replace(tokens=8192, trains=True))
     for other in (
-        {"op": "matched_norm"}, {"device": torch.device("cpu")}, {"dtype": torch.float16}, {"trains": True}, {"tokens": 1023},
-        {"tokens": 0}, {"sizes": ()}, {"sizes": (4096, 14336, 60)}, {"sizes": (2048, 8192, 64)}, {"tokens": 1},
+        {"op": "matched_norm"}, {"device": torch.device("cpu")}, {"dtype": torch.float16}, {"sizes": ()},
+        {"trains": True, "tokens": 8191}, {"tokens": 1023}, {"tokens": 0}, {"tokens": 1},
+        {"sizes": (4096, 14336, 60)}, {"sizes": (2048, 8192, 64)},
     ):  # fmt: skip
         assert not unasked(large._replace(**other)), other
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
