@@ -1,7 +1,8 @@
 """Fine-tuning SmolLM2 by per-token weight changes beside LoRA: ``python -m benchmarks.task --out benchmarks/results/<device>``.
 
 The same layers, matrices, batches and seeds, about the same number of parameters, AdamW at the same two learning rates: PEFT's
-LoRA, and every rule as an extra change of the original layer (``attention_residual=True``). Measured before and after: −log p of
+LoRA, and every rule as an extra change of the original layer (``attention_residual=True``). ``--beside RULE…``: the extra change
+beside the components of a converted model (``add_extra``), in a record of its own. Measured before and after: −log p of
 held-out text of the task (a play), of other text (this package's documentation: what was forgotten), and facts of the world.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npt_kernels import NPTConfig, __version__, apply_npt, npt_parameters, remove_npt
+from npt_kernels import NPTConfig, __version__, add_extra, apply_npt, npt_parameters, remove_extra, remove_npt
 from npt_kernels.base_model.loading import load_model
 from npt_kernels.configs.schema import RunConfig
 from npt_kernels.model.head import OutputHead
@@ -67,6 +68,16 @@ def adapted(model: nn.Module, method: str, seed: int) -> Iterator[list[nn.Parame
         remove_npt(model)
 
 
+@contextmanager
+def beside(model: nn.Module, rule: str, seed: int) -> Iterator[list[nn.Parameter]]:
+    """As :func:`adapted`, on a converted model, whose components stay."""
+    add_extra(model, RANKS[rule], rule=rule, layers=list(LAYERS), seed=seed)
+    try:
+        yield npt_parameters(model)
+    finally:
+        remove_extra(model)
+
+
 def train(model: nn.Module, parameters: list[nn.Parameter], text: Tensor, rate: float, seed: int, steps: int) -> bool:
     """``steps`` AdamW steps of one sequence each, in the seed's order; whether every loss was finite."""
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed))
@@ -100,6 +111,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.task", description=__doc__)
     parser.add_argument("--out", type=Path, default=None, help="folder of task.json")
     parser.add_argument("--methods", nargs="*", default=list(RANKS))
+    parser.add_argument(
+        "--beside", nargs="*", default=[], metavar="RULE", help="instead: beside a converted model's components"
+    )
+    parser.add_argument("--rank", default="auto:184", help="of those components")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
@@ -117,17 +132,25 @@ def main() -> None:
     measure = Measures(
         model, tokenizer, windows(tokenizer, corpus.heldout, 12, LENGTH), windows(tokenizer, other, 12, LENGTH)
     )
-    before, rows = measure(), []
+    before, rows, converted = measure(), [], None
     print(f"before: task {before['task']:.3f}, other {before['other']:.3f} nats a token, known {before['known']} of 16")
-    for method in options.methods:
+    put = adapted
+    if options.beside:
+        apply_npt(model, NPTConfig(rank=options.rank), windows(tokenizer, corpus.calibration, 128, LENGTH))
+        put, converted = beside, measure()
+        print(
+            f"converted: task {converted['task']:.3f}, other {converted['other']:.3f}, known {converted['known']}",
+            flush=True,
+        )
+    for method in options.beside or options.methods:
         for rate in RATES:
             for seed in range(options.seeds):
-                with adapted(model, method, seed) as parameters:
+                with put(model, method, seed) as parameters:
                     finite = train(model, parameters, text, rate, seed, options.steps)
                     after = measure()
                     count = sum(p.numel() for p in parameters)
                 row = {
-                    "method": method,
+                    "method": f"beside, {method}" if options.beside else method,
                     "learning_rate": rate,
                     "seed": seed,
                     "parameters": count,
@@ -141,10 +164,13 @@ def main() -> None:
                     flush=True,
                 )
                 if options.out is not None:
-                    write(options.out / "task.json", before, rows, options, time.perf_counter() - start)
+                    name = "task-beside.json" if options.beside else "task.json"
+                    write(options.out / name, before, rows, options, time.perf_counter() - start, converted)
 
 
-def write(path: Path, before: dict[str, float], rows: list[dict[str, Any]], options: Any, seconds: float) -> None:
+def write(
+    path: Path, before: dict[str, float], rows: list[dict[str, Any]], options: Any, seconds: float, converted: Any
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "model": "SmolLM2-135M-Instruct, float32",
@@ -158,7 +184,8 @@ def write(path: Path, before: dict[str, float], rows: list[dict[str, Any]], opti
         "torch": torch.__version__,
         "seconds": round(seconds, 1),
     }
-    write_json(path, {"about": about, "before": before, "rows": rows})
+    more = {} if converted is None else {"converted": converted, "rank": options.rank}
+    write_json(path, {"about": about, "before": before, **more, "rows": rows})
 
 
 if __name__ == "__main__":
