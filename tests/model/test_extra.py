@@ -190,6 +190,7 @@ from npt_kernels import load_npt
 from npt_kernels.model.extra import extra_components
 from tests.model.test_extra import logits
 from tests.support.helpers import tiny_model
+torch.set_num_threads({torch.get_num_threads()})
 model = tiny_model("llama", layers=3).eval()
 load_npt(model, {str(tmp_path / "adapter")!r})
 assert list(extra_components(model)) == [0, 2]
