@@ -83,7 +83,7 @@ def cpu() -> list[Extension]:
             depends=[str(path) for path in sorted(folder.glob("*.h"))],
             include_dirs=[include],
             # Instruction sets are chosen when it runs (csrc/cpu/loops.h), so the flags name none.
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-fopenmp-simd"],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd"],
             libraries=["dl"],
             language="c++",
             optional=wish("NPT_CPU") != "1",

@@ -3,7 +3,8 @@
     python tools/check_install.py [--work DIR] [--contents-only]
 
 1. ``python -m build`` of the files that git knows: the wheel is built from the sdist, so the sdist is complete if the wheel is.
-2. The wheel holds every file of ``npt_kernels/``; the sdist also what builds the kernels, the documents, the licence.
+2. The wheel holds every file of ``npt_kernels/`` and, where a C++ compiler is, ``_cpu``; the sdist also what builds the
+   kernels, the documents, the licence.
 3. A fresh environment with the wheel alone (torch and safetensors): the ops run, ``npt`` says what it needs.
 4. The same with ``[train]``: ``npt`` runs, every configuration, table and README is found, the examples run.
 
@@ -41,7 +42,8 @@ assert torch.allclose(y, want, atol=1e-4), (y - want).abs().max()
 z, a, b = torch.randn(8, 4, requires_grad=True), torch.randn(4, 16), torch.randn(4, 12)
 npt_factored_linear(x, z, w, a, b).square().sum().backward()
 assert z.grad.abs().max() > 0
-print("the ops run; backends:", ", ".join(available_backends()))
+from npt_kernels.kernels import native_row
+print("the ops run; backends:", ", ".join(available_backends()), "- one token on a CPU:", native_row.available() or "torch")
 """
 
 FILES = """
@@ -110,7 +112,11 @@ def check_contents(sdist: Path, wheel: Path) -> None:
     wanted = package | {name for name in names if name.startswith("csrc/")} | set(BESIDE)
     problems = [f"the sdist lacks {name}" for name in sorted(wanted - packed)]
     problems += [f"the wheel lacks {name}" for name in sorted(package - installed)]
-    problems += [f"the wheel holds {name}, which is not a file of the package" for name in sorted(installed - package)]
+    compiled = {name for name in installed if name.startswith("npt_kernels/_cpu.")}
+    if not compiled and shutil.which("c++"):
+        problems.append("the wheel lacks npt_kernels/_cpu, and there is a C++ compiler")
+    foreign = sorted(installed - package - compiled)
+    problems += [f"the wheel holds {name}, which is not a file of the package" for name in foreign]
     problems += [] if licences else ["the wheel lacks the licence"]
     if problems:
         raise SystemExit("\n".join(problems))
@@ -161,7 +167,11 @@ def main() -> None:
         work = (options.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists())
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_HOME", "CUDA_PATH", "NPT_CUDA")}
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("PYTHONPATH", "CUDA_HOME", "CUDA_PATH", "NPT_CUDA", "NPT_CPU")
+        }
         env |= {"NVCC": "/bin/false", "PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         sdist, wheel = build(work, env)
         check_contents(sdist, wheel)
