@@ -224,6 +224,14 @@ def test_what_runs_on_the_other_kind_of_device_makes_nothing_stale(checkout, cha
         assert (staleness("run", second, name) is not None) == of_a_cpu
 
 
+def test_a_goal_is_stale_only_by_what_it_reads(tmp_path):
+    collected = collect(write(tmp_path))
+    for row in collected.rows:
+        row["stale"] = "measured long ago" if row["suite"] == "memory" else None
+    flagged = [v.goal.what for v in verdicts(collected) if v.where.endswith(", stale")]
+    assert flagged == ["peak memory of forward and backward beyond inputs, weights, gate and up"]
+
+
 def test_stale_figures_are_flagged_on_the_page_and_in_the_picture(checkout, tmp_path):
     _, first, second = checkout
     stale = collect(write(tmp_path / "stale", commit=first))

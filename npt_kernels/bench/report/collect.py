@@ -12,7 +12,7 @@ from typing import Any
 
 from ..results import load_results, newest_rows, repository
 
-__all__ = ["OURS", "Collected", "Source", "best_of_ours", "collect", "on_a_cpu"]
+__all__ = ["OURS", "Asked", "Collected", "Source", "best_of_ours", "collect", "on_a_cpu"]
 
 #: Providers that are ours, in order of preference where several were measured.
 OURS = ("cuda", "triton", "eager")
@@ -93,6 +93,38 @@ class Collected:
             and all(row.get(name) == value for name, value in fields.items())
         ]
 
+    def overhead_of(self, device: str, **fields: Any) -> list[dict[str, Any]]:
+        """Entries of host overhead with those values."""
+        entries = (entry for entry in self.overhead if entry["device"] == device)
+        return [entry for entry in entries if all(entry.get(name) == value for name, value in fields.items())]
+
+    def runs_of(self, device: str, name: str) -> list[dict[str, Any]]:
+        """Records of ``npt train`` of that name."""
+        return [run for run in self.runs if run["source"].facts["device"] == device and run["name"] == name]
+
+
+class Asked(Collected):
+    """A :class:`Collected` that remembers whether anything that was taken from it is stale."""
+
+    def __init__(self, collected: Collected) -> None:
+        super().__init__(collected.sources, collected.rows, collected.overhead, collected.runs, collected.made)
+        self.stale = False
+
+    def of(self, suite: str, device: str | None = None, **fields: Any) -> list[dict[str, Any]]:
+        found = super().of(suite, device, **fields)
+        self.stale |= any(row["stale"] for row in found)
+        return found
+
+    def overhead_of(self, device: str, **fields: Any) -> list[dict[str, Any]]:
+        found = super().overhead_of(device, **fields)
+        self.stale |= any(entry["stale"] for entry in found)
+        return found
+
+    def runs_of(self, device: str, name: str) -> list[dict[str, Any]]:
+        found = super().runs_of(device, name)
+        self.stale |= any(run["stale"] for run in found)
+        return found
+
 
 def collect(folder: Path) -> Collected:
     """Read every result below ``folder``. Raises :class:`BenchError` if there is none."""
@@ -107,7 +139,7 @@ def collect(folder: Path) -> Collected:
             row | {"device": origin["environment"]["device"], "size": origin["size"], "stale": stale[id(origin)],
                    "commit": origin["environment"].get("commit", ""), "ceilings": origin.get("ceilings", {})}
         )  # fmt: skip
-    overhead = _newest_overhead(results)
+    overhead = _newest_overhead(results, stale)
     sources += [run["source"] for run in runs]
     return Collected(sources, rows, overhead, runs, f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC")
 
@@ -161,13 +193,13 @@ def staleness(suite: str, commit: str, device: str = "") -> str | None:
     )
 
 
-def _newest_overhead(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _newest_overhead(results: Iterable[dict[str, Any]], stale: dict[int, str | None]) -> list[dict[str, Any]]:
     entries: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
         device = result["environment"]["device"]
         for entry in result.get("host_overhead", []):
             key = (device, entry["op"], entry["mode"], entry["gated"], entry["provider"])
-            entries[key] = entry | {"device": device}
+            entries[key] = entry | {"device": device, "stale": stale[id(result)]}
     return list(entries.values())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..results import BenchError, human_bytes
-from .collect import Collected, best_of_ours, on_a_cpu
+from .collect import Asked, Collected, best_of_ours, on_a_cpu
 from .cpu_goals import added_operations, one_token, strongest_peer
 
 __all__ = ["GOALS", "Goal", "Verdict", "markdown_table", "replace_table", "verdicts"]
@@ -41,8 +41,6 @@ class Goal:
     at: str = ""
     #: Whether a CPU's figures may speak for it.
     on_cpu: bool = False
-    #: Which files it is read from, to tell whether they are stale.
-    suite: str = "kernels"
 
 
 def _group(c: Collected, device: str, **fields: Any) -> list[dict[str, Any]]:
@@ -145,7 +143,7 @@ def _train(setting: str, least_rate: float, most_gib: float) -> Callable[[Collec
 
 
 def _overhead(c: Collected, device: str) -> tuple[str, bool] | None:
-    entries = [e for e in c.overhead if e["device"] == device and e["op"] == "linear" and e["mode"] == "forward"]
+    entries = c.overhead_of(device, op="linear", mode="forward")
     by_name = {e["provider"]: e for e in entries if "over_frozen_us" in e}
     if "eager" not in by_name:
         return None
@@ -161,7 +159,7 @@ def _fidelity(name: str, rank: str, kl: float) -> Callable[[Collected, str], tup
     """Of the record ``name``.json, trained where it was trained."""
 
     def find(c: Collected, device: str) -> tuple[str, bool] | None:
-        runs = [run for run in c.runs if run["source"].facts["device"] == device and run["name"] == name]
+        runs = c.runs_of(device, name)
         if not runs:
             return None
         result = runs[0]["trained"] or runs[0]["converted"]
@@ -172,7 +170,7 @@ def _fidelity(name: str, rank: str, kl: float) -> Callable[[Collected, str], tup
 
 
 def _full_rank(c: Collected, device: str) -> tuple[str, bool] | None:
-    runs = [run for run in c.runs if run["source"].facts["device"] == device and run["name"] == "full-rank"]
+    runs = c.runs_of(device, "full-rank")
     if not runs:
         return None
     result = runs[0]["converted"]
@@ -202,11 +200,10 @@ GOALS: tuple[Goal, ...] = (
     Goal("against the strongest baseline (K-concatenation, torch.compile)", "faster in every row", _strongest, "every MLP row"),
     Goal("against the published per-token loop", "≥ 100×", _against_the_loop, "MLP, more than one token"),
     Goal("peak memory of forward and backward beyond inputs, weights, gate and up", "≤ 5 % of one T×f tensor", _memory,
-         _AT_8B, suite="memory"),
+         _AT_8B),
     Goal("training Llama-3.1-8B, all 32 layers, local", "≥ 18,000 tokens/s and ≤ 20 GiB",
-         _train("resident", 18000, 20), "seq 2048, r = 64", suite="train"),
-    Goal("the same, frozen layers streamed", "≥ 9,000 tokens/s and ≤ 8 GiB", _train("streamed", 9000, 8), "seq 2048, r = 64",
-         suite="train"),
+         _train("resident", 18000, 20), "seq 2048, r = 64"),
+    Goal("the same, frozen layers streamed", "≥ 9,000 tokens/s and ≤ 8 GiB", _train("streamed", 9000, 8), "seq 2048, r = 64"),
     Goal("decode, T = 1, MLP with delta ÷ without (CUDA graph)", "≤ 1.02",
          _ratio(1.02, op="mlp", mode="decode", **{**_8B, "tokens": 1}), "Llama-3.1-8B, r = 64, bf16"),
     Goal("call overhead over F.linear", "≤ 10 µs", _overhead, "shapes with no arithmetic to speak of"),
@@ -215,11 +212,11 @@ GOALS: tuple[Goal, ...] = (
     Goal("on a CPU: forward ÷ frozen", "≤ the ratio of their operations", added_operations(256), "MLP, T ≥ 256, fp32",
          on_cpu=True),
     Goal("the same for one token", "≤ 1.25", one_token(1.25), "MLP, T = 1, r = 128, fp32", on_cpu=True),
-    Goal("perplexity NPT ÷ original, conversion alone, all layers", "1.000", _full_rank, "r = d", on_cpu=True, suite="run"),
+    Goal("perplexity NPT ÷ original, conversion alone, all layers", "1.000", _full_rank, "r = d", on_cpu=True),
     Goal("perplexity NPT ÷ original, and KL, held-out text, all layers", "≤ 1.01 and ≤ 0.05 nats",
-         _fidelity("demo-rank-128", "128", 0.05), "mean r ≈ d/4", on_cpu=True, suite="run"),
+         _fidelity("demo-rank-128", "128", 0.05), "mean r ≈ d/4", on_cpu=True),
     Goal("the same at 1.10 × the original's multiplications (o_proj folded)", "≤ 1.01 and ≤ 0.04 nats",
-         _fidelity("demo", "184", 0.04), "mean r ≈ d/3", on_cpu=True, suite="run"),
+         _fidelity("demo", "184", 0.04), "mean r ≈ d/3", on_cpu=True),
 )  # fmt: skip
 
 
@@ -232,20 +229,13 @@ def verdicts(collected: Collected) -> list[Verdict]:
         for device in names:
             if on_a_cpu(device) and not goal.on_cpu:
                 continue
-            answer = goal.find(collected, device)
+            asked = Asked(collected)
+            answer = goal.find(asked, device)
             if answer is not None:
-                verdict = Verdict(
-                    goal, answer[0], answer[1], device + (", stale" if _stale(collected, goal, device) else "")
-                )
+                verdict = Verdict(goal, answer[0], answer[1], device + (", stale" if asked.stale else ""))
                 break
         found.append(verdict)
     return found
-
-
-def _stale(collected: Collected, goal: Goal, device: str) -> bool:
-    if goal.suite == "run":
-        return any(s.stale for s in collected.sources if s.suite == "run" and s.facts.get("device") == device)
-    return any(row["stale"] for row in collected.of(goal.suite, device))  # also rows that a check measured
 
 
 def markdown_table(collected: Collected) -> str:

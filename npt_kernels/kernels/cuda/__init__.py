@@ -1,6 +1,6 @@
 """The hand-written Hopper kernels (``csrc/``) as a backend: what can run, and the way to it. Loads no kernel.
 
-Ran on an H200 for the first time on 2026-11-26 (benchmarks/results/nvidia-h200); docs/status.md says what is verified.
+Ran on an H200 for the first time on 2026-11-26 (benchmarks/history/nvidia-h200); docs/status.md says what is verified.
 """
 
 from __future__ import annotations
