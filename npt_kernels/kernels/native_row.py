@@ -118,7 +118,11 @@ def native_row(
     shapes = {"gate": (rank, f), "up": (rank, f), "down": (rank, width)}
     if any(tuple(value.shape) != shapes[slot] for slot, value in values.items()):
         return None
-    if norm.startswith("layer") and matches_change and width != d:
+    if down.weight.shape[1] != f or (gate.weight is not None and gate.weight.shape != up.weight.shape):
+        return None
+    # What the norm adds to h is as wide as h.
+    beside = width if matches_change else rank if bottleneck[0] is None else bottleneck[0].shape[1]
+    if norm != "given" and beside != d:
         return None
     try:
         made = (
@@ -151,8 +155,12 @@ def mlp_row(o: Any, spec: Any) -> Tensor | None:
 
 
 def _traced() -> bool:
-    """Whether these are not the numbers themselves: dispatch modes (fake tensors, counters), vmap and its kind."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether these are not the numbers themselves: dispatch modes (fake tensors, counters), vmap and its kind, a trace."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 class _UnreadableError(Exception):

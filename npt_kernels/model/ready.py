@@ -77,6 +77,7 @@ def _elsewhere(h: Tensor, casts: bool) -> bool:
         torch.is_autocast_enabled(h.device.type)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
         or _global_hooks()
         or (casts and torch.distributed.is_available() and torch.distributed.is_initialized())
         or (casts and h.is_cuda and torch.cuda.is_current_stream_capturing())

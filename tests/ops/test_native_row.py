@@ -175,6 +175,9 @@ def test_what_it_cannot_read_is_refused():
     assert refused(projections=[gate, up._replace(bias=torch.randn(102)[::2]), down])
     assert refused(weight=good["weight"].to(torch.bfloat16))
     assert refused(values=good["values"] | {"up": torch.randn(7, 50)})  # another width
+    assert refused(projections=[gate, up, down._replace(weight=torch.randn(35, 50))])
+    narrow = down._replace(weight=torch.randn(20, 51), bias=torch.randn(20))
+    assert refused(projections=[gate, up, narrow], values={"up": good["values"]["up"]})  # h + m has no meaning
     assert refused(values=good["values"] | {"down": good["values"]["down"].to("meta")})
     assert row_of(good, "tanh", "rms", True, torch.float32) is None
     assert row_of(drawn("odd", torch.float16), "silu", "rms", True, torch.float16) is None
@@ -243,6 +246,9 @@ def test_the_op_keeps_to_torch_where_numbers_are_not_there(monkeypatch):
 
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert npt_gated_mlp(x, a, *weights, adapter).shape == (1, 40)
+        traced = torch.jit.trace(lambda x, a: npt_gated_mlp(x, a, *weights, adapter), (x, a), check_trace=False)
+        other = torch.randn(1, 40), torch.randn(1, 40)
+        assert torch.equal(traced(*other), traced(*other)) and not torch.equal(traced(*other), traced(x, a))
         npt_gated_mlp(torch.randn(2, 40), torch.randn(2, 40), *weights, adapter)  # two tokens
     npt_gated_mlp(x.requires_grad_(), a, *weights, adapter)  # with gradients
     monkeypatch.undo()
