@@ -12,7 +12,7 @@ from npt_kernels.bench.report.goals import UNVERIFIED, verdicts
 from npt_kernels.bench.report.page import render
 from npt_kernels.bench.results import KEY_FIELDS, load_results
 
-RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "nvidia-h200"
+RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "history" / "nvidia-h200"
 GPU = "NVIDIA H200"
 
 
