@@ -65,7 +65,7 @@ def cuda() -> list[Extension]:
 
 
 def cpu() -> list[Extension]:
-    """The compiled rows; whether there is a compiler is seen when it is called."""
+    """The compiled loops; whether there is a compiler is seen when it is called."""
     if wish("NPT_CPU") == "0":
         return []
     folder = Path("csrc/cpu")
@@ -82,7 +82,7 @@ def cpu() -> list[Extension]:
             sources=[str(path) for path in sorted(folder.glob("*.cpp"))],
             depends=[str(path) for path in sorted(folder.glob("*.h"))],
             include_dirs=[include],
-            # Instruction sets are chosen when it runs (csrc/cpu/loops.h), so the flags name none.
+            # Instruction sets are chosen when it runs (csrc/cpu/loops.cpp), so the flags name none.
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd"],
             libraries=["dl"],
             language="c++",

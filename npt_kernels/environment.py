@@ -12,7 +12,7 @@ import torch
 
 from ._version import __version__
 from .base_model.assets import default_cache_dir, demo_model_cached, demo_texts_cached
-from .kernels import native_row
+from .kernels import native
 from .ops.registry import BACKENDS, Call
 
 __all__ = ["describe"]
@@ -106,7 +106,7 @@ def _backends() -> dict[str, str]:
             else "chosen unasked" if backend.automatic else "only when asked for"
         )  # fmt: skip
         facts[backend.name] = f"{backend.summary}; {here}; {verified}"
-    rows = native_row.available()
+    rows = native.available()
     facts["one token on a CPU"] = (
         f"compiled ({rows})" if rows else "torch alone: csrc/cpu is not built (g++, then pip install)"
     )

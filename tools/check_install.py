@@ -42,8 +42,8 @@ assert torch.allclose(y, want, atol=1e-4), (y - want).abs().max()
 z, a, b = torch.randn(8, 4, requires_grad=True), torch.randn(4, 16), torch.randn(4, 12)
 npt_factored_linear(x, z, w, a, b).square().sum().backward()
 assert z.grad.abs().max() > 0
-from npt_kernels.kernels import native_row
-print("the ops run; backends:", ", ".join(available_backends()), "- one token on a CPU:", native_row.available() or "torch")
+from npt_kernels.kernels import native
+print("the ops run; backends:", ", ".join(available_backends()), "- compiled for CPUs:", native.available() or "torch")
 """
 
 FILES = """

@@ -1,7 +1,10 @@
-// npt_kernels._cpu: raw addresses in, checked by npt_kernels/kernels/native_row.py, which alone calls this.
+// npt_kernels._cpu: raw addresses in, checked by npt_kernels/kernels/native_row.py and native_activation.py, which alone call this.
 #include <pybind11/pybind11.h>
 
+#include "activation.h"
+#include "loops.h"
 #include "one_row.h"
+#include "team.h"
 
 namespace py = pybind11;
 using npt::cpu::Layer;
@@ -20,8 +23,8 @@ Linear linear(const py::tuple& t) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.attr("INSTRUCTIONS") = npt::cpu::instructions();
-  m.attr("RUNTIME") = npt::cpu::runtime();
+  m.attr("INSTRUCTIONS") = npt::cpu::loops().name;
+  m.attr("RUNTIME") = npt::cpu::team_name();
   // Linears are (weight, bias, out, in, elements from row to row, from column to column); addresses of 0: absent.
   py::class_<Layer>(m, "Layer")
       .def(py::init([](int dtype, int component, int act, int norm, bool one_plus, bool matches_change, double eps, int64_t d, int64_t rank,
@@ -53,4 +56,15 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release released;
         npt::cpu::run(layer, at(h), at(heard), at(u), at(scale), reinterpret_cast<void*>(out), threads);
       });
+  m.def("activate", [](int dtype, int act, Address gate, Address up, Address inter, int64_t n, int threads) {
+    py::gil_scoped_release released;
+    npt::cpu::activate(static_cast<npt::cpu::Dtype>(dtype), static_cast<npt::cpu::Act>(act), at(gate), at(up),
+                       reinterpret_cast<void*>(inter), n, threads);
+  });
+  m.def("activate_backward", [](int dtype, int act, Address dinter, Address gate, Address up, Address dgate, Address dup, int64_t n,
+                                int threads) {
+    py::gil_scoped_release released;
+    npt::cpu::activate_backward(static_cast<npt::cpu::Dtype>(dtype), static_cast<npt::cpu::Act>(act), at(dinter), at(gate), at(up),
+                                reinterpret_cast<void*>(dgate), reinterpret_cast<void*>(dup), n, threads);
+  });
 }

@@ -1,6 +1,6 @@
 #include "one_row.h"
 
-#include <cstdlib>
+#include <cmath>
 #include <vector>
 
 #include "loops.h"
@@ -9,45 +9,9 @@
 namespace npt::cpu {
 namespace {
 
-NPT_LOOPS(generic, )
-#if defined(__x86_64__)
-NPT_LOOPS(avx2, __attribute__((target("avx2,fma"))))
-NPT_LOOPS(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
-#endif
-
-// The widest that this CPU has and torch's own switch allows (ATEN_CPU_CAPABILITY=default, avx2, avx512).
-const Loops& widest() {
-#if defined(__x86_64__)
-  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-  const auto is = [&](const char* name) { return asked != nullptr && std::strcmp(asked, name) == 0; };
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (is("default") || !has_avx2) return generic::loops;
-  if (!is("avx2") && has_avx512) return avx512::loops;
-  return avx2::loops;
-#else
-  return generic::loops;
-#endif
-}
-
-const Loops& loops() {
-  static const Loops& found = widest();
-  return found;
-}
-
 // Multiply-adds below which another thread costs more than it does.
 constexpr int64_t WORK_PER_THREAD = 1 << 17;
 
-struct Span {
-  int64_t from, count;
-};
-// Part `index` of `parts` of n, in whole groups: where the loops' tails fall does not depend on the number of threads.
-Span part_of(int64_t n, int64_t group, int index, int parts) {
-  const int64_t groups = (n + group - 1) / group;
-  const int64_t from = groups * index / parts * group, to = groups * (index + 1) / parts * group;
-  return {from < n ? from : n, (to < n ? to : n) - (from < n ? from : n)};
-}
 constexpr int64_t ROWS = 4, LINES = 16;
 
 void widen(float* y, const void* from, Dtype dtype, int64_t offset, int64_t n) {
@@ -57,14 +21,6 @@ void widen(float* y, const void* from, Dtype dtype, int64_t offset, int64_t n) {
   }
   const uint16_t* v = static_cast<const uint16_t*>(from) + offset;
   for (int64_t i = 0; i < n; ++i) y[i] = wide(v[i]);
-}
-
-// To the nearest bfloat16, halves to even; NaN stays NaN.
-uint16_t narrow(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // y [span] of W x + b, for the outputs of the span.
@@ -167,9 +123,9 @@ void share(const Work& w, int index, int parts) {
   if (l.gate.weight != nullptr) {
     product(l.gate, l.dtype, u, gate, span);
     change(l, l.gate_value, f, scaled, gate, span);
-    loops().activate(l.act, w.inter + span.from, gate, up, span.count);
+    loops().activate_f32(l.act, w.inter + span.from, gate, up, span.count);
   } else {
-    loops().activate(l.act, w.inter + span.from, up, nullptr, span.count);
+    loops().activate_f32(l.act, w.inter + span.from, up, nullptr, span.count);
   }
   wait(parts);
   product(l.down, l.dtype, w.inter, out, outputs);
@@ -197,8 +153,5 @@ void run(const Layer& layer, const void* h, const void* heard, const void* u, co
   in_parallel([](void* data, int index, int parts) { share(*static_cast<Work*>(data), index, parts); }, &work,
               threads < useful ? threads : static_cast<int>(useful));
 }
-
-const char* instructions() { return loops().name; }
-const char* runtime() { return team_name(); }
 
 }  // namespace npt::cpu

@@ -4,12 +4,9 @@
 
 #include <cstdint>
 
-namespace npt::cpu {
+#include "kinds.h"
 
-enum class Dtype : int { F32 = 0, BF16 = 1 };
-enum class Act : int { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU2 = 4, QUICK_GELU = 5 };
-// What the MLP's input is: given by the caller, or an RMSNorm or LayerNorm of h by the statistics of h + what is heard.
-enum class Norm : int { GIVEN = 0, RMS = 1, LAYER = 2 };
+namespace npt::cpu {
 
 // y [out] = W x [in] + b. Element (j, i) of W is at j * row + i * col elements; one of the two is 1.
 struct Linear {
@@ -40,10 +37,5 @@ struct Layer {
 // out [d_out] from h [d] and heard [bottleneck.in], all in `dtype`; with Norm::GIVEN from u [d] and the key scale [1] (null: 1) in
 // place of h. Same bits for any number of threads.
 void run(const Layer& layer, const void* h, const void* heard, const void* u, const void* scale, void* out, int threads);
-
-// Which instructions the loops were compiled for that this CPU runs: "avx512", "avx2" or "generic".
-const char* instructions();
-// The OpenMP runtime whose threads are used: torch's own, found among the loaded libraries; empty: one thread.
-const char* runtime();
 
 }  // namespace npt::cpu

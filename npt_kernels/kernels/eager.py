@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..activations import get_activation
 from ..rules import Rule, get_rule
-from . import native_row
+from . import native_activation, native_row
 from .backend import Backend
 from .cpu_layout import k_contiguous
 from .steps import Bottleneck, Low, Projection, Spec, Steps
@@ -75,16 +75,13 @@ class EagerSteps(Steps):
         spec: Spec,
         save: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        act = get_activation(spec.act).forward
         u = EagerSteps.project(self, x, up, low_up, spec, chained=False)
-        if gate.weight is None:
-            return act(u), None, u if save else None
-        g = EagerSteps.project(self, x, gate, low_gate, spec, chained=False)
-        return act(g).mul_(u), g if save else None, u if save else None
+        gated = gate.weight is not None
+        g = EagerSteps.project(self, x, gate, low_gate, spec, chained=False) if gated else None
+        return _activated(g, u, spec, over=not save), g if save else None, u if save else None
 
     def recompute(self, gate: Tensor | None, up: Tensor, spec: Spec) -> Tensor:
-        act = get_activation(spec.act).forward
-        return act(up) if gate is None else act(gate).mul_(up)
+        return _activated(gate, up, spec, over=False)
 
     def value_grads(
         self,
@@ -124,7 +121,11 @@ class EagerSteps(Steps):
         dinter = dout @ down.weight
         add_key_grad(dinter, dp, down.key, get_rule(spec.rule))
         if gate is None:
-            return None, act.backward(dinter, up)
+            made = native_activation.gradients(spec.act, dinter, up, None, True, False)
+            return None, act.backward(dinter, up) if made is None else made[0]
+        made = native_activation.gradients(spec.act, dinter, gate, up, want_gate, want_up)
+        if made is not None:
+            return made
         dup = act.forward(gate).mul_(dinter) if want_up else None
         return act.backward(dinter.mul_(up), gate) if want_gate else None, dup
 
@@ -247,6 +248,15 @@ class EagerSteps(Steps):
             assert bias is not None
             grads.append(du.sum(0).to(bias.dtype))
         return grads
+
+
+def _activated(gate: Tensor | None, up: Tensor, spec: Spec, over: bool) -> Tensor:
+    """``act(gate) ⊙ up``, or ``act(up)``; ``over``: nobody reads the pre-activations again."""
+    made = native_activation.activated(spec.act, up if gate is None else gate, None if gate is None else up, over)
+    if made is not None:
+        return made
+    act = get_activation(spec.act).forward
+    return act(up) if gate is None else act(gate).mul_(up)
 
 
 def _norm_statistics(h: Tensor, a: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,6 @@ addresses, so dtypes, strides and devices are checked here. Who keeps a :class:`
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,26 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..activations import ACTIVATIONS
 from ..rules import get_rule
+from . import native
 from .steps import Projection
 
-try:  # after torch: it looks for torch's OpenMP runtime
-    _cpu: Any = importlib.import_module("npt_kernels._cpu")
-except ImportError:
-    _cpu = None
+__all__ = ["NativeRow", "mlp_row", "native_row"]
 
-__all__ = ["NativeRow", "available", "mlp_row", "native_row"]
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "quick_gelu": 5}
 _NORMS = {"given": 0, "rms": 1, "layer": 2}
 _ABSENT = (0, 0, 0, 0, 0, 1)
-
-
-def available() -> str:
-    """What the compiled rows run on: ``"avx512, libgomp.so.1"``; empty where they were not built."""
-    return "" if _cpu is None else f"{_cpu.INSTRUCTIONS}, {_cpu.RUNTIME.rsplit('/', 1)[-1] or 'one thread'}"
 
 
 class NativeRow:
@@ -90,9 +77,9 @@ def native_row(
             and go. Bottleneck and values are.
     """
     gate, up, down = projections
-    name = _canonical(act)
+    number = native.act_number(act)
     component = next((t.dtype for t in (bottleneck[0], *values.values()) if t is not None), dtype)
-    if _cpu is None or dtype not in _DTYPES or component not in _DTYPES or name is None:
+    if native.compiled is None or dtype not in native.DTYPES or component not in native.DTYPES or number is None:
         return None
 
     def address(tensor: Tensor | None, wanted: torch.dtype) -> int:
@@ -133,8 +120,8 @@ def native_row(
         vectors = address(norm_weight, dtype), address(norm_bias, dtype)
     except _UnreadableError:
         return None
-    kinds = _DTYPES[dtype], _DTYPES[component], _ACTS[name], _NORMS[norm.removesuffix("1")], norm.endswith("1")
-    layer = _cpu.Layer(*kinds, matches_change, eps, d, rank, *vectors, *made)
+    kinds = native.DTYPES[dtype], native.DTYPES[component], number, _NORMS[norm.removesuffix("1")], norm.endswith("1")
+    layer = native.compiled.Layer(*kinds, matches_change, eps, d, rank, *vectors, *made)
     return NativeRow(layer, width, dtype, watched, (*bottleneck, *values.values()))
 
 
@@ -145,28 +132,19 @@ def mlp_row(o: Any, spec: Any) -> Tensor | None:
         {slot: t.value for slot, t in (("gate", o.gate), ("up", o.up), ("down", o.down)) if t.value is not None},
     )
     plain = (x, o.a, o.key_scale, o.w_down, *o.gate[:2], *o.up[:2], *o.down[:2], *values.values())
-    if _cpu is None or x.dtype not in _DTYPES or o.row_scale is not None or get_rule(spec.rule).key != "none":
+    if (
+        native.compiled is None
+        or x.dtype not in native.DTYPES
+        or o.row_scale is not None
+        or get_rule(spec.rule).key != "none"
+    ):
         return None
-    if not all(t is None or type(t) is Tensor or type(t) is Parameter for t in plain) or _traced():
+    if not all(t is None or type(t) is Tensor or type(t) is Parameter for t in plain) or native.traced():
         return None
     w_down = None if o.w_down is None else o.w_down.t()
     row = native_row((w_down, None), [o.gate, o.up, o.down], values, spec.act, x.dtype, norm="given")
     return None if row is None else row(None, o.a.contiguous(), x.contiguous(), o.key_scale)
 
 
-def _traced() -> bool:
-    """Whether these are not the numbers themselves: dispatch modes (fake tensors, counters), vmap and its kind, a trace."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
-
-
 class _UnreadableError(Exception):
     pass
-
-
-def _canonical(act: str) -> str | None:
-    found = ACTIVATIONS.get(act)
-    return None if found is None or found.name not in _ACTS else found.name

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from npt_kernels import NPTConfig, apply_npt
-from npt_kernels.kernels import native_row
+from npt_kernels.kernels import native
 from npt_kernels.model import layer as layer_module
 from npt_kernels.model import one_row
 from npt_kernels.model.install import converted_layers
@@ -50,8 +50,8 @@ def in_float64(model):
 @pytest.mark.parametrize("compiled", [True, False])
 def test_within_twice_the_error_of_the_op(name, dtype, masters, fold, norm_match, compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(native_row, "_cpu", None)
-    elif dtype == torch.float16 or native_row._cpu is None:
+        monkeypatch.setattr(native, "compiled", None)
+    elif dtype == torch.float16 or native.compiled is None:
         pytest.skip("no compiled code for it")
     model = converted(name, dtype, masters or dtype, fold=fold, norm_match=norm_match)
     exact = states(in_float64(model))
@@ -91,7 +91,7 @@ def test_what_is_trained_counts_at_the_next_token():
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize(("fold", "norm_match"), [(None, None), (False, None), (None, False)])
 def test_without_compiled_code_the_ops_bits_in_float32(name, fold, norm_match, monkeypatch):
-    monkeypatch.setattr(native_row, "_cpu", None)
+    monkeypatch.setattr(native, "compiled", None)
     model = converted(name, torch.float32, torch.float32, fold=fold, norm_match=norm_match)
     mine = states(model)
     assert next(iter(converted_layers(model).values())).np_component.ready.row is not None

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 
 from npt_kernels import AdapterTensors, npt_gated_mlp, npt_mlp
 from npt_kernels.activations import get_activation
-from npt_kernels.kernels import native_row
+from npt_kernels.kernels import native, native_row
 from npt_kernels.kernels.steps import Projection
 from npt_kernels.measure.against_truth import poisoned
 from tests.support.helpers import assert_within_twice
 
-pytestmark = pytest.mark.skipif(native_row._cpu is None, reason="npt_kernels._cpu is not built (no C++ compiler)")
+pytestmark = pytest.mark.skipif(native.compiled is None, reason="npt_kernels._cpu is not built (no C++ compiler)")
 
 ROOT = str(Path(__file__).resolve().parents[2])
 #: d, f, width of what is heard, R: SmolLM2's, odd ones, one of everything, and more columns than a tile of the loops.
@@ -138,7 +138,7 @@ def test_nan_and_infinity_come_out():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("in_out", [False, True])
 def test_the_same_bits_on_any_number_of_threads(dtype, in_out):
-    assert native_row.available().partition(", ")[2] != "one thread"  # torch's runtime was found
+    assert native.available().partition(", ")[2] != "one thread"  # torch's runtime was found
     t = drawn("real", dtype, in_out=in_out)
     row, before = row_of(t, "silu", "rms", True, dtype), torch.get_num_threads()
     try:
@@ -221,7 +221,7 @@ def test_the_op_runs_on_it(dtype, gated, monkeypatch):
     with torch.no_grad():
         mine = op(x, a, *weights, adapter, **more)
         assert counted
-        monkeypatch.setattr(native_row, "_cpu", None)
+        monkeypatch.setattr(native, "compiled", None)
         theirs = op(x, a, *weights, adapter, **more)
         wide = AdapterTensors(
             adapter.w_down.double(), {}, {n: v.double() for n, v in adapter.w_b_up.items()}, "self_key", 1, 1.0
@@ -274,7 +274,7 @@ def test_other_instructions(capability):
         capture_output=True, text=True, timeout=280, cwd=ROOT, env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    code = "from npt_kernels.kernels import native_row; print(native_row.available())"
+    code = "from npt_kernels.kernels import native; print(native.available())"
     name = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from npt_kernels import npt_factored_linear, npt_gated_mlp
 from npt_kernels.component import AdapterTensors
-from npt_kernels.kernels import native_row
+from npt_kernels.kernels import native
 from npt_kernels.rules import RULES
 
 BACKENDS = ["eager", "triton"] + (["cuda"] if os.environ.get("NPT_EMULATE") == "1" else [])
@@ -128,7 +128,7 @@ def test_the_number_of_rows_matters_only_where_it_does_to_the_gemm(dtype, rule):
     call = Call("eager", dtype, rule)
     compared = 0
     found = {count: (call(torch.arange(count))[0], call.products(count)) for count in SIZES["eager"]}
-    if RULES[rule].key == "none" and native_row.available():
+    if RULES[rule].key == "none" and native.available():
         del found[1]
     for (one, plain), (other, plain_other) in itertools.combinations(found.values(), 2):
         if all(map(torch.equal, plain, plain_other)):

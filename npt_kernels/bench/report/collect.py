@@ -34,7 +34,7 @@ _CHOICE = (
 #: What of it never runs on the other kind of device.
 _ON_CPUS = (
     "csrc/cpu",
-    "npt_kernels/kernels/native_row.py",
+    "npt_kernels/kernels/native*.py",
     "npt_kernels/kernels/cpu_layout.py",
     "npt_kernels/model/one_row.py",
 )
