@@ -1,6 +1,6 @@
 """Everything is declared in pyproject.toml; this file adds the compiled code of ``csrc/``.
 
-``npt_kernels._cuda``, the Hopper kernels, where nvcc is; ``npt_kernels._cpu``, one token on a CPU, where a C++ compiler is.
+``npt_kernels._cuda``, the Hopper kernels, where nvcc is; ``npt_kernels._cpu``, loops for CPUs, where a C++ compiler is.
 ``NPT_CUDA=0`` and ``NPT_CPU=0`` never build them, ``=1`` fails if they cannot be built; unset builds them where it can and
 otherwise says in one line what is missing, and the package works without them.
 """

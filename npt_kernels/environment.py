@@ -106,9 +106,9 @@ def _backends() -> dict[str, str]:
             else "chosen unasked" if backend.automatic else "only when asked for"
         )  # fmt: skip
         facts[backend.name] = f"{backend.summary}; {here}; {verified}"
-    rows = native.available()
-    facts["one token on a CPU"] = (
-        f"compiled ({rows})" if rows else "torch alone: csrc/cpu is not built (g++, then pip install)"
+    loops = native.available()
+    facts["compiled for CPUs"] = (
+        f"one token, the activation ({loops})" if loops else "nothing: csrc/cpu is not built (g++, then pip install)"
     )
     return facts
 

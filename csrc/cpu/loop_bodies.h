@@ -110,7 +110,7 @@ NPT_INLINE Floats value(Floats x, Floats* slope) {
     const Floats e = exponential(-t), one = Floats{} + 1.f;
     if (derive) {
       const Floats s = t < -88.f ? Floats{} : one / (one + e), inner = cubic ? k * x * (1.f + 3 * cube * square) : k * x;
-      *slope = (t > 88.f) | (t < -88.f) ? s : s * (1.f + inner * (e * s));  // 1 - s is e s
+      *slope = ((t > 88.f) | (t < -88.f)) ? s : s * (1.f + inner * (e * s));  // 1 - s is e s
       return x * s;
     }
     return t < -88.f ? x * 0.f : x / (one + e);

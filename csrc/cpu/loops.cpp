@@ -7,9 +7,11 @@
 #if defined(__clang__)
 #define NPT_PUSH(ISA) NPT_PRAGMA(clang attribute push(__attribute__((target(ISA))), apply_to = function))
 #define NPT_POP _Pragma("clang attribute pop")
+#define NPT_WIDE
 #else
 #define NPT_PUSH(ISA) _Pragma("GCC push_options") NPT_PRAGMA(GCC target(ISA))
 #define NPT_POP _Pragma("GCC pop_options")
+#define NPT_WIDE ",prefer-vector-width=512"
 #endif
 #define NPT_PRAGMA(...) _Pragma(#__VA_ARGS__)
 
@@ -35,7 +37,7 @@ namespace avx2 {
 }  // namespace avx2
 NPT_POP
 
-NPT_PUSH("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+NPT_PUSH("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl" NPT_WIDE)
 namespace avx512 {
 #define NAME "avx512"
 #define LANES 16

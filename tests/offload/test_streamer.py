@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from npt_kernels import NPTConfig, apply_npt, npt_disabled, npt_parameters, remove_npt
 from npt_kernels.evaluation.fidelity import layer_fidelity
 from npt_kernels.evaluation.perplexity import evaluate
+from npt_kernels.kernels import native
 from npt_kernels.measure.live_bytes import LiveBytes
 from npt_kernels.model.install import converted_layers
 from npt_kernels.model.select import find_layers
@@ -62,6 +63,12 @@ def assert_no_traces(model):
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert "npt_residence" not in module.__dict__
     gc.collect()
+
+
+@pytest.fixture
+def torch_alone(monkeypatch):
+    """For what is compared bit for bit with a run under NotAtHome: under a dispatch mode torch does the compiled code's work."""
+    monkeypatch.setattr(native, "compiled", None)
 
 
 class NotAtHome(TorchDispatchMode):
@@ -119,6 +126,7 @@ def test_layers_arrive_ahead_and_once_per_visit(where, tmp_path):
         assert streamer.transfers.host_seconds > 0
 
 
+@pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("per_visit", [1, 3])
 def test_local_training_fetches_a_layer_once_for_all_micro_batches_of_a_visit(per_visit):
     model = converted(layers=[0, 1, 2], count=5)
@@ -141,6 +149,7 @@ def test_local_training_fetches_a_layer_once_for_all_micro_batches_of_a_visit(pe
         assert streamer.transfers.misses <= 3
 
 
+@pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", [KLObjective, LayerObjective])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -267,6 +276,7 @@ def test_tensor_subclasses_are_taken_apart_and_wrapped_anew():
         assert weight.qdata.untyped_storage().nbytes() == weight.qdata.nbytes
 
 
+@pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("format", ["int8", "nf4"])
 @pytest.mark.parametrize("kind", [LocalObjective, KLObjective])
 @pytest.mark.parametrize("checkpointing", [False, True])
