@@ -210,7 +210,8 @@ def test_older_than_the_kernels_is_stale(checkout):
 @pytest.mark.parametrize(
     ("changed", "of_a_gpu", "of_a_cpu"),
     [("csrc/cpu/loops.h", False, True), ("csrc/gemm/a.cuh", True, False), ("csrc/host.cpp", True, False),
-     ("npt_kernels/kernels/cuda/launch.py", True, False), ("npt_kernels/kernels/eager.py", True, True)],
+     ("npt_kernels/kernels/cuda/launch.py", True, False), ("npt_kernels/kernels/eager.py", True, True),
+     ("npt_kernels/kernels/native_row.py", False, True), ("csrc/README.md", False, False)],
 )  # fmt: skip
 def test_what_runs_on_the_other_kind_of_device_makes_nothing_stale(checkout, changed, of_a_gpu, of_a_cpu):
     where, _, second = checkout

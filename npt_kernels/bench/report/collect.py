@@ -181,7 +181,7 @@ def staleness(suite: str, commit: str, device: str = "") -> str | None:
     git = ["git", "-C", str(root)]
     if subprocess.run([*git, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True).returncode:
         return f"commit {commit[:9]} is not in this repository"
-    elsewhere = (*_CHOICE, *(() if not device else _ON_GPUS if on_a_cpu(device) else _ON_CPUS))
+    elsewhere = ("**/*.md", *_CHOICE, *(() if not device else _ON_GPUS if on_a_cpu(device) else _ON_CPUS))
     paths = [*_MEASURED_PATHS[suite], *(f":(exclude,glob){path}" for path in elsewhere if "*" in path),
              *(f":(exclude){path}" for path in elsewhere if "*" not in path)]  # fmt: skip
     log = subprocess.run([*git, "log", "--format=%h", f"{commit}..HEAD", "--", *paths], capture_output=True, text=True)
