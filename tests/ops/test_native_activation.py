@@ -129,16 +129,16 @@ def test_what_it_leaves_to_torch():
         assert activated("silu", gate, up, False) is None
 
 
-def call(act, gated, dtype, learned):
-    """Output and gradients of one MLP of seven tokens, the truth if ``dtype`` is float64."""
+def call(act, gated, dtype, learned, rounded_to=None):
+    """Output and gradients of one MLP of 32 tokens; the truth: in float64, of numbers ``rounded_to`` what is compared."""
     g = torch.Generator().manual_seed(1)
 
-    def some(*shape, like=torch.float32):
-        return (torch.randn(shape, generator=g) * shape[-1] ** -0.5).to(like).to(dtype)
+    def some(*shape):
+        return (torch.randn(shape, generator=g) * shape[-1] ** -0.5).to(rounded_to or dtype).to(dtype)
 
     d, f, rank = 40, 4_100, 9
     names = ("gate", "up", "down") if gated else ("c_fc", "c_proj")
-    x, a = some(7, d), some(7, d)
+    x, a = some(32, d), some(32, d)
     values = {n: some(rank, d if n in ("down", "c_proj") else f) for n in names}
     weights = [some(f, d)] * gated + [some(f, d), some(d, f)]
     adapter = AdapterTensors(some(d, rank), {}, values, "self_key", 1, 1.0)
@@ -162,7 +162,7 @@ def test_the_op_runs_on_it(act, dtype, gated, learned, monkeypatch):
     mine = call(act, gated, dtype, learned)
     assert {name for name, result in counted if result is not None} == {"activated", "gradients"}
     monkeypatch.setattr(native, "compiled", None)
-    theirs, truth = call(act, gated, dtype, learned), call(act, gated, torch.float64, learned)
+    theirs, truth = call(act, gated, dtype, learned), call(act, gated, torch.float64, learned, dtype)
     for one, other, true in zip(mine, theirs, truth, strict=True):
         assert_within_twice(one, other, true)
 
