@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +18,10 @@ from npt_kernels.kernels import native, native_row
 from npt_kernels.kernels.steps import Projection
 from npt_kernels.measure.against_truth import poisoned
 from tests.support.helpers import assert_within_twice
+from tests.support.instructions import ROOT, run_again
 
 pytestmark = pytest.mark.skipif(native.compiled is None, reason="npt_kernels._cpu is not built (no C++ compiler)")
 
-ROOT = str(Path(__file__).resolve().parents[2])
 #: d, f, width of what is heard, R: SmolLM2's, odd ones, one of everything, and more columns than a tile of the loops.
 SIZES = {"real": (576, 1536, 576, 78), "odd": (35, 51, 35, 7), "ones": (1, 1, 1, 1), "wide": (64, 4099, 64, 5)}
 
@@ -268,12 +267,7 @@ def test_the_op_keeps_to_torch_where_numbers_are_not_there(monkeypatch):
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_instructions(capability):
     """What this CPU would not choose by itself, for the tests above that compare numbers."""
-    tests = "definition or ends_of_float32 or threads or nan"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests],
-        capture_output=True, text=True, timeout=280, cwd=ROOT, env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_again(__file__, "definition or ends_of_float32 or threads or nan", capability)
     code = "from npt_kernels.kernels import native; print(native.available())"
     name = subprocess.run(
         [sys.executable, "-c", code],

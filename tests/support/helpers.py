@@ -105,7 +105,7 @@ def check_twice(problem: Problem, what: str = "") -> None:
         assert grad is not None and ref is not None and true is not None, f"{what}: no gradient of {name}"
         # One number per token, a sum of R products. As accurate as torch's over 60 seeds (root mean square 0.70 v 0.69e-6,
         # 32 tokens, R = 8, float32), yet the largest of 16 was 2.05 times torch's in one.
-        factor = 3.0 if name == "key_scale" else 2.0
+        factor = 3.0 if name == "key_scale" and grad.dtype is torch.float32 else 2.0
         assert_within_twice(grad, ref, true, f"{what} d {name}", factor=factor)
 
 
